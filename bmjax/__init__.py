@@ -1,0 +1,59 @@
+"""bmjax trains, fine-tunes and distils image classifiers in JAX.
+
+The public names below load when first used, so that importing the package costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bmjax import losses, metrics
+    from bmjax.config import DistillConfig, TrainConfig
+    from bmjax.data import load_dataset
+    from bmjax.distill import distill
+    from bmjax.evaluate import evaluate, load_run, predict
+    from bmjax.fit import fit
+    from bmjax.models import create_model, list_models
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "DistillConfig": "bmjax.config",
+    "TrainConfig": "bmjax.config",
+    "create_model": "bmjax.models",
+    "distill": "bmjax.distill",
+    "evaluate": "bmjax.evaluate",
+    "fit": "bmjax.fit",
+    "list_models": "bmjax.models",
+    "load_dataset": "bmjax.data",
+    "load_run": "bmjax.evaluate",
+    "predict": "bmjax.evaluate",
+}
+_MODULES = ("losses", "metrics")
+
+__all__ = [
+    "DistillConfig",
+    "TrainConfig",
+    "create_model",
+    "distill",
+    "evaluate",
+    "fit",
+    "list_models",
+    "load_dataset",
+    "load_run",
+    "losses",
+    "metrics",
+    "predict",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    if name in _MODULES:
+        return import_module(f"bmjax.{name}")
+    raise AttributeError(f"module 'bmjax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,220 @@
+"""Checkpoints by Orbax: written in the background, checksummed, verified before a restore.
+
+A checkpoint is a folder `checkpoints/STEP` with the items `state` (all that training changes,
+by name), `best` (the variables with the best validation accuracy so far) and `meta`. Its
+`manifest.json`, written last, holds the SHA-256 of every file: Orbax itself has no checksum of
+array data. A folder without one is what a killed save left behind.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bmjax.errors import UserError
+from bmjax.runs import free_folder
+
+MANIFEST = "manifest.json"
+DAMAGED = "damaged"
+
+Named = dict[str, np.ndarray]
+
+
+def to_named(tree: Any) -> Named:
+    """Returns `{path: array}` of a tree; a typed key becomes its raw data."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(_raw(leaf))
+        for path, leaf in leaves
+    }
+
+
+def from_named(named: Named, like: Any, where: str) -> Any:
+    """Rebuilds a tree like `like` from its arrays by name, strictly.
+
+    Raises:
+        UserError: a name is missing or unexpected, or a shape or type differs; all are listed.
+    """
+    template = to_named(like)
+    problems = [f"missing {name}" for name in template if name not in named]
+    problems += [f"unexpected {name}" for name in named if name not in template]
+    for name in template.keys() & named.keys():
+        old, new = template[name], named[name]
+        if (old.shape, old.dtype) != (new.shape, new.dtype):
+            problems.append(
+                f"{name} is {new.dtype}{list(new.shape)}, needed {old.dtype}{list(old.shape)}"
+            )
+    if problems:
+        raise UserError(
+            f"{where} does not fit the run's settings: {'; '.join(sorted(problems))}. "
+            "It was saved by another model, optimizer or version."
+        )
+    leaves, structure = jax.tree.flatten(like)
+    restored = [
+        jax.random.wrap_key_data(jnp.asarray(value)) if _is_key(leaf) else value
+        for leaf, value in zip(leaves, (named[name] for name in template), strict=True)
+    ]
+    return jax.tree.unflatten(structure, restored)
+
+
+def _is_key(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _raw(leaf: Any) -> Any:
+    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
+
+
+class CheckpointWriter:
+    """Saves checkpoints in the background, one after the other, and keeps the newest few."""
+
+    def __init__(self, folder: Path, keep: int):
+        self._folder = folder
+        self._keep = keep
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    def save(self, step: int, items: dict[str, Named], meta: dict[str, Any]) -> None:
+        """Starts to save; waits for the save before, and raises what went wrong there.
+
+        Args:
+            step: names the checkpoint.
+            items: arrays by name, of the host's own memory: they must not change any more.
+            meta: anything that JSON can hold.
+        """
+        self.wait()
+        self._pending = self._thread.submit(self._write, step, items, meta)
+
+    def wait(self) -> None:
+        """Waits until all that was saved is on the disk, and raises what went wrong."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def close(self) -> None:
+        """Waits and ends the background thread."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+
+    def _write(self, step: int, items: dict[str, Named], meta: dict[str, Any]) -> None:
+        import orbax.checkpoint as ocp
+
+        path = self._folder / str(step)
+        if path.exists() and not (path / MANIFEST).exists():
+            shutil.rmtree(path)
+        if path.exists():
+            return  # the same run has been at this step before, and saved the same
+        arguments = {name: ocp.args.StandardSave(named) for name, named in items.items()}
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            checkpointer.save(
+                path.absolute(), args=ocp.args.Composite(**arguments, meta=ocp.args.JsonSave(meta))
+            )
+        _write_manifest(path)
+        for old in saved_steps(self._folder)[: -self._keep]:
+            # The manifest goes first: a folder half deleted is then seen to be no checkpoint.
+            (self._folder / str(old) / MANIFEST).unlink()
+            shutil.rmtree(self._folder / str(old))
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """Returns the steps of the finished checkpoints in `folder`, ascending."""
+    steps = (path for path in folder.glob("*") if path.name.isdigit())
+    return sorted(int(path.name) for path in steps if (path / MANIFEST).is_file())
+
+
+def damage(path: Path) -> list[str]:
+    """Compares a checkpoint with its manifest; returns what differs, empty when it is sound."""
+    try:
+        expected = json.loads((path / MANIFEST).read_text())["sha256"]
+        present = set(_files(path))
+        problems = [f"{name} is missing" for name in expected if name not in present]
+        problems += [f"{name} was added" for name in sorted(present - set(expected))]
+        problems += [
+            f"{name} was changed"
+            for name in expected
+            if name in present and _sha256(path / name) != expected[name]
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return [f"{MANIFEST} was changed"]
+    return problems
+
+
+def newest_sound(folder: Path, set_aside: bool = False) -> tuple[int | None, list[str]]:
+    """Finds the newest checkpoint that is as it was written.
+
+    Args:
+        folder: the run's `checkpoints`.
+        set_aside: move damaged ones into `damaged/`, and remove what a killed save left.
+
+    Returns:
+        Its step, None where there is none, and a line for each damaged one passed over.
+    """
+    said: list[str] = []
+    if set_aside:
+        _remove_unfinished(folder)
+    for step in reversed(saved_steps(folder)):
+        problems = damage(folder / str(step))
+        if not problems:
+            return step, said
+        line = f"checkpoint {folder / str(step)} is damaged ({'; '.join(problems)})"
+        if set_aside:
+            aside = free_folder(folder / DAMAGED / str(step))
+            aside.parent.mkdir(exist_ok=True)
+            (folder / str(step)).rename(aside)
+            line += f" and was set aside as {aside}"
+        said.append(line)
+    return None, said
+
+
+def read(folder: Path, step: int, items: tuple[str, ...]) -> dict[str, Any]:
+    """Reads items of a checkpoint that was verified before, and its `meta`.
+
+    Returns:
+        `{item: {name: array}}` for the items that the checkpoint has, with `meta` beside them.
+    """
+    import orbax.checkpoint as ocp
+
+    path = folder / str(step)
+    present = [name for name in items if (path / name).is_dir()]
+    arguments = {name: ocp.args.StandardRestore() for name in present}
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        restored = checkpointer.restore(
+            path.absolute(), args=ocp.args.Composite(**arguments, meta=ocp.args.JsonRestore())
+        )
+    values: dict[str, Any] = {name: restored[name] for name in present}
+    return {**values, "meta": restored["meta"]}
+
+
+def _write_manifest(path: Path) -> None:
+    hashes = {name: _sha256(path / name) for name in _files(path)}
+    temporary = path / f".{MANIFEST}"
+    with temporary.open("w") as file:
+        json.dump({"sha256": hashes}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path / MANIFEST)
+
+
+def _files(path: Path) -> list[str]:
+    names = (str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
+    return sorted(name for name in names if name not in (MANIFEST, f".{MANIFEST}"))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _remove_unfinished(folder: Path) -> None:
+    for path in folder.glob("*"):
+        if path.name != DAMAGED and path.is_dir() and not (path / MANIFEST).is_file():
+            shutil.rmtree(path)

@@ -1,0 +1,274 @@
+"""The command line: subcommands made from the config dataclasses, errors in one line."""
+
+import json
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any, Union
+
+import tyro
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from bmjax.config import (
+    DistillConfig,
+    DoctorConfig,
+    EvaluateConfig,
+    PredictConfig,
+    TrainConfig,
+    check_distill,
+    check_train,
+)
+from bmjax.errors import DivergenceError, StoppedError, UserError
+
+# Classes that a terminal has the width for.
+_LARGEST_MATRIX = 20
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs a command and ends the process with its exit code.
+
+    0: done. 2: wrong usage or input. 1: anything else. 143 and 130: stopped by SIGTERM or
+    Ctrl-C, after a checkpoint where there was something to save.
+    """
+    signal.signal(signal.SIGTERM, _leave)
+    try:
+        config = parse(sys.argv[1:] if argv is None else list(argv))
+        _COMMANDS[type(config)](config)
+    except UserError as error:
+        _end(error, 2)
+    except DivergenceError as error:
+        _end(error, 1)
+    except StoppedError as error:
+        _end(error, error.exit_code)
+    except KeyboardInterrupt:
+        _end("stopped by Ctrl-C", 130)
+    except BrokenPipeError:
+        # The reader of a pipe (head, say) left; Python would complain once more at its end.
+        sys.stderr.close()
+        sys.exit(1)
+
+
+def _leave(signum: int, frame: FrameType | None) -> None:
+    del frame
+    sys.exit(128 + signum)
+
+
+def _end(message: object, exit_code: int) -> None:
+    print(f"bmjax: {message}", file=sys.stderr)
+    sys.exit(exit_code)
+
+
+def parse(argv: list[str]) -> Any:
+    """Turns the words of a command line into its config.
+
+    With `--resume`, flags that are not given take the values of the run in `--out`.
+    """
+    config = _parse(argv, {})
+    if isinstance(config, TrainConfig | DistillConfig) and config.run.resume:
+        config = _parse(argv, {type(config): _saved(config)})
+    return config
+
+
+def _parse(argv: list[str], defaults: dict[type, Any]) -> Any:
+    commands = {
+        "train": TrainConfig,
+        "distill": DistillConfig,
+        "evaluate": EvaluateConfig,
+        "predict": PredictConfig,
+        "doctor": DoctorConfig,
+    }
+    kinds = tuple(
+        Annotated[
+            kind,
+            tyro.conf.subcommand(
+                name, description=_one_line(kind), default=defaults.get(kind, tyro.MISSING)
+            )
+            if kind in defaults
+            else tyro.conf.subcommand(name, description=_one_line(kind)),
+        ]
+        for name, kind in commands.items()
+    )
+    commands_type: Any = Union[kinds]  # noqa: UP007
+    return tyro.cli(
+        commands_type,
+        prog="bmjax",
+        description="Train, fine-tune and distil image classifiers in JAX.",
+        args=argv,
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+    )
+
+
+def _one_line(kind: type) -> str:
+    return " ".join((kind.__doc__ or "").partition("\n\n")[0].split())
+
+
+def _saved(config: TrainConfig | DistillConfig) -> Any:
+    import dataclasses
+
+    from bmjax.runs import read_run
+
+    if isinstance(config, TrainConfig):
+        path = Path(config.resolved().out)
+        saved: Any = read_run(path).config
+    else:
+        from bmjax.distill import DEFAULT_OUT, read_settings
+
+        path = Path(config.out or DEFAULT_OUT)
+        saved = read_settings(path)
+    return dataclasses.replace(saved, out=str(path))
+
+
+def _train(config: TrainConfig) -> None:
+    check_train(config)
+    from bmjax.evaluate import evaluate
+    from bmjax.fit import fit
+
+    console = Console()
+    config = config.resolved()
+    fit(config, console=console)
+    test = evaluate(EvaluateConfig(config.out, device=config.device, batch_size=config.batch_size))
+    _show_warnings(test)
+    console.print(
+        f"test accuracy {test['accuracy']:.2%} on {test['examples']} images, calibration error "
+        f"{test['expected_calibration_error']:.2%} (the params with the best validation accuracy)",
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print(f"the run is in {config.out}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _distill(config: DistillConfig) -> None:
+    check_distill(config)
+    from bmjax.distill import distill
+
+    console = Console()
+    result = distill(config, console)
+    table = Table()
+    for heading in ("model", "parameters", "test accuracy", "calibration error", "images/s"):
+        table.add_column(heading, justify="left" if heading == "model" else "right")
+    for row in result["rows"]:
+        table.add_row(
+            f"{row['model']} {'(teacher)' if row['role'] == 'teacher' else row['role']}",
+            f"{row['parameters']:,}",
+            f"{row['accuracy']:.2%}",
+            f"{row['expected_calibration_error']:.2%}",
+            f"{row['inference_images_per_second']:,.0f}",
+        )
+    console.print(table)
+    console.print(f"the runs are in {result['folder']}", highlight=False, markup=False)
+    if "gain_points" in result:
+        gain = result["gain_points"]
+        verb = "beats" if gain > 0 else "does not beat"
+        console.print(
+            f"the distilled {config.student} {verb} the one trained alone on the same views for "
+            f"the same {result['steps']:,} steps: {gain:+.1f} points of test accuracy",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def _evaluate(config: EvaluateConfig) -> None:
+    from bmjax.evaluate import evaluate
+
+    result = evaluate(config)
+    if config.json:
+        print(json.dumps(result))
+        return
+    _show_warnings(result)
+    console = Console()
+    summary = Table(title=f"{result['model']} on {result['data']}, {result['split']}")
+    summary.add_column("metric")
+    summary.add_column("value", justify="right")
+    for name, value in {
+        "images": f"{result['examples']:,}",
+        "loss (nats)": f"{result['loss']:.4f}",
+        "top-1 accuracy": f"{result['accuracy']:.2%}",
+        "top-5 accuracy": f"{result['top5_accuracy']:.2%}",
+        "macro F1": f"{result['macro_f1']:.4f}",
+        "expected calibration error": f"{result['expected_calibration_error']:.2%}",
+        "parameters": f"{result['parameters']:,}",
+        "inference images/s": f"{result['inference_images_per_second']:,.0f}",
+        "checkpoint": f"{config.checkpoint}, step {result['checkpoint_step']:,}",
+    }.items():
+        summary.add_row(name, value)
+    console.print(summary)
+    _show_classes(result, console)
+
+
+def _show_classes(result: dict[str, Any], console: Console) -> None:
+    names = result["class_names"]
+    table = Table(title="by class", box=box.SIMPLE)
+    for heading in ("class", "precision", "recall", "F1"):
+        table.add_column(heading, justify="left" if heading == "class" else "right")
+    for index, name in enumerate(names):
+        table.add_row(name, *(f"{result[key][index]:.3f}" for key in ("precision", "recall", "f1")))
+    console.print(table)
+    if len(names) > _LARGEST_MATRIX:
+        console.print(f"the confusion matrix of {len(names)} classes is in --json")
+        return
+    matrix = Table(title="confusion: true class (row), predicted (column)", box=box.SIMPLE)
+    matrix.add_column("")
+    for name in names:
+        matrix.add_column(name, justify="right")
+    for name, counts in zip(names, result["confusion"], strict=True):
+        matrix.add_row(name, *(str(count or ".") for count in counts))
+    console.print(matrix)
+
+
+def _predict(config: PredictConfig) -> None:
+    from bmjax.evaluate import predict
+
+    for prediction in predict(config):
+        if config.json:
+            print(json.dumps(prediction))
+            continue
+        likeliest = list(prediction["probabilities"].items())[: config.top]
+        shown = "  ".join(f"{name} {probability:.2%}" for name, probability in likeliest)
+        print(f"{prediction['file']}: {shown}")
+
+
+def _doctor(config: DoctorConfig) -> None:
+    from bmjax.doctor import examine
+
+    found = examine()
+    if config.json:
+        print(json.dumps(found))
+    else:
+        console = Console()
+        table = Table(title=f"bmjax {found['bmjax']}")
+        table.add_column("what")
+        table.add_column("found")
+        for name in ("python", "platform", "cores", "backend", "cache"):
+            table.add_row(name, str(found[name]))
+        table.add_row("devices", "\n".join(found["devices"]) or "none")
+        for name, version in found["versions"].items():
+            table.add_row(name, version or "not installed")
+        console.print(table)
+        for problem in found["problems"]:
+            console.print(f"problem: {problem}", highlight=False, markup=False, soft_wrap=True)
+        if not found["problems"]:
+            console.print("nothing is missing")
+    sys.exit(1 if found["problems"] else 0)
+
+
+def _show_warnings(result: dict[str, Any]) -> None:
+    for line in result["warnings"]:
+        print(f"bmjax: warning: {line}", file=sys.stderr)
+    if result["warnings"]:
+        step = result["checkpoint_step"]
+        print(f"bmjax: warning: the checkpoint at step {step} is used instead", file=sys.stderr)
+
+
+_COMMANDS: dict[type, Callable[[Any], None]] = {
+    TrainConfig: _train,
+    DistillConfig: _distill,
+    EvaluateConfig: _evaluate,
+    PredictConfig: _predict,
+    DoctorConfig: _doctor,
+}
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,254 @@
+"""What a dataset is, and where one comes from."""
+
+import hashlib
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bmjax.data import preprocess
+from bmjax.errors import UserError, unknown_name
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True, eq=False)
+class ArraySource:
+    """Examples in memory, with random access.
+
+    Attributes:
+        images: [examples, height, width, channels] uint8.
+        labels: [examples] int32.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"image": self.images[index], "label": int(self.labels[index])}
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[index] for index in range(len(self)))
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Three splits of labelled images.
+
+    Attributes:
+        name: what `load_dataset` was given.
+        train, validation, test: random access, `[i] -> {"image": uint8 HWC, "label": int}`.
+        class_names: one per class, in order of the labels.
+    """
+
+    name: str
+    train: ArraySource
+    validation: ArraySource
+    test: ArraySource
+    class_names: tuple[str, ...]
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of every image."""
+        height, width, channels = self.train.images.shape[1:]
+        return height, width, channels
+
+    def split(self, name: str) -> ArraySource:
+        """Returns the split `name`: train, validation, test, or all of them as one."""
+        if name == "all":
+            parts = [self.split(part) for part in SPLITS]
+            return ArraySource(
+                np.concatenate([part.images for part in parts]),
+                np.concatenate([part.labels for part in parts]),
+            )
+        if name not in SPLITS:
+            raise unknown_name("split", name, (*SPLITS, "all"))
+        return getattr(self, name)
+
+    def fingerprint(self) -> str:
+        """Returns the SHA-256 of all images and labels, in order, as 64 hexadecimal digits."""
+        digest = hashlib.sha256()
+        for name in SPLITS:
+            source = self.split(name)
+            digest.update(f"{name} {source.images.shape}".encode())
+            digest.update(np.ascontiguousarray(source.images).tobytes())
+            digest.update(source.labels.astype("<i4").tobytes())
+        return digest.hexdigest()
+
+
+def load_dataset(name: str, image_size: int = 0) -> Dataset:
+    """Loads a dataset, preparing it in the cache folder first where that is needed.
+
+    Args:
+        name: `mnist5k`, or `npz:PATH`.
+        image_size: side in pixels that every image is resized to; 0 keeps its own.
+
+    Raises:
+        UserError: an unknown name, a missing file, or data that is no labelled images.
+    """
+    kind, colon, path = name.partition(":")
+    if name == "mnist5k":
+        from bmjax.data import mnist5k
+
+        dataset = mnist5k.load()
+    elif kind == "npz" and colon:
+        dataset = _load_npz(Path(path).expanduser(), name)
+    else:
+        raise unknown_name("dataset", name, ["mnist5k", "npz:PATH"])
+    return resized(dataset, image_size) if image_size else dataset
+
+
+def resized(dataset: Dataset, size: int) -> Dataset:
+    """Returns the dataset with every image resized to `size` by `size` pixels."""
+    if dataset.image_shape[:2] == (size, size):
+        return dataset
+    parts = {
+        name: ArraySource(
+            preprocess.resize_all(dataset.split(name).images, size), dataset.split(name).labels
+        )
+        for name in SPLITS
+    }
+    return Dataset(dataset.name, **parts, class_names=dataset.class_names)
+
+
+def stratified_split(
+    images: np.ndarray, labels: np.ndarray, shares: dict[str, float]
+) -> dict[str, np.ndarray]:
+    """Splits by content: the same images give the same splits, whatever their order.
+
+    Within each class the examples are ordered by the SHA-256 of their pixels, which has nothing
+    to do with what they show and needs no random number generator.
+
+    Args:
+        images: [examples, height, width, channels] uint8.
+        labels: [examples] integers.
+        shares: the share of each class that a split gets, in order; the last gets the rest.
+
+    Returns:
+        The indices of each split, ascending.
+    """
+    digests = np.array([hashlib.sha256(image.tobytes()).hexdigest() for image in images])
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in shares}
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        members = members[np.argsort(digests[members], kind="stable")]
+        ends = np.round(np.cumsum(list(shares.values()))[:-1] * len(members)).astype(int)
+        for name, part in zip(shares, np.split(members, ends), strict=True):
+            parts[name].append(part)
+    return {name: np.sort(np.concatenate(chosen)) for name, chosen in parts.items()}
+
+
+def _load_npz(path: Path, name: str) -> Dataset:
+    arrays = _read_npz(path)
+    if "image" in arrays:
+        source = _source(arrays, "image", "label", path)
+        shares = {"test": 0.2, "validation": 0.1, "train": 0.7}
+    else:
+        source = _source(arrays, "train_image", "train_label", path)
+        # Only what the file does not have is cut from its train split.
+        shares = {part: 0.1 for part in ("test", "validation") if f"{part}_image" not in arrays}
+        shares["train"] = 1 - sum(shares.values())
+    chosen = stratified_split(source.images, source.labels, shares)
+    parts = {
+        part: ArraySource(source.images[index], source.labels[index])
+        for part, index in chosen.items()
+    }
+    for part in set(SPLITS) - set(parts):
+        parts[part] = _source(arrays, f"{part}_image", f"{part}_label", path)
+    return Dataset(name, **parts, class_names=_check_parts(parts, arrays, path))
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    if not path.is_file():
+        raise UserError(f"there is no file {path}. Check the path after 'npz:'.")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise UserError(f"{path} is no npz archive. Write it by numpy.savez.")
+            return {key: archive[key] for key in archive.files}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"{path} cannot be read as an npz archive of plain arrays ({error}). "
+            "Write it by numpy.savez, without object arrays."
+        ) from error
+
+
+def _source(
+    arrays: dict[str, np.ndarray], image_name: str, label_name: str, path: Path
+) -> ArraySource:
+    for name in (image_name, label_name):
+        if name not in arrays:
+            raise UserError(
+                f"{path} has no array {name!r}, it has {sorted(arrays)}. It needs image and "
+                "label, or train_image and train_label (and validation_..., test_...)."
+            )
+    images, labels = arrays[image_name], arrays[label_name]
+    if images.dtype != np.uint8:
+        raise UserError(
+            f"{path}: {image_name} is {images.dtype}, but pixels must be uint8 from 0 to 255. "
+            "Convert it before saving: (image * 255).round().astype('uint8') for values in [0, 1]."
+        )
+    if images.ndim == 3:
+        images = images[..., None]
+    if images.ndim != 4 or images.shape[3] not in (1, 3) or 0 in images.shape:
+        raise UserError(
+            f"{path}: {image_name} has shape {arrays[image_name].shape}, but must be [examples, "
+            "height, width] or [examples, height, width, channels] with 1 or 3 channels."
+        )
+    if not np.issubdtype(labels.dtype, np.integer) or labels.shape != images.shape[:1]:
+        raise UserError(
+            f"{path}: {label_name} is {labels.dtype} of shape {labels.shape}, but must be one "
+            f"integer for each of the {len(images)} images."
+        )
+    if labels.min() < 0 or labels.max() > np.iinfo(np.int32).max:
+        raise UserError(
+            f"{path}: {label_name} has values from {labels.min()} to {labels.max()}, out of "
+            "range: labels count the classes from 0."
+        )
+    return ArraySource(images, labels.astype(np.int32))
+
+
+def _check_parts(
+    parts: dict[str, ArraySource], arrays: dict[str, np.ndarray], path: Path
+) -> tuple[str, ...]:
+    """Checks the splits against each other and returns the names of the classes."""
+    train = parts["train"]
+    for name, part in parts.items():
+        if len(part) == 0:
+            raise UserError(
+                f"{path}: no example is left for the {name} split. Give more examples per class."
+            )
+        if part.images.shape[1:] != train.images.shape[1:]:
+            raise UserError(
+                f"{path}: images of {name} have shape {part.images.shape[1:]}, those of train "
+                f"{train.images.shape[1:]}. Make them one size."
+            )
+    names = [str(name) for name in np.ravel(arrays.get("class_names", np.array([])))]
+    largest = max(int(part.labels.max()) for part in parts.values())
+    if names and largest >= len(names):
+        raise UserError(
+            f"{path}: label {largest} is out of range, class_names has {len(names)} entries, for "
+            f"labels 0 to {len(names) - 1}."
+        )
+    num_classes = len(names) or largest + 1
+    if num_classes < 2:
+        raise UserError(f"{path}: all labels are 0. A classifier needs two classes at least.")
+    seen = np.unique(train.labels)
+    if len(seen) < num_classes:
+        missing = next(label for label in range(num_classes) if label not in set(seen.tolist()))
+        raise UserError(
+            f"{path}: label(s) out of range: they go up to {num_classes - 1}, but train has no "
+            f"example of class {missing}. Number the classes 0 to {len(seen) - 1} without gaps."
+        )
+    return tuple(names or map(str, range(num_classes)))

@@ -1,0 +1,107 @@
+"""What there is to compute with, and what is missing."""
+
+import os
+import platform
+import shutil
+import tempfile
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from bmjax import __version__
+from bmjax.cache import cache_folder
+
+_PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "chex",
+    "tensorflow-datasets",
+    "numpy",
+)
+
+
+def examine() -> dict[str, Any]:
+    """Looks at the machine.
+
+    Returns:
+        `bmjax`, `python`, `platform`, `versions` by package (None: not installed), `backend`,
+        `devices`, `cores`, `cache`, and `problems`: for each what it is and the remedy.
+    """
+    problems: list[str] = []
+    backend, devices = _devices(problems)
+    versions = {name: _version(name) for name in _PACKAGES}
+    for name, version in versions.items():
+        if version is None:
+            problems.append(f"{name} is not installed. Install bmjax anew: it brings it along.")
+    if versions["jax"] and versions["jaxlib"] and versions["jax"] != versions["jaxlib"]:
+        problems.append(
+            f"jax {versions['jax']} and jaxlib {versions['jaxlib']} differ. Install both in one "
+            "version: pip install --upgrade jax jaxlib."
+        )
+    if backend == "cpu":
+        problems += _unused_accelerators()
+    if not _can_write(cache_folder()):
+        problems.append(
+            f"the cache folder {cache_folder()} cannot be written. Set BMJAX_CACHE to one that can."
+        )
+    return {
+        "bmjax": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": versions,
+        "backend": backend,
+        "devices": devices,
+        "cores": os.cpu_count(),
+        "cache": str(cache_folder()),
+        "problems": problems,
+    }
+
+
+def _devices(problems: list[str]) -> tuple[str | None, list[str]]:
+    import jax
+
+    try:
+        return jax.default_backend(), [
+            f"{d.device_kind} ({d.platform}:{d.id})" for d in jax.devices()
+        ]
+    except RuntimeError as error:
+        problems.append(
+            f"JAX finds no device ({error}). Check JAX_PLATFORMS "
+            f"({os.environ.get('JAX_PLATFORMS', 'not set')}) and the accelerator's driver."
+        )
+        return None, []
+
+
+def _unused_accelerators() -> list[str]:
+    """Says which accelerators the machine seems to have although JAX computes on the CPU."""
+    problems = []
+    if Path("/dev/nvidiactl").exists() or shutil.which("nvidia-smi"):
+        problems.append(
+            "there is an NVIDIA GPU, but JAX computes on the CPU. Install its GPU build: "
+            'pip install --upgrade "jax[cuda12]".'
+        )
+    if Path("/dev/accel0").exists() or "TPU_NAME" in os.environ or "COLAB_TPU_ADDR" in os.environ:
+        problems.append(
+            "there is a TPU, but JAX computes on the CPU. Install its TPU build: "
+            'pip install --upgrade "jax[tpu]", and restart the runtime.'
+        )
+    return problems
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _can_write(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False

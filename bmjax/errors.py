@@ -1,0 +1,32 @@
+"""The errors that a person can mend, and how a name that does not exist is answered."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Wrong input: the message says what, the likely cause and the remedy. Exit code 2."""
+
+
+class DivergenceError(RuntimeError):
+    """Training met a loss that is not finite. Exit code 1."""
+
+
+class StoppedError(RuntimeError):
+    """A signal asked for the end, and a checkpoint was saved first.
+
+    Attributes:
+        exit_code: 128 plus the number of the signal (143 for SIGTERM, 130 for Ctrl-C).
+    """
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
+    """Returns the error for a `name` that is none of `known`, with the nearest ones."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    hint = f"Did you mean {' or '.join(near)}? " if near else ""
+    return UserError(f"unknown {kind} {name!r}. {hint}Known: {', '.join(known)}.")

@@ -1,0 +1,237 @@
+"""A trained run: reading it, measuring it, predicting with it."""
+
+import statistics as stats
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bmjax import checkpoint
+from bmjax.cache import use_compilation_cache
+from bmjax.config import EvaluateConfig, PredictConfig
+from bmjax.data import ArraySource, Dataset, load_dataset, loader, preprocess
+from bmjax.errors import UserError
+from bmjax.fit import build_model
+from bmjax.metrics import summarize
+from bmjax.models import num_params
+from bmjax.parallel import make_parallel, request_devices
+from bmjax.runs import Run, read_run
+from bmjax.train import make_evaluate, predict_logits
+
+_SPEED_SECONDS = 0.5
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedRun:
+    """A run with the params of one of its checkpoints.
+
+    Attributes:
+        run: its folder and settings.
+        model: the Linen module.
+        variables: `params` and `batch_stats`, on the host.
+        step: of the checkpoint.
+        warnings: a line for each damaged checkpoint that was passed over.
+    """
+
+    run: Run
+    model: nn.Module
+    variables: dict[str, Any]
+    step: int
+    warnings: tuple[str, ...]
+
+    @property
+    def statistics(self) -> dict[str, Any]:
+        """The `mean` and `std` that its images are normalised by."""
+        return {"mean": self.run.data["mean"], "std": self.run.data["std"]}
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes it tells apart."""
+        return len(self.run.data["class_names"])
+
+
+def load_run(path: str | Path, which: str = "best") -> TrainedRun:
+    """Reads a run and the params of its newest sound checkpoint; changes nothing in its folder.
+
+    Args:
+        path: the run's folder.
+        which: `best` for the params with the best validation accuracy so far, `latest` for
+            those of the checkpoint's step.
+
+    Raises:
+        UserError: there is no run, or no sound checkpoint of it.
+    """
+    run = read_run(Path(path))
+    step, warnings = checkpoint.newest_sound(run.checkpoints)
+    if step is None:
+        cause = "; ".join(warnings) or "none was saved yet"
+        raise UserError(
+            f"the run in {path} has no sound checkpoint: {cause}. Train it on with --resume."
+        )
+    model = build_model(run.config, len(run.data["class_names"]))
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *run.data["image_shape"])))
+    like = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+    items = checkpoint.read(run.checkpoints, step, ("best",) if which == "best" else ("state",))
+    named = items.get("best")
+    if named is None:
+        state = items.get("state") or checkpoint.read(run.checkpoints, step, ("state",))["state"]
+        named = _evaluated(state)
+    where = f"checkpoint {run.checkpoints / str(step)}"
+    variables = {"batch_stats": {}, **checkpoint.from_named(named, like, where)}
+    return TrainedRun(run, model, variables, step, tuple(warnings))
+
+
+def _evaluated(state: checkpoint.Named) -> checkpoint.Named:
+    """Picks what is evaluated out of a saved state: averaged params where there are any."""
+    averaged = any(name.startswith("state/ema_params/") for name in state)
+    homes = {"state/ema_params/" if averaged else "state/params/": "params/"}
+    homes["state/batch_stats/"] = "batch_stats/"
+    return {
+        new + name.removeprefix(old): value
+        for name, value in state.items()
+        for old, new in homes.items()
+        if name.startswith(old)
+    }
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """Measures a run on a split.
+
+    Returns:
+        The metrics of `metrics.summarize`, with `inference_images_per_second` (median, batches
+        already on the device), `parameters`, `model`, `data`, `split`, `class_names`,
+        `checkpoint_step` and `warnings`.
+
+    Raises:
+        UserError: no such run or dataset, or a dataset that does not fit the run.
+    """
+    request_devices(config.device)
+    use_compilation_cache()
+    trained = load_run(config.path, config.checkpoint)
+    own = trained.run.config
+    size = config.image_size or own.image_size
+    name = config.data or own.data
+    dataset = load_dataset(name, size or (trained.run.data["image_shape"][0] if config.data else 0))
+    check_fits(trained, dataset)
+    source = dataset.split(config.split)
+    return {
+        "model": own.model,
+        "parameters": num_params(trained.variables["params"]),
+        "data": name,
+        "split": config.split,
+        "checkpoint_step": trained.step,
+        **measure(trained, source, config),
+        "class_names": list(dataset.class_names),
+        "warnings": list(trained.warnings),
+    }
+
+
+def check_fits(trained: TrainedRun, dataset: Dataset) -> None:
+    """Raises UserError where a dataset has other classes or other images than a run learned."""
+    path, shape = trained.run.path, tuple(trained.run.data["image_shape"])
+    if dataset.num_classes != trained.num_classes:
+        raise UserError(
+            f"the run in {path} tells {trained.num_classes} classes apart, but {dataset.name} has "
+            f"{dataset.num_classes}. Choose data with the same classes."
+        )
+    if dataset.image_shape != shape:
+        raise UserError(
+            f"the run in {path} takes images of shape {shape}, but those of {dataset.name} have "
+            f"{dataset.image_shape}. Choose --image-size {shape[0]}, or data with "
+            f"{shape[2]} channel(s)."
+        )
+
+
+def measure(trained: TrainedRun, source: ArraySource, config: EvaluateConfig) -> dict[str, Any]:
+    """Returns the metrics over a split and the speed of inference."""
+    parallel = make_parallel(config.device, config.batch_size)
+    run_evaluate = make_evaluate(
+        parallel, trained.model, trained.statistics, trained.num_classes, config.batch_size
+    )
+    variables = parallel.put(trained.variables)
+    sums = run_evaluate(variables, parallel.put(loader.as_arrays(source)))
+    return {
+        **summarize(parallel.get(sums)),
+        "inference_images_per_second": _speed(trained, source, config.batch_size),
+    }
+
+
+def _speed(trained: TrainedRun, source: ArraySource, batch_size: int) -> float:
+    """Times forward passes over one batch on one device; returns the median images/s."""
+    predict = jax.jit(partial(_from_pixels, trained.model, trained.statistics))
+    variables = jax.device_put(trained.variables)
+    images = jax.device_put(source.images[:batch_size])
+    predict(variables, images).block_until_ready()
+    seconds: list[float] = []
+    while sum(seconds) < _SPEED_SECONDS or len(seconds) < 5:
+        begin = time.perf_counter()
+        predict(variables, images).block_until_ready()
+        seconds.append(time.perf_counter() - begin)
+    return len(images) / stats.median(seconds)
+
+
+def _from_pixels(
+    model: nn.Module, statistics: dict[str, Any], variables: Any, images: jax.Array
+) -> jax.Array:
+    scaled = images.astype(jnp.float32) / 255
+    return predict_logits(model, statistics, variables, scaled)
+
+
+def predict(config: PredictConfig) -> list[dict[str, Any]]:
+    """Classifies image files.
+
+    Returns:
+        For each file, in order: `file`, `class` (its name), `label` (its number), `probability`
+        and `probabilities`, `{class name: probability}`, the likeliest first.
+
+    Raises:
+        UserError: no such run, or a file that is no image.
+    """
+    if config.top < 1:
+        raise UserError(f"--top is {config.top}, but it must be at least 1.")
+    if not config.images:
+        raise UserError("there is no image to classify. Name at least one file.")
+    use_compilation_cache()
+    trained = load_run(config.path, config.checkpoint)
+    shape = trained.run.data["image_shape"]
+    images = np.stack([preprocess.read_image(Path(name), shape) for name in config.images])
+    probabilities = predict_probabilities(trained, images)
+    names = trained.run.data["class_names"]
+    return [
+        _prediction(name, row, names)
+        for name, row in zip(config.images, probabilities, strict=True)
+    ]
+
+
+def predict_probabilities(trained: TrainedRun, images: np.ndarray) -> np.ndarray:
+    """Returns the probabilities of all classes.
+
+    Args:
+        trained: from `load_run`.
+        images: [examples, height, width, channels] uint8, as the run takes them.
+
+    Returns:
+        [examples, classes] float32; each row sums to 1.
+    """
+    apply = jax.jit(partial(_from_pixels, trained.model, trained.statistics))
+    variables = jax.device_put(trained.variables)
+    batches = np.split(images, range(256, len(images), 256))
+    return np.concatenate([jax.nn.softmax(apply(variables, batch)) for batch in batches])
+
+
+def _prediction(file: str, row: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
+    order = np.argsort(-row, kind="stable")
+    return {
+        "file": file,
+        "class": names[order[0]],
+        "label": int(order[0]),
+        "probability": float(row[order[0]]),
+        "probabilities": {names[index]: float(row[index]) for index in order},
+    }

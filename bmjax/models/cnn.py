@@ -1,0 +1,50 @@
+"""The plain convolutional network."""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+
+from bmjax.models.layers import Conv, max_pool_2x2, name_intermediate
+
+
+class CNN(nn.Module):
+    """3x3 convolutions with padding 1, ReLU and 2x2 max pooling after each, one dense layer.
+
+    Intermediates: `stage1`, `stage2`, ... (after pooling), and `pre_logits` [batch, features].
+
+    Attributes:
+        num_classes: number of logits.
+        features: channels of the convolutions.
+        dtype: of the computation; params and logits are float32.
+    """
+
+    num_classes: int
+    features: Sequence[int] = (64, 128)
+    dtype: jnp.dtype | None = None
+
+    @nn.compact
+    def __call__(self, images: Array, train: bool = False) -> Array:
+        """Maps [batch, height, width, channels] to logits [batch, num_classes].
+
+        Raises:
+            ValueError: the images are too small to be halved once per convolution.
+        """
+        del train  # the same in both modes
+        smallest = 2 ** len(self.features)
+        if min(images.shape[1:3]) < smallest:
+            raise ValueError(
+                f"images of {images.shape[1]}x{images.shape[2]} pixels are too small for this "
+                f"cnn: it halves them {len(self.features)} times and needs at least "
+                f"{smallest}x{smallest}."
+            )
+        hidden = images
+        for number, size in enumerate(self.features, 1):
+            layer = Conv(size, (3, 3), ((1, 1), (1, 1)), dtype=self.dtype, name=f"conv{number}")
+            # Pooling first gives the same values, and ReLU then has a quarter of the work.
+            hidden = nn.relu(max_pool_2x2(layer(hidden)))
+            hidden = name_intermediate(self, f"stage{number}", hidden)
+        flat = name_intermediate(self, "pre_logits", hidden.reshape(hidden.shape[0], -1))
+        logits = nn.Dense(self.num_classes, dtype=self.dtype, name="head")(flat)
+        return logits.astype(jnp.float32)

@@ -1,0 +1,37 @@
+"""The multi-layer perceptron."""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+
+from bmjax.models.layers import name_intermediate
+
+
+class MLP(nn.Module):
+    """Dense layers with ReLU between them, none on the logits.
+
+    Intermediates: `hidden1`, `hidden2`, ... (after ReLU), and `pre_logits`, the last of them.
+
+    Attributes:
+        num_classes: number of logits.
+        hidden_sizes: widths of the hidden layers.
+        dtype: of the computation; params and logits are float32.
+    """
+
+    num_classes: int
+    hidden_sizes: Sequence[int] = (128, 64)
+    dtype: jnp.dtype | None = None
+
+    @nn.compact
+    def __call__(self, images: Array, train: bool = False) -> Array:
+        """Maps [batch, height, width, channels] to logits [batch, num_classes]."""
+        del train  # the same in both modes
+        features = images.reshape(images.shape[0], -1)
+        for number, size in enumerate(self.hidden_sizes, 1):
+            layer = nn.Dense(size, dtype=self.dtype, name=f"dense{number}")
+            features = name_intermediate(self, f"hidden{number}", nn.relu(layer(features)))
+        features = name_intermediate(self, "pre_logits", features)
+        logits = nn.Dense(self.num_classes, dtype=self.dtype, name="head")(features)
+        return logits.astype(jnp.float32)

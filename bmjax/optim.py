@@ -1,0 +1,125 @@
+"""Optimizers, learning-rate schedules, and rules on parameter paths."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from bmjax.config import OptimConfig
+from bmjax.errors import UserError
+
+# Kernels are pulled towards zero; biases, and scales of a normalisation, are left alone.
+_DECAYED = ((r"(.*/)?kernel", True), (r"(.*/)?(bias|scale)", False))
+
+
+def match_rules(tree: Any, rules: Sequence[tuple[str, Any]], may_be_unused: bool = False) -> Any:
+    """Gives every leaf the value of the first rule whose pattern matches its whole path.
+
+    Args:
+        tree: a tree of params.
+        rules: (regular expression, value); paths are written `layer/kernel`.
+        may_be_unused: whether a rule that matches no leaf is right all the same.
+
+    Returns:
+        A tree of the same structure that holds the values.
+
+    Raises:
+        UserError: leaves that no rule matches, or rules that match no leaf; all are listed.
+    """
+    used: set[str] = set()
+    unmatched: list[str] = []
+
+    def value_of(path: Any, _: Any) -> Any:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        for pattern, value in rules:
+            if re.fullmatch(pattern, name):
+                used.add(pattern)
+                return value
+        unmatched.append(name)
+        return None
+
+    values = jax.tree_util.tree_map_with_path(value_of, tree)
+    if unmatched:
+        raise UserError(f"no rule matches the params {', '.join(unmatched)}. Add one.")
+    unused = [pattern for pattern, _ in rules if pattern not in used]
+    if unused and not may_be_unused:
+        paths = jax.tree_util.tree_leaves_with_path(tree)
+        names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
+        raise UserError(f"the rules {unused} match none of the params {', '.join(names)}.")
+    return values
+
+
+def decay_mask(params: Any) -> Any:
+    """Returns True for every leaf that weight decay applies to, False for the others."""
+    return match_rules(params, _DECAYED, may_be_unused=True)
+
+
+def learning_rate_schedule(
+    config: OptimConfig, total_steps: int, steps_per_epoch: int
+) -> optax.Schedule:
+    """Returns the learning rate as a function of the step, counted from 0.
+
+    The warm-up's first step already has a learning rate above 0, its last one the peak; after
+    it `cosine` follows `(1 + cos(pi t)) / 2` down to 0 at the end of the run. `one-cycle`
+    (Smith and Topin 2019, in its cosine form) starts at 1/25 of the peak and ends at 1/250,000.
+
+    Args:
+        config: schedule, learning rate and warm-up.
+        total_steps: updates in the whole run.
+        steps_per_epoch: updates in one epoch.
+
+    Raises:
+        UserError: the warm-up is as long as the run.
+    """
+    peak = config.learning_rate
+    warmup = round(config.warmup_epochs * steps_per_epoch)
+    if warmup >= total_steps:
+        raise UserError(
+            f"--warmup-epochs {config.warmup_epochs} is not shorter than the run of "
+            f"{total_steps / steps_per_epoch:g} epochs. Shorten the warm-up or lengthen the run."
+        )
+    if config.schedule == "one-cycle":
+        start, end, turn = peak / 25, peak / 250_000, max(warmup, 1)
+    else:
+        start, end, turn = peak / (warmup + 1), 0.0, warmup
+    cosine_rise = config.schedule == "one-cycle"
+    falls = config.schedule != "constant"
+
+    def schedule(count: Any) -> Array:
+        count = jnp.asarray(count, jnp.float32)
+        rise = jnp.clip(count / max(turn, 1), 0.0, 1.0)
+        if cosine_rise:
+            rise = (1 - jnp.cos(jnp.pi * rise)) / 2
+        fall = jnp.clip((count - turn) / (total_steps - turn), 0.0, 1.0)
+        rising = start + (peak - start) * rise
+        falling = end + (peak - end) * (1 + jnp.cos(jnp.pi * fall)) / 2 if falls else peak
+        return jnp.where(count < turn, rising, falling)
+
+    return schedule
+
+
+def make_optimizer(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Returns the optimizer: clipping first, then the update rule with its weight decay.
+
+    adamw and lion decay the params themselves, by learning rate times weight decay (Loshchilov
+    and Hutter 2019); sgd and adam add `weight_decay * params` to the gradient, as PyTorch's SGD
+    and Adam do. Lion (Chen et al. 2023) uses b1 = 0.9, b2 = 0.99; the Adams 0.9 and 0.999.
+
+    Args:
+        config: which rule, with its settings.
+        schedule: learning rate by step.
+    """
+    decay = optax.add_decayed_weights(config.weight_decay, decay_mask)
+    rate = optax.scale_by_learning_rate(schedule)
+    rules: dict[str, list[optax.GradientTransformation]] = {
+        "sgd": [decay, optax.trace(config.momentum, config.nesterov), rate],
+        "adam": [decay, optax.scale_by_adam(), rate],
+        "adamw": [optax.scale_by_adam(), decay, rate],
+        "lion": [optax.scale_by_lion(), decay, rate],
+    }
+    clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
+    return optax.chain(*clip, *rules[config.optimizer])

@@ -1,0 +1,130 @@
+"""Running one pure function on several devices: by jit over a mesh, or by pmap.
+
+Everything but the batch is held by every device; the batch is divided. Under jit the function
+sees the whole batch and the compiler divides the work; under pmap it sees its device's part and
+adds up by `axis_name`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from bmjax.config import DeviceConfig
+from bmjax.errors import UserError
+
+AXIS = "devices"
+
+
+class Parallel:
+    """Devices, and how a function is compiled for them.
+
+    Attributes:
+        devices: those that are used.
+        axis_name: what a function adds up along; None under jit, where there is no need.
+    """
+
+    def __init__(self, kind: str, devices: Sequence[jax.Device]):
+        self.devices = list(devices)
+        self.axis_name = AXIS if kind == "pmap" else None
+        mesh = Mesh(np.array(self.devices), (AXIS,), axis_types=(AxisType.Auto,))
+        self._everywhere = NamedSharding(mesh, PartitionSpec())
+        self._divided = NamedSharding(mesh, PartitionSpec(AXIS))
+
+    def put(self, tree: Any) -> Any:
+        """Copies a tree of arrays to every device; the copies are never the originals."""
+        if self.axis_name:
+            copies = [jax.device_put(tree, device) for device in self.devices]
+            return jax.tree.map(self._stack, *copies)
+        return jax.device_put(tree, self._everywhere, may_alias=False)
+
+    def _stack(self, *copies: jax.Array) -> jax.Array:
+        shape = (len(copies), *copies[0].shape)
+        parts = [jnp.expand_dims(copy, 0) for copy in copies]
+        return jax.make_array_from_single_device_arrays(shape, self._divided, parts)
+
+    def get(self, tree: Any) -> Any:
+        """Copies a tree back to the host, as numpy arrays that nothing else can change.
+
+        A typed PRNG key becomes its raw data.
+        """
+
+        def to_host(leaf: jax.Array) -> np.ndarray:
+            if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+                leaf = jax.random.key_data(leaf)
+            shard = leaf.addressable_shards[0].data
+            return np.array(shard[0] if self.axis_name else shard, copy=True)
+
+        return jax.tree.map(to_host, tree)
+
+    def divide(self, batch: Any) -> Any:
+        """Inside a function under jit: divides a batch over the devices. Under pmap it is."""
+        if self.axis_name or len(self.devices) == 1:
+            return batch
+        return jax.lax.with_sharding_constraint(batch, self._divided)
+
+    def compile(
+        self, function: Callable[..., Any], held: int, donated: Sequence[int] = ()
+    ) -> Callable[..., Any]:
+        """Compiles a pure function.
+
+        Args:
+            function: its first `held` arguments are trees from `put`, any others host scalars.
+            held: number of those.
+            donated: which of them the call may overwrite.
+
+        Returns:
+            The compiled function; its results are held by every device, as those of `put`.
+        """
+        if self.axis_name is None:
+            return jax.jit(function, donate_argnums=donated, out_shardings=self._everywhere)
+        compiled: dict[int, Callable[..., Any]] = {}
+
+        def call(*arguments: Any) -> Any:
+            number = len(arguments)
+            if number not in compiled:
+                compiled[number] = jax.pmap(
+                    function,
+                    axis_name=AXIS,
+                    in_axes=(0,) * held + (None,) * (number - held),
+                    donate_argnums=donated,
+                    devices=self.devices,
+                )
+            return compiled[number](*arguments)
+
+        return call
+
+
+def request_devices(config: DeviceConfig) -> None:
+    """Makes virtual CPU devices where several are asked for; to be called before all else."""
+    if config.devices > 1:
+        try:
+            jax.config.update("jax_num_cpu_devices", config.devices)
+        except RuntimeError:
+            # JAX runs already, with the devices it has; make_parallel judges their number.
+            return
+
+
+def make_parallel(config: DeviceConfig, batch_size: int, accumulate: int = 1) -> Parallel:
+    """Returns the devices that the config asks for.
+
+    Raises:
+        UserError: there are fewer devices, or the batch does not divide over them.
+    """
+    available = jax.devices()
+    number = config.devices or len(available)
+    if number > len(available):
+        raise UserError(
+            f"--devices {number} asks for more than the {len(available)} "
+            f"{available[0].platform} device(s) there are. Lower it, or leave it out to use all."
+        )
+    if batch_size % (number * accumulate):
+        parts = f"{number} device(s)" + (f" times {accumulate} parts" if accumulate > 1 else "")
+        raise UserError(
+            f"--batch-size {batch_size} does not divide over {parts}. Choose a multiple of "
+            f"{number * accumulate}, or other --devices."
+        )
+    return Parallel(config.parallel, available[:number])

@@ -1,0 +1,149 @@
+"""The folder of a run: what is in it, creating it, reading it back."""
+
+import json
+import os
+import platform
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from bmjax import __version__
+from bmjax.config import TrainConfig, contradictions, flatten, unflatten
+from bmjax.errors import UserError
+
+CONFIG = "config.json"
+_VERSIONS_OF = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder with what its `config.json` says.
+
+    Attributes:
+        path: the folder.
+        config: the settings, resolved.
+        data: of the dataset: `name`, `fingerprint`, `class_names`, `image_shape`, `mean`, `std`.
+        extra: settings beyond training, such as those of distillation.
+    """
+
+    path: Path
+    config: TrainConfig
+    data: dict[str, Any]
+    extra: dict[str, Any]
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        """The file of the metrics, one JSON object a line."""
+        return self.path / "metrics.jsonl"
+
+
+def refuse_existing(path: Path) -> None:
+    """Raises UserError where `path` holds a run already, or is no folder that can be one."""
+    if (path / CONFIG).exists():
+        raise UserError(
+            f"{path} already holds a run. Go on with it by --resume, choose another --out, or "
+            "remove the folder."
+        )
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file, not a folder. Choose another --out.")
+
+
+def create_run(run: Run) -> None:
+    """Makes the folder and writes its `config.json`, whole or not at all.
+
+    Raises:
+        UserError: there is a run already, or the folder cannot be written.
+    """
+    refuse_existing(run.path)
+    content = {
+        "bmjax": __version__,
+        "config": flatten(run.config),
+        "data": run.data,
+        "extra": run.extra,
+        "versions": {
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in _VERSIONS_OF},
+        },
+    }
+    try:
+        run.checkpoints.mkdir(parents=True, exist_ok=True)
+        write_atomically(run.path / CONFIG, json.dumps(content, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(
+            f"the folder {run.path} cannot be written ({error.strerror}). Choose another --out."
+        ) from error
+
+
+def read_run(path: Path) -> Run:
+    """Reads back what `create_run` wrote.
+
+    Raises:
+        UserError: there is no run, or its `config.json` is damaged.
+    """
+    file = path / CONFIG
+    if not file.is_file():
+        raise UserError(f"there is no run in {path} (no {CONFIG} there). Check the path.")
+    try:
+        content = json.loads(file.read_text())
+        config, data, extra = content["config"], content["data"], content["extra"]
+        shape = tuple(int(side) for side in data["image_shape"])
+        data = {
+            "name": str(data["name"]),
+            "fingerprint": str(data["fingerprint"]),
+            "class_names": [str(name) for name in data["class_names"]],
+            "image_shape": shape,
+            "mean": [float(value) for value in data["mean"]],
+            "std": [float(value) for value in data["std"]],
+        }
+        if not isinstance(config, dict) or not isinstance(extra, dict) or len(shape) != 3:
+            raise ValueError("a part has the wrong form")
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{file} cannot be read ({type(error).__name__}: {error}). It was changed or cut off; "
+            "restore it, or start anew."
+        ) from error
+    return Run(path, unflatten(TrainConfig, config, str(file)), data, extra)
+
+
+def check_same(saved: Run, asked: Run) -> None:
+    """Raises UserError where a resumption contradicts the run, with each field and both values."""
+    differing = contradictions(saved.config, asked.config)
+    for name in sorted({*saved.extra, *asked.extra}):
+        before, after = saved.extra.get(name), asked.extra.get(name)
+        if before != after:
+            differing.append(f"{name} is {before!r} in the run and {after!r} now")
+    if differing:
+        raise UserError(
+            f"--resume contradicts the run in {saved.path}: {'; '.join(differing)}. "
+            "Leave these flags out, or start another run in another --out."
+        )
+    if saved.data["fingerprint"] != asked.data["fingerprint"]:
+        raise UserError(
+            f"the data of {saved.data['name']} are not those that the run in {saved.path} began "
+            "with (their SHA-256 differs). Restore the data, or start another run."
+        )
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a file so that it is either the old one or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def free_folder(path: Path) -> Path:
+    """Returns `path`, or the first of `path-2`, `path-3`, ... that does not exist."""
+    number, free = 1, path
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{path.name}-{number}")
+    return free

@@ -1,0 +1,159 @@
+"""What a person and a program see of a run: progress, metrics.jsonl, TensorBoard."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+from bmjax.runs import write_atomically
+
+_PLAIN_LINES = 20
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one JSON object a line, on the disk as soon as it is known."""
+
+    def __init__(self, path: Path, resume_step: int = 0):
+        """Opens the file; what a resumed run had written beyond its checkpoint is taken out."""
+        self.records = [record for record in read_metrics(path) if record["step"] <= resume_step]
+        write_atomically(path, "".join(json.dumps(record) + "\n" for record in self.records))
+        self._file = path.open("a")
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Appends one record, which has `step`, `epoch` and `split`."""
+        self.records.append(record)
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Reads the records of a `metrics.jsonl`; a last line cut off by a kill is left out."""
+    if not path.is_file():
+        return []
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            break
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            break
+        records.append(record)
+    return records
+
+
+class EventFiles:
+    """Event files for TensorBoard, one series per split and metric."""
+
+    def __init__(self, folder: Path, resume_step: int = 0):
+        from tensorboardX import SummaryWriter
+
+        # Events of a run that was killed beyond its checkpoint are hidden by purge_step.
+        self._writer = SummaryWriter(
+            str(folder), purge_step=resume_step + 1 if resume_step else None
+        )
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Adds the numbers of one record."""
+        for name, value in record.items():
+            if name not in ("step", "epoch", "split"):
+                self._writer.add_scalar(f"{record['split']}/{name}", value, record["step"])
+
+    def close(self) -> None:
+        """Writes what is left and closes the file."""
+        self._writer.close()
+
+
+class Display:
+    """A progress bar on a terminal, plain lines elsewhere.
+
+    Args:
+        title: stands before every line.
+        epochs: epochs of the run.
+        steps_per_epoch: updates in one.
+        start: updates done before.
+    """
+
+    def __init__(self, title: str, epochs: int, steps_per_epoch: int, start: int, console: Console):
+        self._title, self._epochs, self._steps = title, epochs, steps_per_epoch
+        self._console = console
+        self._begin, self._start = time.monotonic(), start
+        self._lines_every = max(1, epochs // _PLAIN_LINES)
+        self._progress = None
+        if console.is_terminal:
+            self._progress = Progress(
+                TextColumn("[bold]{task.description}"),
+                BarColumn(bar_width=None),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[figures]}"),
+                TimeRemainingColumn(),
+                console=console,
+                transient=True,
+            )
+            self._task = self._progress.add_task(
+                f"{title} epoch 1/{epochs}",
+                total=epochs * steps_per_epoch,
+                completed=start,
+                figures="compiling",
+            )
+            self._progress.start()
+
+    def advance(self, step: int, figures: dict[str, float]) -> None:
+        """Shows the place in the run, with the running figures of the epoch."""
+        if self._progress is not None:
+            epoch = min(self._epochs, step // self._steps + 1)
+            self._progress.update(
+                self._task,
+                completed=step,
+                description=f"{self._title} epoch {epoch}/{self._epochs}",
+                figures=_figures(figures),
+            )
+
+    def epoch(self, epoch: int, figures: dict[str, float]) -> None:
+        """Says how an epoch went, where output is no terminal: about 20 lines a run."""
+        if self._progress is not None:
+            return
+        if epoch in (1, self._epochs) or epoch % self._lines_every == 0:
+            share = (epoch * self._steps - self._start) / (self._epochs * self._steps - self._start)
+            left = (time.monotonic() - self._begin) * (1 / share - 1) if share > 0 else 0.0
+            self.say(
+                f"{self._title} epoch {epoch}/{self._epochs}  {_figures(figures)}  "
+                f"{_duration(left)} left"
+            )
+
+    def say(self, text: str) -> None:
+        """Prints a line."""
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Removes the bar."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+def _figures(figures: dict[str, float]) -> str:
+    formats = {"loss": "loss {:.4f}", "accuracy": "accuracy {:.2%}"}
+    formats["validation_accuracy"] = "validation {:.2%}"
+    formats["examples_per_second"] = "{:,.0f} images/s"
+    return "  ".join(
+        form.format(figures[name]) for name, form in formats.items() if name in figures
+    )
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes}:{seconds:02d}"

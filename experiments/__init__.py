@@ -1,0 +1,1 @@
+"""Claimed results: one script each, with its command and what it gave."""
