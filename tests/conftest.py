@@ -1,0 +1,90 @@
+"""Eight virtual CPU devices, strict settings, a small dataset, and a cache of the tests' own."""
+
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+jax.config.update("jax_num_cpu_devices", 8)
+# Broadcasting arrays of different rank hides mistakes, so it must be written out.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+from bmjax.config import AugmentConfig, DeviceConfig, RunConfig, TrainConfig  # noqa: E402
+from bmjax.data import ArraySource, Dataset  # noqa: E402
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    cache = tempfile.mkdtemp(prefix="bmjax-tests-")
+    os.environ["BMJAX_CACHE"] = cache
+    for line in (
+        "error",
+        # Raised inside packages, about their own code or each other's.
+        "ignore::DeprecationWarning:tensorflow_datasets.*",
+        "ignore::DeprecationWarning:tensorboardX.*",
+        "ignore::DeprecationWarning:google.*",
+        "ignore::DeprecationWarning:orbax.*",
+        "ignore::DeprecationWarning:flax.*",
+        "ignore::DeprecationWarning:mlxtend.*",
+        # Orbax says that it restores to the host when no sharding is given: as intended.
+        "ignore:.*[Ss]harding.*:UserWarning:orbax.*",
+    ):
+        config.addinivalue_line("filterwarnings", line)
+    warnings.simplefilter("default")
+
+
+def draw_shapes(num: int, seed: int, channels: int = 1, size: int = 12) -> ArraySource:
+    """Three classes anyone can tell apart: a bright left half, top half, or centre."""
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 90, (num, size, size, channels))
+    labels = np.arange(num) % 3
+    half, quarter = size // 2, size // 4
+    images[labels == 0, :, :half] += 120
+    images[labels == 1, :half] += 120
+    images[labels == 2, quarter:-quarter, quarter:-quarter] += 120
+    return ArraySource(images.astype(np.uint8), labels.astype(np.int32))
+
+
+@pytest.fixture(scope="session")
+def shapes() -> Dataset:
+    return Dataset(
+        "shapes", draw_shapes(90, 1), draw_shapes(30, 2), draw_shapes(50, 3), ("left", "top", "mid")
+    )
+
+
+@pytest.fixture
+def shapes_npz(tmp_path: Path, shapes: Dataset) -> Path:
+    path = tmp_path / "shapes.npz"
+    arrays = {}
+    for name in ("train", "validation", "test"):
+        arrays[f"{name}_image"] = shapes.split(name).images
+        arrays[f"{name}_label"] = shapes.split(name).labels
+    np.savez(path, **arrays)
+    return path
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> TrainConfig:
+    """A run of two seconds: 6 epochs of 6 steps, on one device."""
+    return TrainConfig(
+        model="mlp",
+        hidden_sizes=(16,),
+        data="shapes",
+        epochs=6,
+        batch_size=16,
+        out=str(tmp_path / "run"),
+        views=AugmentConfig(shift=0.05),
+        device=DeviceConfig(devices=1),
+        run=RunConfig(tensorboard=False),
+    )
+
+
+@pytest.fixture
+def quiet() -> Iterator[Console]:
+    with open(os.devnull, "w") as nowhere:
+        yield Console(file=nowhere)

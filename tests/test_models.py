@@ -1,0 +1,121 @@
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bmjax
+from bmjax.errors import UserError
+from bmjax.models import num_params
+from bmjax.models.layers import Conv, _conv_by_xla, max_pool_2x2
+
+
+@pytest.mark.parametrize("name", bmjax.list_models())
+@pytest.mark.parametrize("shape", [(28, 28, 1), (13, 10, 3)])
+@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
+def test_every_model_keeps_the_contract(name, shape, dtype):
+    model = bmjax.create_model(name, num_classes=7, dtype=dtype)
+    images = jax.random.normal(jax.random.key(1), (5, *shape))
+    variables = model.init(jax.random.key(0), images)
+    logits = model.apply(variables, images)
+    chex.assert_shape(logits, (5, 7))
+    assert logits.dtype == jnp.float32
+    chex.assert_tree_all_finite(logits)
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables["params"])} == {jnp.dtype("float32")}
+    assert float(logits.min()) < 0  # no ReLU on the logits
+
+    def loss(params):
+        out, _ = model.apply({"params": params}, images, train=True, mutable=["batch_stats"])
+        return jnp.sum(jax.nn.log_softmax(out)[:, 0])
+
+    for path, grad in jax.tree_util.tree_leaves_with_path(jax.grad(loss)(variables["params"])):
+        assert float(jnp.abs(grad).max()) > 0, f"{path} receives no gradient"
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("mlp", {"hidden1": (2, 128), "hidden2": (2, 64), "pre_logits": (2, 64)}),
+        (
+            "cnn",
+            {"stage1": (2, 14, 14, 64), "stage2": (2, 7, 7, 128), "pre_logits": (2, 7 * 7 * 128)},
+        ),
+    ],
+)
+def test_intermediates_have_names(name, expected):
+    model = bmjax.create_model(name, num_classes=10)
+    images = jnp.ones((2, 28, 28, 1))
+    variables = model.init(jax.random.key(0), images)
+    variables = {"params": variables["params"]}
+    logits, new = model.apply(variables, images, mutable=["intermediates"])
+    assert {key: value.shape for key, value in new["intermediates"].items()} == expected
+    head = variables["params"]["head"]
+    again = new["intermediates"]["pre_logits"] @ head["kernel"] + head["bias"][None]
+    np.testing.assert_allclose(again, logits, atol=1e-5)
+
+
+def test_mlp_is_784_128_64_10():
+    model = bmjax.create_model("mlp", num_classes=10)
+    params = model.init(jax.random.key(0), jnp.ones((1, 28, 28, 1)))["params"]
+    assert num_params(params) == 784 * 128 + 128 + 128 * 64 + 64 + 64 * 10 + 10
+    wide = bmjax.create_model("mlp", num_classes=10, hidden_sizes=(7,))
+    shapes = jax.tree.map(jnp.shape, wide.init(jax.random.key(0), jnp.ones((1, 4, 4, 1)))["params"])
+    assert shapes["dense1"]["kernel"] == (16, 7)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 8, 20])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_conv_equals_that_of_linen(channels, dtype):
+    images = jax.random.normal(jax.random.key(0), (3, 9, 11, channels))
+    padding = ((1, 1), (1, 1))
+    ours = Conv(6, (3, 3), padding, dtype=dtype)
+    theirs = nn.Conv(6, (3, 3), padding=padding, dtype=dtype)
+    variables = theirs.init(jax.random.key(1), images)
+    chex.assert_trees_all_equal_shapes_and_dtypes(variables, ours.init(jax.random.key(1), images))
+    variables = jax.tree.map(lambda leaf: leaf + 0.1, variables)
+
+    def value_and_grads(layer):
+        def loss(variables, images):
+            return jnp.sum(jnp.sin(layer.apply(variables, images).astype(jnp.float32)))
+
+        return layer.apply(variables, images), jax.grad(loss, (0, 1))(variables, images)
+
+    tolerance = 1e-4 if dtype == jnp.float32 else 0.15
+    chex.assert_trees_all_close(
+        value_and_grads(ours), value_and_grads(theirs), atol=tolerance, rtol=tolerance
+    )
+
+
+def test_both_lowerings_of_the_convolution_agree():
+    images = jax.random.normal(jax.random.key(0), (2, 10, 9, 16))
+    layer = Conv(5, (3, 3), ((1, 1), (1, 1)))
+    variables = layer.init(jax.random.key(1), images)
+    padded = jnp.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    by_xla = _conv_by_xla(padded, variables["params"]["kernel"])
+    np.testing.assert_allclose(layer.apply(variables, images), by_xla, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", [8, 9])
+def test_max_pool_equals_that_of_linen(side):
+    images = jax.random.normal(jax.random.key(0), (3, side, side, 4))
+
+    def value_and_grad(pool):
+        return pool(images), jax.grad(lambda x: jnp.sum(jnp.sin(pool(x))))(images)
+
+    chex.assert_trees_all_close(
+        value_and_grad(max_pool_2x2), value_and_grad(lambda x: nn.max_pool(x, (2, 2), (2, 2)))
+    )
+
+
+def test_misuse_is_named():
+    with pytest.raises(UserError, match="unknown model 'clip'. .*Known: cnn, cnn_tiny, mlp"):
+        bmjax.create_model("clip", num_classes=10)
+    with pytest.raises(UserError, match="Did you mean cnn"):
+        bmjax.create_model("cnm", num_classes=10)
+    with pytest.raises(UserError, match="does not take these options"):
+        bmjax.create_model("cnn", num_classes=10, hidden_sizes=(3,))
+    with pytest.raises(UserError, match="at least 1"):
+        bmjax.create_model("cnn", num_classes=0)
+    with pytest.raises(ValueError, match="too small"):
+        bmjax.create_model("cnn", num_classes=2).init(jax.random.key(0), jnp.ones((1, 3, 3, 1)))
