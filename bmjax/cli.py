@@ -98,7 +98,7 @@ def _parse(argv: list[str], defaults: dict[type, Any]) -> Any:
         prog="bmjax",
         description="Train, fine-tune and distil image classifiers in JAX.",
         args=argv,
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+        config=(tyro.conf.OmitArgPrefixes,),
     )
 
 
@@ -134,7 +134,7 @@ def _train(config: TrainConfig) -> None:
     _show_warnings(test)
     console.print(
         f"test accuracy {test['accuracy']:.2%} on {test['examples']} images, calibration error "
-        f"{test['expected_calibration_error']:.2%} (the params with the best validation accuracy)",
+        f"{test['expected_calibration_error']:.2%}",
         highlight=False,
         soft_wrap=True,
     )

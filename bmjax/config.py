@@ -12,7 +12,7 @@ import tyro
 
 from bmjax.errors import UserError
 
-DEFAULT_EPOCHS = {"mlp": 100, "cnn": 30, "cnn_tiny": 30}
+DEFAULT_EPOCHS = {"mlp": 100, "cnn": 20, "cnn_tiny": 20}
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class OptimConfig:
         warmup_epochs: Epochs over which the learning rate rises to its peak, linearly
             (one-cycle: along a cosine); fractions are allowed.
         momentum: Momentum of sgd, in [0, 1).
-        nesterov: Nesterov's form of sgd's momentum; --no-nesterov is the classical one.
+        nesterov: Nesterov's form of sgd's momentum instead of the classical one.
         weight_decay: Pull of the kernels towards 0; biases and normalisation are left alone.
             adamw and lion: decoupled, times the learning rate; sgd and adam: added to the
             gradient.
@@ -53,7 +53,7 @@ class AugmentConfig:
         shift: Largest shift as a share of the image's side, each way.
         rotate: Largest rotation in degrees, each way.
         scale: Largest change of size: 0.12 gives factors from 0.88 to 1.12.
-        augment: Random views at all; --no-augment trains on the images as they are.
+        augment: Train on random views, not on the images as they are.
     """
 
     shift: float = 0.1
@@ -89,7 +89,7 @@ class RunConfig:
         save_minutes: Most minutes of work that a killed machine can cost; a checkpoint is also
             saved at each tenth of the epochs.
         keep: Number of newest checkpoints kept (at least 1); each also holds the best params.
-        tensorboard: Write event files for TensorBoard; --no-tensorboard writes none.
+        tensorboard: Write event files for TensorBoard.
     """
 
     resume: bool = False
@@ -106,7 +106,7 @@ class BaseConfig:
         data: Dataset: mnist5k, or npz:PATH with arrays image and label (or train_image, ...).
         image_size: Side in pixels that images are resized to; 0 keeps the dataset's own.
         hidden_sizes: Widths of the hidden layers where the model is mlp; none given: 128 64.
-        epochs: Passes over the training split; 0 takes the model's default: 100 for mlp, 30 for
+        epochs: Passes over the training split; 0 takes the model's default: 100 for mlp, 20 for
             cnn.
         batch_size: Examples per update, over all devices together.
         accumulate: Parts that a batch is split into, one after the other, to save memory; the
@@ -151,7 +151,7 @@ class TrainConfig(BaseConfig):
         """Returns the config with the defaults that depend on the model filled in."""
         return dataclasses.replace(
             self,
-            epochs=self.epochs or DEFAULT_EPOCHS.get(self.model, 30),
+            epochs=self.epochs or DEFAULT_EPOCHS.get(self.model, 20),
             out=self.out or f"runs/{self.model}",
         )
 
@@ -164,6 +164,7 @@ class DistillConfig(BaseConfig):
     same views, for the same number of steps, to compare them.
 
     Attributes:
+        epochs: Passes of the student over the training split; 0 takes the model's default.
         teacher: Folder of the teacher's run; none given: train one first.
         teacher_model: Model that is trained as the teacher where no --teacher is given.
         teacher_epochs: Epochs of that teacher (at least 1).
@@ -172,9 +173,10 @@ class DistillConfig(BaseConfig):
         alpha: Weight of the distillation loss, in [0, 1]; the cross entropy has 1 - alpha.
     """
 
+    epochs: int = 60
     teacher: str = ""
     teacher_model: str = "cnn"
-    teacher_epochs: int = 10
+    teacher_epochs: int = 15
     student: str = "mlp"
     temperature: float = 4.0
     alpha: float = 0.9
@@ -194,7 +196,7 @@ class EvaluateConfig:
         data: Dataset to measure on; none given: the run's own.
         image_size: Side in pixels that images are resized to; 0 takes the run's.
         split: Part of the dataset.
-        checkpoint: Params with the best validation accuracy, or those of the latest checkpoint.
+        checkpoint: Params of the latest checkpoint, or those with the best validation accuracy.
         batch_size: Images at once, over all devices together.
         json: Print one JSON object instead of tables.
     """
@@ -203,7 +205,7 @@ class EvaluateConfig:
     data: str = ""
     image_size: int = 0
     split: Literal["train", "validation", "test", "all"] = "test"
-    checkpoint: Literal["best", "latest"] = "best"
+    checkpoint: Literal["latest", "best"] = "latest"
     batch_size: int = 250
     json: bool = False
     device: DeviceConfig = field(default_factory=DeviceConfig)
@@ -217,14 +219,14 @@ class PredictConfig:
         path: Folder of the run.
         images: Image files of any format that Pillow reads.
         top: Classes shown per image, the likeliest first (at least 1).
-        checkpoint: Params with the best validation accuracy, or those of the latest checkpoint.
+        checkpoint: Params of the latest checkpoint, or those with the best validation accuracy.
         json: Print one JSON object per image, with the probabilities of all classes.
     """
 
     path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     images: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE")]
     top: int = 3
-    checkpoint: Literal["best", "latest"] = "best"
+    checkpoint: Literal["latest", "best"] = "latest"
     json: bool = False
 
 

@@ -57,13 +57,13 @@ class TrainedRun:
         return len(self.run.data["class_names"])
 
 
-def load_run(path: str | Path, which: str = "best") -> TrainedRun:
+def load_run(path: str | Path, which: str = "latest") -> TrainedRun:
     """Reads a run and the params of its newest sound checkpoint; changes nothing in its folder.
 
     Args:
         path: the run's folder.
-        which: `best` for the params with the best validation accuracy so far, `latest` for
-            those of the checkpoint's step.
+        which: `latest` for the params of the checkpoint's step, `best` for those with the best
+            validation accuracy so far.
 
     Raises:
         UserError: there is no run, or no sound checkpoint of it.

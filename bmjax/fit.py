@@ -18,9 +18,9 @@ from bmjax import checkpoint
 from bmjax.cache import use_compilation_cache
 from bmjax.config import TrainConfig, check_train
 from bmjax.data import Dataset, load_dataset, loader, preprocess
-from bmjax.errors import DivergenceError, StoppedError, UserError
+from bmjax.errors import DivergenceError, StoppedError, UserError, unknown_name
 from bmjax.metrics import summarize
-from bmjax.models import create_model
+from bmjax.models import create_model, list_models
 from bmjax.optim import learning_rate_schedule, make_optimizer
 from bmjax.parallel import Parallel, make_parallel, request_devices
 from bmjax.runs import Run, check_same, create_run, read_run, refuse_existing
@@ -107,6 +107,8 @@ def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
     Raises:
         UserError: an unknown name, or hidden sizes for a model that has none.
     """
+    if config.model not in list_models():
+        raise unknown_name("model", config.model, list_models())
     options: dict[str, Any] = {}
     if config.precision == "bfloat16":
         options["dtype"] = jnp.bfloat16

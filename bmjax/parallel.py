@@ -36,10 +36,13 @@ class Parallel:
 
     def put(self, tree: Any) -> Any:
         """Copies a tree of arrays to every device; the copies are never the originals."""
+        # device_put may hand out the memory of its source, and a call that is donated the result
+        # would destroy both; may_alias=False does not help where there are several devices.
+        tree = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), tree)
         if self.axis_name:
             copies = [jax.device_put(tree, device) for device in self.devices]
             return jax.tree.map(self._stack, *copies)
-        return jax.device_put(tree, self._everywhere, may_alias=False)
+        return jax.device_put(tree, self._everywhere)
 
     def _stack(self, *copies: jax.Array) -> jax.Array:
         shape = (len(copies), *copies[0].shape)

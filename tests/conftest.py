@@ -5,6 +5,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -60,7 +61,7 @@ def shapes() -> Dataset:
 @pytest.fixture
 def shapes_npz(tmp_path: Path, shapes: Dataset) -> Path:
     path = tmp_path / "shapes.npz"
-    arrays = {}
+    arrays: dict[str, Any] = {}
     for name in ("train", "validation", "test"):
         arrays[f"{name}_image"] = shapes.split(name).images
         arrays[f"{name}_label"] = shapes.split(name).labels

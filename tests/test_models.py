@@ -1,3 +1,5 @@
+from typing import Any
+
 import chex
 import flax.linen as nn
 import jax
@@ -18,7 +20,7 @@ def test_every_model_keeps_the_contract(name, shape, dtype):
     model = bmjax.create_model(name, num_classes=7, dtype=dtype)
     images = jax.random.normal(jax.random.key(1), (5, *shape))
     variables = model.init(jax.random.key(0), images)
-    logits = model.apply(variables, images)
+    logits: Any = model.apply(variables, images)
     chex.assert_shape(logits, (5, 7))
     assert logits.dtype == jnp.float32
     chex.assert_tree_all_finite(logits)
@@ -92,8 +94,9 @@ def test_both_lowerings_of_the_convolution_agree():
     layer = Conv(5, (3, 3), ((1, 1), (1, 1)))
     variables = layer.init(jax.random.key(1), images)
     padded = jnp.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    ours: Any = layer.apply(variables, images)
     by_xla = _conv_by_xla(padded, variables["params"]["kernel"])
-    np.testing.assert_allclose(layer.apply(variables, images), by_xla, atol=1e-5)
+    np.testing.assert_allclose(ours, by_xla, atol=1e-5)
 
 
 @pytest.mark.parametrize("side", [8, 9])
@@ -109,7 +112,7 @@ def test_max_pool_equals_that_of_linen(side):
 
 
 def test_misuse_is_named():
-    with pytest.raises(UserError, match="unknown model 'clip'. .*Known: cnn, cnn_tiny, mlp"):
+    with pytest.raises(UserError, match=r"unknown model 'clip'. .*Known: cnn, cnn_tiny, mlp"):
         bmjax.create_model("clip", num_classes=10)
     with pytest.raises(UserError, match="Did you mean cnn"):
         bmjax.create_model("cnm", num_classes=10)

@@ -172,10 +172,10 @@ def _load_npz(path: Path, name: str) -> Dataset:
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise UserError(f"there is no file {path}. Check the path after 'npz:'.")
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"{path} is no npz archive. Write it by numpy.savez.")
     try:
         with np.load(path, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise UserError(f"{path} is no npz archive. Write it by numpy.savez.")
             return {key: archive[key] for key in archive.files}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(

@@ -1,0 +1,137 @@
+import json
+import shutil
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bmjax import checkpoint
+from bmjax.errors import UserError
+
+
+def draw(seed=0):
+    rng = np.random.default_rng(seed)
+    return {"a": {"kernel": rng.normal(size=(4, 3)).astype(np.float32)}, "step": np.int32(seed)}
+
+
+def save(folder, steps, keep=3):
+    writer = checkpoint.CheckpointWriter(folder, keep)
+    for step in steps:
+        named = checkpoint.to_named(draw(step))
+        writer.save(step, {"state": named, "best": named}, {"step": step})
+    writer.close()
+
+
+def test_what_is_saved_comes_back(tmp_path):
+    save(tmp_path, [5])
+    step, said = checkpoint.newest_sound(tmp_path)
+    assert (step, said) == (5, [])
+    read = checkpoint.read(tmp_path, 5, ("state", "best", "absent"))
+    assert set(read) == {"state", "best", "meta"}
+    assert read["meta"] == {"step": 5}
+    back = checkpoint.from_named(read["state"], draw(), "it")
+    chex.assert_trees_all_equal(back, draw(5))
+    chex.assert_trees_all_equal_dtypes(back, draw(5))
+
+
+def test_low_precision_and_typed_keys_come_back(tmp_path):
+    tree = {"key": jax.random.key(7), "half": jnp.array([1.5, 2.0], jnp.bfloat16)}
+    writer = checkpoint.CheckpointWriter(tmp_path, 1)
+    writer.save(1, {"state": checkpoint.to_named(tree)}, {})
+    writer.close()
+    read = checkpoint.read(tmp_path, 1, ("state",))["state"]
+    back = checkpoint.from_named(read, tree, "it")
+    np.testing.assert_array_equal(
+        jax.random.key_data(back["key"]), jax.random.key_data(tree["key"])
+    )
+    assert back["half"].dtype == jnp.bfloat16
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    save(tmp_path, [1, 2, 3, 4, 5], keep=2)
+    assert checkpoint.saved_steps(tmp_path) == [4, 5]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["4", "5"]
+
+
+def files(folder):
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def test_every_damage_to_every_file_is_noticed(tmp_path):
+    save(tmp_path / "whole", [1, 2])
+    names = [path.relative_to(tmp_path / "whole") for path in files(tmp_path / "whole" / "2")]
+    assert len(names) > 8
+
+    def flip(path):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+
+    def cut(path):
+        path.write_bytes(path.read_bytes()[:-1])
+
+    noticed = 0
+    for name in names:
+        for harm in (flip, cut, lambda path: path.write_bytes(b""), lambda path: path.unlink()):
+            shutil.copytree(tmp_path / "whole", tmp_path / "copy")
+            before = (tmp_path / "copy" / name).read_bytes()
+            harm(tmp_path / "copy" / name)
+            changed = not (tmp_path / "copy" / name).exists() or (
+                (tmp_path / "copy" / name).read_bytes() != before
+            )
+            step, said = checkpoint.newest_sound(tmp_path / "copy")
+            if changed:
+                assert step == 1, f"{name} was harmed unnoticed"
+                gone_manifest = name.name == "manifest.json" and not said
+                assert gone_manifest or name.name in said[0]
+                noticed += 1
+            shutil.rmtree(tmp_path / "copy")
+    assert noticed >= 4 * len(names) - 2
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_named(tmp_path):
+    save(tmp_path, [1, 2])
+    victim = files(tmp_path / "2" / "state" / "d")[0]
+    victim.write_bytes(b"?" + victim.read_bytes()[1:])
+    step, said = checkpoint.newest_sound(tmp_path, set_aside=True)
+    assert step == 1
+    assert f"{victim.relative_to(tmp_path / '2')} was changed" in said[0]
+    assert (tmp_path / "damaged" / "2").is_dir()
+    save(tmp_path, [2])
+    assert checkpoint.newest_sound(tmp_path) == (2, [])
+
+
+def test_what_a_killed_save_left_is_no_checkpoint(tmp_path):
+    save(tmp_path, [1, 2])
+    (tmp_path / "2" / "manifest.json").unlink()
+    (tmp_path / "3.orbax-checkpoint-tmp").mkdir()
+    assert checkpoint.newest_sound(tmp_path) == (1, [])
+    checkpoint.newest_sound(tmp_path, set_aside=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
+
+
+def test_restoring_is_strict_both_ways(tmp_path):
+    named = checkpoint.to_named(draw())
+    named["extra"] = named.pop("step")
+    named["a/kernel"] = named["a/kernel"].astype(np.float64)
+    with pytest.raises(UserError) as error:
+        checkpoint.from_named(named, draw(), "the checkpoint")
+    for part in ("missing step", "unexpected extra", "a/kernel is float64[4, 3], needed float32"):
+        assert part in str(error.value)
+
+
+def test_a_failure_in_the_background_is_raised(tmp_path):
+    (tmp_path / "file").write_text("")
+    writer = checkpoint.CheckpointWriter(tmp_path / "file", 1)
+    writer.save(1, {"state": checkpoint.to_named(draw())}, {})
+    with pytest.raises(Exception, match=r"Not a directory|NOT_FOUND|exists|file"):
+        writer.close()
+
+
+def test_manifests_of_any_form_are_judged(tmp_path):
+    save(tmp_path, [1])
+    for content in ("", "[]", "{}", json.dumps({"sha256": 3}), "null"):
+        (tmp_path / "1" / "manifest.json").write_text(content)
+        assert checkpoint.damage(tmp_path / "1") == ["manifest.json was changed"]

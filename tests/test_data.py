@@ -1,0 +1,266 @@
+import io
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from bmjax import load_dataset
+from bmjax.data import loader, preprocess
+from bmjax.data.sources import stratified_split
+from bmjax.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def mnist5k():
+    return load_dataset("mnist5k")
+
+
+def test_mnist5k_is_real_digits_split_evenly(mnist5k):
+    assert [len(mnist5k.split(name)) for name in ("train", "validation", "test", "all")] == [
+        3500,
+        500,
+        1000,
+        5000,
+    ]
+    for name, each in (("train", 350), ("validation", 50), ("test", 100)):
+        assert np.bincount(mnist5k.split(name).labels).tolist() == [each] * 10
+    example = mnist5k.train[3]
+    assert example["image"].shape == (28, 28, 1)
+    assert example["image"].dtype == np.uint8
+    assert isinstance(example["label"], int)
+    # The mean pixel of MNIST's 60,000 training digits is 0.1307, the deviation 0.3081.
+    statistics = preprocess.pixel_statistics(mnist5k.train.images)
+    assert statistics["mean"] == pytest.approx([0.1307], abs=0.003)
+    assert statistics["std"] == pytest.approx([0.3081], abs=0.003)
+
+
+def test_mnist5k_is_the_same_on_every_machine(mnist5k):
+    expected = "353c9149d7671e29de1992b034d9f86734e0335e9897024531bd6b7773bf0da4"
+    assert mnist5k.fingerprint() == expected
+
+
+def test_mnist5k_splits_share_no_image(mnist5k):
+    seen = [
+        {image.tobytes() for image in mnist5k.split(name).images}
+        for name in ("train", "validation", "test")
+    ]
+    assert len(set.union(*seen)) == sum(map(len, seen))
+
+
+def test_mnist5k_is_a_tfds_dataset_that_needs_no_tensorflow(mnist5k):
+    import tensorflow_datasets as tfds
+
+    folder = os.path.join(os.environ["BMJAX_CACHE"], "datasets", "mnist5k", "1.0.0")
+    source = tfds.builder_from_directory(folder).as_data_source(split="test")
+    assert len(source) == 1000
+    np.testing.assert_array_equal(source[7]["image"], mnist5k.test[7]["image"])
+    assert "tensorflow" not in sys.modules
+
+
+@pytest.mark.slow
+def test_two_processes_may_prepare_at_once(tmp_path, mnist5k):
+    code = "from bmjax import load_dataset; print(load_dataset('mnist5k').fingerprint())"
+    environment = {**os.environ, "BMJAX_CACHE": str(tmp_path)}
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    for process in both:
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+        assert out.strip() == mnist5k.fingerprint()
+        assert err == ""
+    assert [path.name for path in (tmp_path / "datasets" / "mnist5k").iterdir()] == ["1.0.0"]
+
+
+def test_stratified_split_depends_on_content_alone():
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 255, (60, 4, 4, 1)).astype(np.uint8)
+    labels = np.repeat([0, 1, 2], 20)
+    shares = {"test": 0.2, "train": 0.8}
+    parts = stratified_split(images, labels, shares)
+    assert sorted(np.concatenate(list(parts.values()))) == list(range(60))
+    assert np.bincount(labels[parts["test"]]).tolist() == [4, 4, 4]
+    order = rng.permutation(60)
+    shuffled = stratified_split(images[order], labels[order], shares)
+    assert set(order[shuffled["test"]]) == set(parts["test"])
+
+
+def save(path, **arrays):
+    np.savez(path, **arrays)
+    return f"npz:{path}"
+
+
+def images(num=60, size=6):
+    return np.random.default_rng(0).integers(0, 255, (num, size, size)).astype(np.uint8)
+
+
+def labels(num=60):
+    return np.arange(num) % 3
+
+
+def test_npz_with_image_and_label_is_split(tmp_path):
+    name = save(tmp_path / "a.npz", image=images(), label=labels())
+    dataset = load_dataset(name)
+    assert [len(dataset.split(part)) for part in ("train", "validation", "test")] == [42, 6, 12]
+    assert dataset.image_shape == (6, 6, 1)
+    assert dataset.class_names == ("0", "1", "2")
+    assert load_dataset(name).fingerprint() == dataset.fingerprint()
+
+
+def test_npz_keeps_the_splits_it_has(tmp_path):
+    name = save(
+        tmp_path / "a.npz",
+        train_image=images(),
+        train_label=labels(),
+        test_image=images(9),
+        test_label=labels(9),
+        class_names=np.array(["ant", "bee", "cow"]),
+    )
+    dataset = load_dataset(name)
+    assert [len(dataset.split(part)) for part in ("train", "validation", "test")] == [54, 6, 9]
+    np.testing.assert_array_equal(dataset.test.images[..., 0], images(9))
+    assert dataset.class_names == ("ant", "bee", "cow")
+
+
+def test_image_size_resizes_every_split(tmp_path):
+    dataset = load_dataset(save(tmp_path / "a.npz", image=images(), label=labels()), image_size=9)
+    assert {dataset.split(part).images.shape[1:] for part in ("train", "test")} == {(9, 9, 1)}
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"pixels": images()}, "has no array 'train_image'"),
+        ({"image": images()}, "has no array 'label'"),
+        ({"image": images() / 255, "label": labels()}, "pixels must be uint8"),
+        ({"image": images()[0], "label": labels()}, "must be one integer|must be .examples"),
+        ({"image": images()[..., None].repeat(2, -1), "label": labels()}, "1 or 3 channels"),
+        ({"image": images(), "label": labels(59)}, "one integer for each of the 60"),
+        ({"image": images(), "label": labels() / 1}, "one integer for each"),
+        ({"image": images(), "label": labels() - 1}, "out of range"),
+        ({"image": images(), "label": labels() * 2}, "no example of class 1"),
+        ({"image": images(), "label": labels() * 0}, "two classes"),
+        (
+            {"image": images(), "label": labels(), "class_names": np.array(["a", "b"])},
+            "label 2 is out of range",
+        ),
+        (
+            {
+                "train_image": images(),
+                "train_label": labels(),
+                "test_image": images(9, 8),
+                "test_label": labels(9),
+            },
+            "Make them one size",
+        ),
+        ({"image": images(3), "label": labels(3)}, "no example is left"),
+    ],
+)
+def test_a_wrong_npz_is_named(tmp_path, arrays, message):
+    with pytest.raises(UserError, match=message):
+        load_dataset(save(tmp_path / "a.npz", **arrays))
+
+
+def test_files_that_are_no_npz_are_named(tmp_path):
+    with pytest.raises(UserError, match="there is no file"):
+        load_dataset(f"npz:{tmp_path}/none.npz")
+    (tmp_path / "text.npz").write_text("hello")
+    np.save(tmp_path / "one.npy", images())
+    (tmp_path / "cut.npz").write_bytes(b"PK\x03\x04 and then nothing")
+    np.savez(tmp_path / "objects.npz", image=np.array([{}, 1], object), label=labels(2))
+    for name in ("text.npz", "one.npy", "cut.npz", "objects.npz"):
+        with pytest.raises(UserError, match="npz archive"):
+            load_dataset(f"npz:{tmp_path / name}")
+
+
+def test_unknown_datasets_and_splits_are_named(shapes):
+    with pytest.raises(UserError, match="Did you mean mnist5k"):
+        load_dataset("mnist")
+    with pytest.raises(UserError, match="unknown dataset"):
+        load_dataset("npz")
+    with pytest.raises(UserError, match="Did you mean validation"):
+        shapes.split("valid")
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("BMJAX_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(UserError, match="Set BMJAX_CACHE"):
+        load_dataset("mnist5k")
+
+
+def test_pixel_statistics_match_float64():
+    pixels = np.random.default_rng(1).integers(0, 255, (7, 5, 4, 3)).astype(np.uint8)
+    pixels[..., 2] = 9
+    got = preprocess.pixel_statistics(pixels)
+    scaled = pixels.astype(np.float64) / 255
+    np.testing.assert_allclose(got["mean"], scaled.mean((0, 1, 2)), rtol=1e-12)
+    np.testing.assert_allclose(got["std"][:2], scaled.std((0, 1, 2))[:2], rtol=1e-12)
+    assert got["std"][2] == 1.0
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "CMYK", "LA", "I;16"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_image_files_of_any_mode_are_read(tmp_path, mode, channels):
+    path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
+    Image.new(mode, (20, 10)).save(path)
+    pixels = preprocess.read_image(path, (8, 6, channels))
+    assert pixels.shape == (8, 6, channels)
+    assert pixels.dtype == np.uint8
+
+
+def test_image_files_are_turned_upright_and_put_on_white(tmp_path):
+    picture = Image.new("L", (20, 10))
+    picture.paste(255, (0, 0, 20, 5))
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    picture.save(tmp_path / "a.png", exif=exif)
+    pixels = preprocess.read_image(tmp_path / "a.png", (10, 20, 1))[..., 0]
+    assert pixels[:4].max() == 0
+    assert pixels[6:].min() == 255
+    Image.new("RGBA", (4, 4), (0, 0, 0, 0)).save(tmp_path / "b.png")
+    assert preprocess.read_image(tmp_path / "b.png", (4, 4, 3)).min() == 255
+
+
+def test_broken_image_files_are_named(tmp_path):
+    whole = io.BytesIO()
+    Image.effect_noise((64, 64), 50).save(whole, "PNG")
+    (tmp_path / "cut.png").write_bytes(whole.getvalue()[:900])
+    for name in ("cut.png", "none.png"):
+        with pytest.raises(UserError, match=name):
+            preprocess.read_image(tmp_path / name, (4, 4, 1))
+
+
+def test_order_is_a_permutation_padded_to_whole_batches():
+    import jax
+
+    key = jax.random.key(3)
+    first = np.asarray(loader.epoch_order(key, np.int32(0), 90, 16))
+    assert first.shape == (96,)
+    assert sorted(first[:90]) == list(range(90))
+    assert first[90:].tolist() == [0] * 6
+    second = np.asarray(loader.epoch_order(key, np.int32(1), 90, 16))
+    assert (first != second).any()
+    np.testing.assert_array_equal(first, loader.epoch_order(key, np.int32(0), 90, 16))
+
+
+def test_the_last_batch_is_masked(shapes):
+    arrays = loader.as_arrays(shapes.train)
+    order = loader.natural_order(90, 16)
+    batches = [loader.take_batch(arrays, order, np.int32(i), 16) for i in range(6)]
+    assert [int(batch["mask"].sum()) for batch in batches] == [16] * 5 + [10]
+    seen = np.concatenate([batch["label"][batch["mask"]] for batch in batches])
+    np.testing.assert_array_equal(seen, shapes.train.labels)
+    np.testing.assert_allclose(
+        np.asarray(batches[0]["image"][3]) * 255, shapes.train.images[3], atol=1e-4
+    )

@@ -1,0 +1,271 @@
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+from bmjax import checkpoint
+from bmjax.config import DeviceConfig, OptimConfig, RunConfig
+from bmjax.errors import DivergenceError, StoppedError, UserError
+from bmjax.fit import fit
+from bmjax.tracking import read_metrics
+
+
+def resumed(config, **changes):
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, resume=True), **changes)
+
+
+def on_host(state):
+    return checkpoint.to_named(
+        jax.device_get(dataclasses.replace(state, key=jax.random.key_data(state.key)))
+    )
+
+
+def test_a_run_learns_and_leaves_its_folder(small, shapes, quiet):
+    config = dataclasses.replace(small, run=RunConfig())
+    state, history = fit(config, shapes, console=quiet)
+    assert int(state.step) == 6 * 6
+    out = Path(config.out)
+    assert {path.name for path in out.iterdir()} == {
+        "config.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "tensorboard",
+    }
+    saved = json.loads((out / "config.json").read_text())
+    assert saved["config"]["epochs"] == 6
+    assert saved["data"]["class_names"] == ["left", "top", "mid"]
+    assert saved["versions"]["jax"] == jax.__version__
+    assert [record["split"] for record in history] == ["train", "validation"] * 6
+    assert read_metrics(out / "metrics.jsonl") == history
+    assert history[0]["loss"] > 2 * history[-2]["loss"]
+    assert history[-1]["accuracy"] > 0.9
+    assert {"step", "epoch", "loss", "accuracy", "examples_per_second", "learning_rate"} <= set(
+        history[0]
+    )
+    assert list((out / "tensorboard").iterdir())
+    step, _ = checkpoint.newest_sound(out / "checkpoints")
+    assert step == 36
+    meta = checkpoint.read(out / "checkpoints", 36, ())["meta"]
+    validation = [record["accuracy"] for record in history if record["split"] == "validation"]
+    assert meta["best_accuracy"] == max(validation)
+    assert meta["best_epoch"] == 6 - validation[::-1].index(max(validation))
+
+
+def test_the_seed_decides_everything(small, shapes, quiet, tmp_path):
+    runs = [
+        fit(dataclasses.replace(small, seed=seed, out=str(tmp_path / name)), shapes, console=quiet)[
+            0
+        ]
+        for name, seed in (("a", 0), ("b", 0), ("c", 1))
+    ]
+    chex.assert_trees_all_equal(on_host(runs[0]), on_host(runs[1]))
+    assert not np.array_equal(runs[0].params["head"]["kernel"], runs[2].params["head"]["kernel"])
+
+
+class StopAfter:
+    """A signal that comes while call number `calls` goes on."""
+
+    def __init__(self, calls):
+        self._left = calls
+        self.name = "SIGTERM"
+
+    @property
+    def signum(self):
+        self._left -= 1
+        return 15 if self._left < 0 else 0
+
+
+@pytest.mark.parametrize("parallel", ["jit", "pmap"])
+def test_stopped_in_an_epoch_and_resumed_is_as_never_stopped(
+    small, shapes, quiet, tmp_path, monkeypatch, parallel
+):
+    devices = DeviceConfig(parallel=parallel, devices=2)
+    config = dataclasses.replace(small, ema_decay=0.9, device=devices)
+    whole, history = fit(
+        dataclasses.replace(config, out=str(tmp_path / "w")), shapes, console=quiet
+    )
+
+    from bmjax import fit as module
+
+    for calls in (1, 3, 8):
+        with monkeypatch.context() as patch:
+            patch.setattr(module._Session, "run_all", stopping(module._Session.run_all, calls))
+            patch.setattr(module, "_CALL_SECONDS", 1e-9)  # one step a call
+            with pytest.raises(StoppedError, match=r"stopped by SIGTERM at step \d+ of 36") as stop:
+                fit(resumed(config) if calls > 1 else config, shapes, console=quiet)
+            assert stop.value.exit_code == 143
+    state, resumed_history = fit(resumed(config), shapes, console=quiet)
+    chex.assert_trees_all_equal(on_host(state), on_host(whole))
+
+    def timeless(records):
+        return [{k: v for k, v in r.items() if k != "examples_per_second"} for r in records]
+
+    assert timeless(resumed_history) == timeless(history)
+    metas = [
+        checkpoint.read(Path(path) / "checkpoints", 36, ("best",))
+        for path in (config.out, tmp_path / "w")
+    ]
+    chex.assert_trees_all_equal(metas[0], metas[1])
+
+
+def stopping(run_all, calls):
+    return lambda self, stop: run_all(self, StopAfter(calls))
+
+
+def test_a_finished_run_resumed_is_left_as_it_is(small, shapes, quiet):
+    state, history = fit(small, shapes, console=quiet)
+    again, same = fit(resumed(small), shapes, console=quiet)
+    chex.assert_trees_all_equal(on_host(state), on_host(again))
+    assert same == history
+
+
+def test_resume_on_other_devices_goes_on(small, shapes, quiet, monkeypatch):
+    from bmjax import fit as module
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module._Session, "run_all", stopping(module._Session.run_all, 5))
+        patch.setattr(module, "_CALL_SECONDS", 1e-9)
+        with pytest.raises(StoppedError):
+            fit(small, shapes, console=quiet)
+    state, _ = fit(resumed(small, device=DeviceConfig("pmap", 4)), shapes, console=quiet)
+    assert int(state.step) == 36
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(small, shapes, capsys):
+    state, _ = fit(small, shapes)
+    folder = Path(small.out) / "checkpoints"
+    victim = next(path for path in (folder / "36" / "state" / "d").iterdir())
+    content = bytearray(victim.read_bytes())
+    content[-1] ^= 4
+    victim.write_bytes(content)
+    again, _ = fit(resumed(small), shapes)
+    said = capsys.readouterr().out
+    assert f"{folder / '36'} is damaged (state/d/{victim.name} was changed)" in said
+    assert "going on from the one at step 30" in said
+    chex.assert_trees_all_equal(on_host(state), on_host(again))
+
+
+def test_divergence_names_step_learning_rate_and_checkpoint(small, shapes, quiet):
+    optim = OptimConfig(optimizer="sgd", learning_rate=1e18, warmup_epochs=0, schedule="constant")
+    config = dataclasses.replace(small, optim=optim)
+    with pytest.raises(DivergenceError, match=r"not finite at step [1-5] \(learning rate 1e\+18\)"):
+        fit(config, shapes, console=quiet)
+    with pytest.raises(DivergenceError, match="there is no checkpoint yet"):
+        fit(resumed(config), shapes, console=quiet)
+
+
+def test_divergence_later_keeps_the_last_good_checkpoint(small, shapes, quiet, monkeypatch):
+    from bmjax import fit as module
+
+    schedule = module.learning_rate_schedule
+
+    def leaping(*arguments):
+        usual = schedule(*arguments)
+        return lambda step: usual(step) + 1e20 * (step >= 15)
+
+    monkeypatch.setattr(module, "learning_rate_schedule", leaping)
+    with pytest.raises(DivergenceError, match=r"step 1\d .*last good checkpoint is \S+/12\."):
+        fit(dataclasses.replace(small, optim=OptimConfig(optimizer="sgd")), shapes, console=quiet)
+
+
+def test_misuse_is_named_and_nothing_is_written(small, shapes, quiet, tmp_path):
+    cases = [
+        (dataclasses.replace(small, model="resnet"), "unknown model"),
+        (dataclasses.replace(small, model="cnn"), "--hidden-sizes belongs to mlp"),
+        (
+            dataclasses.replace(small, batch_size=15, device=DeviceConfig(devices=2)),
+            "does not divide",
+        ),
+        (dataclasses.replace(small, optim=OptimConfig(warmup_epochs=6)), "not shorter"),
+        (dataclasses.replace(small, batch_size=0), "--batch-size is 0"),
+        (dataclasses.replace(small, optim=OptimConfig(learning_rate=float("nan"))), "positive"),
+        (resumed(small), "there is no run"),
+    ]
+    for config, message in cases:
+        with pytest.raises(UserError, match=message):
+            fit(config, shapes, console=quiet)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_holds_a_run_is_refused(small, shapes, quiet):
+    fit(dataclasses.replace(small, epochs=2), shapes, console=quiet)
+    before = {path: path.stat().st_mtime for path in Path(small.out).rglob("*")}
+    with pytest.raises(UserError, match="already holds a run"):
+        fit(small, shapes, console=quiet)
+    with pytest.raises(UserError, match="epochs is 2 in the run and 6 now"):
+        fit(resumed(small), shapes, console=quiet)
+    other = dataclasses.replace(shapes, train=shapes.test)
+    with pytest.raises(UserError, match="SHA-256 differs"):
+        fit(resumed(small, epochs=2), other, console=quiet)
+    assert {path: path.stat().st_mtime for path in Path(small.out).rglob("*")} == before
+
+
+KILLED = """
+import sys
+from bmjax.cli import main
+main(sys.argv[1:])
+"""
+
+
+def start(arguments):
+    return subprocess.Popen(
+        [sys.executable, "-c", KILLED, *arguments],
+        env={**os.environ, "JAX_NUM_CPU_DEVICES": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_real_processes_killed_and_resumed_end_bit_for_bit(tmp_path, shapes_npz):
+    def arguments(name, *more):
+        return [
+            *("train", "--model", "mlp", "--hidden-sizes", "16", "--data", f"npz:{shapes_npz}"),
+            *("--epochs", "3000", "--batch-size", "16", "--save-minutes", "0.002"),
+            *("--no-tensorboard", "--out", str(tmp_path / name), *more),
+        ]
+
+    process = start(arguments("whole"))
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, out
+    more: list[str] = []
+    for signum, code in ((signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        process = start(arguments("killed", *more))
+        wait_for_progress(tmp_path / "killed", process)
+        process.send_signal(signum)
+        out, _ = process.communicate(timeout=60)
+        assert process.returncode == code, out
+        if code > 0:
+            assert "a checkpoint is saved. Go on with --resume" in out
+        more = ["--resume"]
+    process = start(arguments("killed", "--resume"))
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, out
+    finals = [
+        checkpoint.read(tmp_path / name / "checkpoints", 18000, ("state", "best"))
+        for name in ("whole", "killed")
+    ]
+    chex.assert_trees_all_equal(finals[0], finals[1])
+
+
+def wait_for_progress(out, process, timeout=60):
+    """Waits until the run has saved a checkpoint beyond those that it started with."""
+    before = checkpoint.saved_steps(out / "checkpoints") if out.exists() else []
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline and process.poll() is None:
+        now = checkpoint.saved_steps(out / "checkpoints") if out.exists() else []
+        if now and now[-1] > max(before, default=0):
+            return
+        time.sleep(0.02)
+    process.kill()
+    raise AssertionError(f"no progress: {process.poll()}, {process.communicate()[0]}")

@@ -1,0 +1,100 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from bmjax.config import OptimConfig
+from bmjax.errors import UserError
+from bmjax.optim import decay_mask, learning_rate_schedule, make_optimizer, match_rules
+
+PARAMS = {
+    "conv1": {"kernel": jnp.full((2, 2), 2.0), "bias": jnp.full((2,), 2.0)},
+    "norm": {"scale": jnp.full((2,), 2.0), "bias": jnp.full((2,), 2.0)},
+}
+
+
+def test_weight_decay_leaves_biases_and_normalisation_alone():
+    assert decay_mask(PARAMS) == {
+        "conv1": {"kernel": True, "bias": False},
+        "norm": {"scale": False, "bias": False},
+    }
+    for name in ("sgd", "adam", "adamw", "lion"):
+        optimizer = make_optimizer(OptimConfig(optimizer=name, weight_decay=0.1), lambda _: 0.5)
+        zero = jax.tree.map(jnp.zeros_like, PARAMS)
+        updates, _ = optimizer.update(zero, optimizer.init(PARAMS), PARAMS)
+        assert float(jnp.abs(updates["conv1"]["kernel"]).min()) > 0.04
+        rest = (updates["conv1"]["bias"], updates["norm"])
+        chex.assert_trees_all_equal(rest, jax.tree.map(jnp.zeros_like, rest))
+
+
+def test_decoupled_decay_is_learning_rate_times_weight_decay():
+    optimizer = make_optimizer(OptimConfig(optimizer="adamw", weight_decay=0.1), lambda _: 0.5)
+    zero = jax.tree.map(jnp.zeros_like, PARAMS)
+    updates, _ = optimizer.update(zero, optimizer.init(PARAMS), PARAMS)
+    np.testing.assert_allclose(updates["conv1"]["kernel"], -0.5 * 0.1 * 2.0, rtol=1e-6)
+
+
+def test_sgd_follows_the_formula_of_pytorch():
+    config = OptimConfig(optimizer="sgd", momentum=0.9, nesterov=True, weight_decay=0.1)
+    optimizer = make_optimizer(config, lambda _: 0.05)
+    params = {"kernel": jnp.array([1.0, -2.0])}
+    state = optimizer.init(params)
+    expected, velocity = np.array([1.0, -2.0]), np.zeros(2)
+    for step in range(3):
+        grad = np.array([0.3, -0.1]) * (step + 1)
+        full = grad + 0.1 * expected
+        velocity = 0.9 * velocity + full
+        expected = expected - 0.05 * (full + 0.9 * velocity)
+        updates, state = optimizer.update({"kernel": jnp.array(grad)}, state, params)
+        params = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(params["kernel"], expected, rtol=1e-6)
+
+
+def test_clipping_bounds_the_global_norm():
+    config = OptimConfig(optimizer="sgd", momentum=0, weight_decay=0, clip_norm=1.0)
+    optimizer = make_optimizer(config, lambda _: 1.0)
+    grads = jax.tree.map(lambda leaf: leaf * 10, PARAMS)
+    updates, _ = optimizer.update(grads, optimizer.init(PARAMS), PARAMS)
+    assert sum(float(jnp.sum(leaf**2)) for leaf in jax.tree.leaves(updates)) == pytest.approx(
+        1.0, rel=1e-5
+    )
+
+
+def test_cosine_worked_out_by_hand():
+    schedule = learning_rate_schedule(OptimConfig(learning_rate=0.8, warmup_epochs=0.3), 110, 10)
+    # Three steps of warm-up, a quarter of the peak more each, then down to 0 over 107.
+    np.testing.assert_allclose([schedule(i) for i in range(4)], [0.2, 0.4, 0.6, 0.8], rtol=1e-6)
+    middle = 0.8 * (1 + np.cos(np.pi * (50 - 3) / 107)) / 2
+    assert float(schedule(50)) == pytest.approx(middle, rel=1e-5)
+    assert float(schedule(110)) == pytest.approx(0, abs=1e-7)
+
+
+def test_constant_stays_and_one_cycle_rises_and_falls():
+    constant = learning_rate_schedule(
+        OptimConfig(learning_rate=0.8, schedule="constant", warmup_epochs=0), 100, 10
+    )
+    np.testing.assert_allclose([constant(i) for i in (0, 50, 99)], 0.8, rtol=1e-6)
+    config = OptimConfig(learning_rate=0.8, schedule="one-cycle", warmup_epochs=3)
+    cycle = learning_rate_schedule(config, 100, 10)
+    theirs = optax.cosine_onecycle_schedule(100, 0.8, 0.3, div_factor=25, final_div_factor=1e4)
+    steps = range(101)
+    np.testing.assert_allclose(
+        [cycle(i) for i in steps], [theirs(i) for i in steps], rtol=1e-4, atol=1e-7
+    )
+
+
+def test_a_warmup_as_long_as_the_run_is_refused():
+    with pytest.raises(UserError, match="not shorter than the run of 2 epochs"):
+        learning_rate_schedule(OptimConfig(warmup_epochs=2), 20, 10)
+
+
+def test_rules_are_strict_both_ways():
+    with pytest.raises(UserError, match=r"no rule matches the params .*norm/scale"):
+        match_rules(PARAMS, [(r".*/(kernel|bias)", 1)])
+    with pytest.raises(UserError, match="match none of the params"):
+        match_rules(PARAMS, [(".*", 1), ("head/.*", 2)])
+    values = match_rules(PARAMS, [("conv1/.*", 1), (".*", 2)])
+    assert values["conv1"]["bias"] == 1
+    assert values["norm"]["bias"] == 2
