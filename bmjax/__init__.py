@@ -7,12 +7,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bmjax import losses, metrics
+    from bmjax import distill, evaluate, losses, metrics
     from bmjax.config import DistillConfig, TrainConfig
     from bmjax.data import load_dataset
-    from bmjax.distill import distill
-    from bmjax.evaluate import evaluate, load_run, predict
-    from bmjax.fit import fit
+    from bmjax.evaluate import load_run
+    from bmjax.loop import fit
     from bmjax.models import create_model, list_models
 
 __version__ = "0.1.0"
@@ -21,15 +20,12 @@ _HOMES = {
     "DistillConfig": "bmjax.config",
     "TrainConfig": "bmjax.config",
     "create_model": "bmjax.models",
-    "distill": "bmjax.distill",
-    "evaluate": "bmjax.evaluate",
-    "fit": "bmjax.fit",
+    "fit": "bmjax.loop",
     "list_models": "bmjax.models",
     "load_dataset": "bmjax.data",
     "load_run": "bmjax.evaluate",
-    "predict": "bmjax.evaluate",
 }
-_MODULES = ("losses", "metrics")
+_MODULES = ("distill", "evaluate", "losses", "metrics")
 
 __all__ = [
     "DistillConfig",
@@ -43,7 +39,6 @@ __all__ = [
     "load_run",
     "losses",
     "metrics",
-    "predict",
 ]
 
 

@@ -125,7 +125,7 @@ def _saved(config: TrainConfig | DistillConfig) -> Any:
 def _train(config: TrainConfig) -> None:
     check_train(config)
     from bmjax.evaluate import evaluate
-    from bmjax.fit import fit
+    from bmjax.loop import fit
 
     console = Console()
     config = config.resolved()
@@ -175,10 +175,10 @@ def _evaluate(config: EvaluateConfig) -> None:
     from bmjax.evaluate import evaluate
 
     result = evaluate(config)
+    _show_warnings(result)
     if config.json:
         print(json.dumps(result))
         return
-    _show_warnings(result)
     console = Console()
     summary = Table(title=f"{result['model']} on {result['data']}, {result['split']}")
     summary.add_column("metric")

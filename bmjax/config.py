@@ -197,7 +197,7 @@ class EvaluateConfig:
         image_size: Side in pixels that images are resized to; 0 takes the run's.
         split: Part of the dataset.
         checkpoint: Params of the latest checkpoint, or those with the best validation accuracy.
-        batch_size: Images at once, over all devices together.
+        batch_size: Images at once, rounded up to what divides over the devices.
         json: Print one JSON object instead of tables.
     """
 
@@ -206,7 +206,7 @@ class EvaluateConfig:
     image_size: int = 0
     split: Literal["train", "validation", "test", "all"] = "test"
     checkpoint: Literal["latest", "best"] = "latest"
-    batch_size: int = 250
+    batch_size: int = 256
     json: bool = False
     device: DeviceConfig = field(default_factory=DeviceConfig)
 

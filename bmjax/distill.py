@@ -1,7 +1,9 @@
 """Distillation: a teacher becomes a loss; and the tour that shows what it is worth."""
 
+import contextlib
 import dataclasses
 import json
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,10 +27,10 @@ from bmjax.config import (
 from bmjax.data import Dataset, load_dataset, preprocess
 from bmjax.errors import UserError
 from bmjax.evaluate import TrainedRun, check_fits, load_run, measure
-from bmjax.fit import MakeLoss, build_model, fit
+from bmjax.loop import MakeLoss, build_model, fit
 from bmjax.models import num_params
 from bmjax.parallel import request_devices
-from bmjax.runs import CONFIG, free_folder, refuse_existing, write_atomically
+from bmjax.runs import CONFIG, free_folder, read_run, refuse_existing, write_atomically
 from bmjax.train import Batch, LossFn, apply_train, predict_logits
 
 SETTINGS = "distill.json"
@@ -112,9 +114,6 @@ def distill(config: DistillConfig, console: Console | None = None) -> dict[str, 
     if teacher is not None:
         check_fits(teacher, dataset)
         return _finish(config, dataset, [_distil(config, teacher, out, dataset, console)], teacher)
-    if not config.run.resume:
-        out.mkdir(parents=True, exist_ok=True)
-        write_atomically(out / SETTINGS, json.dumps(flatten(config), indent=2) + "\n")
     teacher_config = dataclasses.replace(
         TrainConfig(),
         **{name: getattr(config, name) for name in _OF_BOTH},
@@ -122,7 +121,8 @@ def distill(config: DistillConfig, console: Console | None = None) -> dict[str, 
         epochs=config.teacher_epochs,
         out=str(out / "teacher"),
     )
-    _fit_or_go_on(teacher_config, dataset, console, f"teacher {config.teacher_model}")
+    with _settings_kept(config):
+        _fit_or_go_on(teacher_config, dataset, console, f"teacher {config.teacher_model}")
     teacher = load_run(out / "teacher")
     alone = config.train_config(config.student, str(out / "alone"))
     _fit_or_go_on(alone, dataset, console, f"{config.student} alone")
@@ -131,38 +131,37 @@ def distill(config: DistillConfig, console: Console | None = None) -> dict[str, 
 
 
 def _settled(config: DistillConfig) -> DistillConfig:
-    """Fills in the folder; a resumed tour takes its settings from there."""
+    """Fills in the folder, and checks that it holds what is to be gone on with, or nothing."""
     out = Path(config.out or DEFAULT_OUT)
     if config.run.resume:
-        if not (out / SETTINGS).is_file() and not (out / CONFIG).is_file():
-            raise UserError(f"there is no run in {out} to go on with. Leave --resume out.")
-        if (out / SETTINGS).is_file():
-            saved = read_settings(out)
-            differing = contradictions(saved, config)
-            if differing:
-                raise UserError(
-                    f"--resume contradicts the run in {out}: {'; '.join(differing)}. Leave these "
-                    "flags out, or start another run in another --out."
-                )
-    elif config.out:
-        refuse_existing(out)
-        if (out / SETTINGS).exists():
+        differing = contradictions(read_settings(out), config)
+        if differing:
             raise UserError(
-                f"{out} already holds a run. Go on with it by --resume, choose another --out, or "
-                "remove the folder."
+                f"--resume contradicts the run in {out}: {'; '.join(differing)}. Leave these "
+                "flags out, or start another run in another --out."
             )
+    elif config.out:
+        refuse_existing(out, (CONFIG, SETTINGS))
     else:
         out = free_folder(out)
     return dataclasses.replace(config, out=str(out))
 
 
 def read_settings(out: Path) -> DistillConfig:
-    """Reads the settings that a tour left in its folder.
+    """Reads the settings that a tour, or a single student's run, left in its folder.
 
     Raises:
-        UserError: the file was changed.
+        UserError: there is neither, or the file was changed.
     """
     file = out / SETTINGS
+    if not file.is_file():
+        run = read_run(out)
+        if "alpha" not in run.extra:
+            raise UserError(f"the run in {out} is no distillation. Go on with it by bmjax train.")
+        flat = {**flatten(run.config), "student": run.config.model, **run.extra}
+        for name in ("model", "teacher_step"):
+            del flat[name]
+        return unflatten(DistillConfig, flat, str(out / CONFIG))
     try:
         flat = json.loads(file.read_text())
         if not isinstance(flat, dict):
@@ -170,6 +169,22 @@ def read_settings(out: Path) -> DistillConfig:
     except ValueError as error:
         raise UserError(f"{file} cannot be read ({error}). Restore it, or start anew.") from error
     return unflatten(DistillConfig, flat, str(file))
+
+
+@contextlib.contextmanager
+def _settings_kept(config: DistillConfig) -> Iterator[None]:
+    """Writes the settings of a tour before its first run; without a run they leave nothing."""
+    out = Path(config.out)
+    if not config.run.resume:
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(out / SETTINGS, json.dumps(flatten(config), indent=2) + "\n")
+    try:
+        yield
+    except UserError:
+        if not (out / "teacher").exists():
+            (out / SETTINGS).unlink()
+            out.rmdir()
+        raise
 
 
 def _fit_or_go_on(

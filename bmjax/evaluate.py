@@ -18,7 +18,7 @@ from bmjax.cache import use_compilation_cache
 from bmjax.config import EvaluateConfig, PredictConfig
 from bmjax.data import ArraySource, Dataset, load_dataset, loader, preprocess
 from bmjax.errors import UserError
-from bmjax.fit import build_model
+from bmjax.loop import build_model
 from bmjax.metrics import summarize
 from bmjax.models import num_params
 from bmjax.parallel import make_parallel, request_devices
@@ -151,9 +151,13 @@ def check_fits(trained: TrainedRun, dataset: Dataset) -> None:
 
 def measure(trained: TrainedRun, source: ArraySource, config: EvaluateConfig) -> dict[str, Any]:
     """Returns the metrics over a split and the speed of inference."""
-    parallel = make_parallel(config.device, config.batch_size)
+    if config.batch_size < 1:
+        raise UserError(f"--batch-size is {config.batch_size}, but it must be at least 1.")
+    parallel = make_parallel(config.device)
+    # Padding is masked, so the batch may grow to what divides over the devices.
+    batch_size = -(-config.batch_size // len(parallel.devices)) * len(parallel.devices)
     run_evaluate = make_evaluate(
-        parallel, trained.model, trained.statistics, trained.num_classes, config.batch_size
+        parallel, trained.model, trained.statistics, trained.num_classes, batch_size
     )
     variables = parallel.put(trained.variables)
     sums = run_evaluate(variables, parallel.put(loader.as_arrays(source)))

@@ -111,11 +111,11 @@ def request_devices(config: DeviceConfig) -> None:
             return
 
 
-def make_parallel(config: DeviceConfig, batch_size: int, accumulate: int = 1) -> Parallel:
+def make_parallel(config: DeviceConfig) -> Parallel:
     """Returns the devices that the config asks for.
 
     Raises:
-        UserError: there are fewer devices, or the batch does not divide over them.
+        UserError: there are fewer.
     """
     available = jax.devices()
     number = config.devices or len(available)
@@ -124,10 +124,15 @@ def make_parallel(config: DeviceConfig, batch_size: int, accumulate: int = 1) ->
             f"--devices {number} asks for more than the {len(available)} "
             f"{available[0].platform} device(s) there are. Lower it, or leave it out to use all."
         )
+    return Parallel(config.parallel, available[:number])
+
+
+def check_divides(parallel: Parallel, batch_size: int, accumulate: int = 1) -> None:
+    """Raises UserError where a batch does not divide over the devices, each part of it too."""
+    number = len(parallel.devices)
     if batch_size % (number * accumulate):
         parts = f"{number} device(s)" + (f" times {accumulate} parts" if accumulate > 1 else "")
         raise UserError(
             f"--batch-size {batch_size} does not divide over {parts}. Choose a multiple of "
             f"{number * accumulate}, or other --devices."
         )
-    return Parallel(config.parallel, available[:number])

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -43,9 +44,14 @@ class Run:
         return self.path / "metrics.jsonl"
 
 
-def refuse_existing(path: Path) -> None:
-    """Raises UserError where `path` holds a run already, or is no folder that can be one."""
-    if (path / CONFIG).exists():
+def refuse_existing(path: Path, marks: Sequence[str] = (CONFIG,)) -> None:
+    """Raises UserError where `path` holds a run already, or is no folder that can be one.
+
+    Args:
+        path: the folder.
+        marks: names of files, any of which shows that there is a run.
+    """
+    if any((path / mark).exists() for mark in marks):
         raise UserError(
             f"{path} already holds a run. Go on with it by --resume, choose another --out, or "
             "remove the folder."

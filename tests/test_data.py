@@ -3,6 +3,8 @@ import os
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -242,22 +244,20 @@ def test_broken_image_files_are_named(tmp_path):
 
 
 def test_order_is_a_permutation_padded_to_whole_batches():
-    import jax
-
     key = jax.random.key(3)
-    first = np.asarray(loader.epoch_order(key, np.int32(0), 90, 16))
+    first = np.asarray(loader.epoch_order(key, jnp.int32(0), 90, 16))
     assert first.shape == (96,)
     assert sorted(first[:90]) == list(range(90))
     assert first[90:].tolist() == [0] * 6
-    second = np.asarray(loader.epoch_order(key, np.int32(1), 90, 16))
+    second = np.asarray(loader.epoch_order(key, jnp.int32(1), 90, 16))
     assert (first != second).any()
-    np.testing.assert_array_equal(first, loader.epoch_order(key, np.int32(0), 90, 16))
+    np.testing.assert_array_equal(first, loader.epoch_order(key, jnp.int32(0), 90, 16))
 
 
 def test_the_last_batch_is_masked(shapes):
     arrays = loader.as_arrays(shapes.train)
     order = loader.natural_order(90, 16)
-    batches = [loader.take_batch(arrays, order, np.int32(i), 16) for i in range(6)]
+    batches = [loader.take_batch(arrays, order, jnp.int32(i), 16) for i in range(6)]
     assert [int(batch["mask"].sum()) for batch in batches] == [16] * 5 + [10]
     seen = np.concatenate([batch["label"][batch["mask"]] for batch in batches])
     np.testing.assert_array_equal(seen, shapes.train.labels)

@@ -15,7 +15,7 @@ from bmjax.data import loader, preprocess
 from bmjax.errors import UserError
 from bmjax.metrics import summarize
 from bmjax.models import create_model
-from bmjax.parallel import Parallel, make_parallel
+from bmjax.parallel import Parallel, check_divides, make_parallel
 from bmjax.train import (
     classification_loss,
     create_state,
@@ -216,8 +216,8 @@ def test_evaluation_covers_exactly_the_split(shapes):
 
 def test_devices_that_do_not_fit_are_named():
     with pytest.raises(UserError, match="asks for more than the 8 cpu"):
-        make_parallel(DeviceConfig(devices=9), 90)
+        make_parallel(DeviceConfig(devices=9))
     with pytest.raises(UserError, match="does not divide over 8 device"):
-        make_parallel(DeviceConfig(), 12)
+        check_divides(make_parallel(DeviceConfig()), 12)
     with pytest.raises(UserError, match="Choose a multiple of 16"):
-        make_parallel(DeviceConfig(), 24, accumulate=2)
+        check_divides(make_parallel(DeviceConfig()), 24, accumulate=2)

@@ -22,7 +22,7 @@ from bmjax.errors import DivergenceError, StoppedError, UserError, unknown_name
 from bmjax.metrics import summarize
 from bmjax.models import create_model, list_models
 from bmjax.optim import learning_rate_schedule, make_optimizer
-from bmjax.parallel import Parallel, make_parallel, request_devices
+from bmjax.parallel import Parallel, check_divides, make_parallel, request_devices
 from bmjax.runs import Run, check_same, create_run, read_run, refuse_existing
 from bmjax.signals import Stop, noting_signals
 from bmjax.tracking import Display, EventFiles, MetricsFile
@@ -77,7 +77,8 @@ def fit(
         refuse_existing(path)
     request_devices(config.device)
     use_compilation_cache()
-    parallel = make_parallel(config.device, config.batch_size, config.accumulate)
+    parallel = make_parallel(config.device)
+    check_divides(parallel, config.batch_size, config.accumulate)
     if dataset is None:
         dataset = load_dataset(config.data, config.image_size)
     run = Run(path, config, describe(dataset), extra or {})

@@ -15,7 +15,7 @@ import pytest
 from bmjax import checkpoint
 from bmjax.config import DeviceConfig, OptimConfig, RunConfig
 from bmjax.errors import DivergenceError, StoppedError, UserError
-from bmjax.fit import fit
+from bmjax.loop import fit
 from bmjax.tracking import read_metrics
 
 
@@ -94,7 +94,7 @@ def test_stopped_in_an_epoch_and_resumed_is_as_never_stopped(
         dataclasses.replace(config, out=str(tmp_path / "w")), shapes, console=quiet
     )
 
-    from bmjax import fit as module
+    from bmjax import loop as module
 
     for calls in (1, 3, 8):
         with monkeypatch.context() as patch:
@@ -129,7 +129,7 @@ def test_a_finished_run_resumed_is_left_as_it_is(small, shapes, quiet):
 
 
 def test_resume_on_other_devices_goes_on(small, shapes, quiet, monkeypatch):
-    from bmjax import fit as module
+    from bmjax import loop as module
 
     with monkeypatch.context() as patch:
         patch.setattr(module._Session, "run_all", stopping(module._Session.run_all, 5))
@@ -164,7 +164,7 @@ def test_divergence_names_step_learning_rate_and_checkpoint(small, shapes, quiet
 
 
 def test_divergence_later_keeps_the_last_good_checkpoint(small, shapes, quiet, monkeypatch):
-    from bmjax import fit as module
+    from bmjax import loop as module
 
     schedule = module.learning_rate_schedule
 
@@ -231,7 +231,7 @@ def test_real_processes_killed_and_resumed_end_bit_for_bit(tmp_path, shapes_npz)
     def arguments(name, *more):
         return [
             *("train", "--model", "mlp", "--hidden-sizes", "16", "--data", f"npz:{shapes_npz}"),
-            *("--epochs", "3000", "--batch-size", "16", "--save-minutes", "0.002"),
+            *("--epochs", "1000", "--batch-size", "16", "--save-minutes", "0.002"),
             *("--no-tensorboard", "--out", str(tmp_path / name), *more),
         ]
 
@@ -252,7 +252,7 @@ def test_real_processes_killed_and_resumed_end_bit_for_bit(tmp_path, shapes_npz)
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 0, out
     finals = [
-        checkpoint.read(tmp_path / name / "checkpoints", 18000, ("state", "best"))
+        checkpoint.read(tmp_path / name / "checkpoints", 6000, ("state", "best"))
         for name in ("whole", "killed")
     ]
     chex.assert_trees_all_equal(finals[0], finals[1])

@@ -1,0 +1,226 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from bmjax import cli
+from bmjax.config import DistillConfig, EvaluateConfig, TrainConfig, flatten, unflatten
+from bmjax.errors import UserError
+
+
+def run(capsys, *argv):
+    """Runs a command in this process; returns its exit code, output and errors."""
+    code: Any = 0
+    try:
+        cli.main([str(word) for word in argv])
+    except SystemExit as leave:
+        code = leave.code
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+SHORT = ("--hidden-sizes", "16", "--epochs", "2", "--batch-size", "16", "--no-tensorboard")
+
+
+def test_train_evaluate_predict(capsys, tmp_path, shapes, shapes_npz):
+    out = tmp_path / "run"
+    words = ("train", "--data", f"npz:{shapes_npz}", "--out", out, *SHORT)
+    code, shown, err = run(capsys, *words)
+    assert (code, err) == (0, "")
+    lines = shown.splitlines()
+    assert lines[0].startswith("mlp epoch 1/2  loss ")
+    assert "images/s" in lines[0]
+    assert "left" in lines[0]
+    assert lines[-2].startswith("test accuracy ")
+    assert str(out) in lines[-1]
+
+    code, shown, err = run(capsys, "evaluate", out, "--json")
+    assert (code, err) == (0, "")
+    metrics = json.loads(shown)
+    assert f"{metrics['accuracy']:.2%}" in lines[-2]
+    code, shown, _ = run(capsys, "evaluate", out, "--split", "validation")
+    assert code == 0
+    for word in (
+        "top-1 accuracy",
+        "top-5",
+        "calibration",
+        "precision",
+        "recall",
+        "F1",
+        "confusion",
+    ):
+        assert word in shown
+
+    Image.fromarray(shapes.test.images[0, :, :, 0]).save(tmp_path / "a.png")
+    code, shown, _ = run(capsys, "predict", out, tmp_path / "a.png", "--top", "2")
+    assert code == 0
+    assert shown.startswith(f"{tmp_path}/a.png: ")
+    assert shown.count("%") == 2
+    code, shown, _ = run(capsys, "predict", out, tmp_path / "a.png", tmp_path / "a.png", "--json")
+    assert [json.loads(line)["label"] in (0, 1, 2) for line in shown.splitlines()] == [True, True]
+
+
+def test_resume_takes_the_settings_of_the_run(capsys, tmp_path, shapes_npz):
+    out = tmp_path / "run"
+    words = ("train", "--data", f"npz:{shapes_npz}", "--out", out, *SHORT)
+    assert run(capsys, *words)[0] == 0
+    assert run(capsys, "train", "--out", out, "--resume")[0] == 0
+    code, _, err = run(capsys, "train", "--out", out, "--resume", "--seed", "3", "--model", "cnn")
+    assert code == 2
+    assert "seed is 0 in the run and 3 now" in err
+    assert "model is 'mlp' in the run and 'cnn' now" in err
+    code, _, err = run(capsys, *words)
+    assert code == 2
+    assert "already holds a run" in err
+
+
+def test_a_damaged_checkpoint_is_named(capsys, tmp_path, shapes_npz):
+    out = tmp_path / "run"
+    run(capsys, "train", "--data", f"npz:{shapes_npz}", "--out", out, *SHORT)
+    victim = out / "checkpoints" / "12" / "state" / "_METADATA"
+    victim.write_bytes(victim.read_bytes()[:-3])
+    code, shown, err = run(capsys, "evaluate", out, "--json")
+    assert code == 0
+    assert json.loads(shown)["checkpoint_step"] == 6
+    assert "state/_METADATA was changed" in err
+    assert "the checkpoint at step 6 is used instead" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("train --model resnet18 --out X", "unknown model 'resnet18'"),
+        ("train --data mnist --out X", "unknown dataset 'mnist'. Did you mean mnist5k?"),
+        ("train --data npz:nowhere.npz --out X", "there is no file nowhere.npz"),
+        ("train --data npz:bad.npz --out X", "pixels must be uint8"),
+        ("train --out X --resume", "there is no run in X"),
+        ("train --out X --learning-rate -1", "--learning-rate is -1.0, but it must be positive"),
+        ("train --out X --devices 9", "--devices 9 asks for more than the 8 cpu device(s)"),
+        ("train --out file", "file is a file, not a folder"),
+        ("distill --temperature 0 --out X", "--temperature is 0.0, but it must be positive"),
+        ("distill --alpha -0.1 --out X", "--alpha is -0.1, but it must be in [0, 1]"),
+        ("distill --teacher nowhere --out X", "there is no run in nowhere"),
+        ("distill --out X --resume", "no run"),
+        ("evaluate nowhere", "there is no run in nowhere"),
+        ("predict nowhere a.png", "there is no run in nowhere"),
+    ],
+)
+def test_a_mistake_gets_one_line_and_writes_nothing(capsys, tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    np.savez("bad.npz", image=np.zeros((4, 8, 8)), label=np.arange(4))
+    Path("file").write_text("")
+    code, out, err = run(capsys, *words.split())
+    assert code == 2
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.startswith("bmjax: ")
+    assert message in err
+    assert {path.name for path in tmp_path.iterdir()} == {"bad.npz", "file"}
+
+
+@pytest.mark.parametrize(
+    "words", ["", "trian", "train --epoch-s 3", "train --epochs three", "train --optimizer adagrad"]
+)
+def test_wrong_words_exit_with_2(capsys, words):
+    code, _, err = run(capsys, *words.split())
+    assert code == 2
+    assert "Traceback" not in err
+
+
+def test_doctor(capsys, monkeypatch, tmp_path):
+    code, shown, _ = run(capsys, "doctor", "--json")
+    found = json.loads(shown)
+    assert code == (1 if found["problems"] else 0)
+    assert found["backend"] == "cpu"
+    assert len(found["devices"]) == 8
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("BMJAX_CACHE", str(tmp_path / "file"))
+    monkeypatch.setenv("TPU_NAME", "pretended")
+    code, shown, _ = run(capsys, "doctor")
+    assert code == 1
+    for part in ("there is a TPU", 'pip install --upgrade "jax[tpu]"', "Set BMJAX_CACHE"):
+        assert part in shown
+
+
+@pytest.mark.parametrize("command", ["train", "distill", "evaluate", "predict", "doctor"])
+def test_every_flag_has_a_help_text(capsys, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "200")
+    code, shown, _ = run(capsys, command, "--help")
+    assert code == 0
+    kind = next(
+        kind for kind, function in cli._COMMANDS.items() if function.__name__ == f"_{command}"
+    )
+    names = unflatten_names(kind)
+    assert len(names) >= 1
+    for name in names:
+        flag = f"--{name.replace('_', '-')}"
+        line = next((line for line in shown.splitlines() if flag in line), None)
+        assert line is not None or name in ("path", "images"), f"{flag} is not shown"
+        assert f"{name}:" in documentation(kind), f"{flag} has no help text"
+    assert "(default: " in shown
+
+
+def unflatten_names(kind):
+    if kind is EvaluateConfig or kind.__name__ == "PredictConfig":
+        return [name for name in kind.__dataclass_fields__ if name != "device"]
+    return list(flatten(kind()))
+
+
+def documentation(kind):
+    kinds = (
+        [*kind.__mro__, *(type(v) for v in vars(kind()).values())]
+        if kind in (TrainConfig, DistillConfig)
+        else kind.__mro__
+    )
+    return "\n".join(each.__doc__ or "" for each in kinds)
+
+
+def test_configs_survive_json():
+    for config in (TrainConfig(hidden_sizes=(3, 4), seed=2), DistillConfig(alpha=0.25)):
+        flat = json.loads(json.dumps(flatten(config)))
+        assert unflatten(type(config), flat, "it") == config
+    with pytest.raises(UserError, match="of type int"):
+        unflatten(TrainConfig, {"epochs": True}, "it")
+
+
+@pytest.mark.slow
+def test_a_second_start_compiles_nothing(tmp_path, shapes_npz):
+    """By JAX's own count of programs that were not in its persistent cache."""
+    code = """
+import sys, jax
+missed = []
+jax.monitoring.register_event_listener(
+    lambda name, **_: missed.append(name) if name.endswith("/cache_misses") else None)
+from bmjax.cli import main
+try:
+    main(sys.argv[1:])
+finally:
+    print("missed", len(missed))
+"""
+    counts = []
+    for number in range(2):
+        words = [
+            "train",
+            "--data",
+            f"npz:{shapes_npz}",
+            "--out",
+            str(tmp_path / str(number)),
+            *SHORT,
+        ]
+        done = subprocess.run(
+            [sys.executable, "-c", code, *words],
+            env={**os.environ, "BMJAX_CACHE": str(tmp_path / "cache")},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stderr == ""
+        counts.append(int(done.stdout.split()[-1]))
+    assert counts[0] > 5
+    assert counts[1] == 0
