@@ -29,7 +29,7 @@ from bmjax.errors import UserError
 from bmjax.evaluate import TrainedRun, check_fits, load_run, measure
 from bmjax.loop import MakeLoss, build_model, fit
 from bmjax.models import num_params
-from bmjax.parallel import request_devices
+from bmjax.parallel import check_divides, make_parallel, request_devices
 from bmjax.runs import CONFIG, free_folder, read_run, refuse_existing, write_atomically
 from bmjax.train import Batch, LossFn, apply_train, predict_logits
 
@@ -106,6 +106,7 @@ def distill(config: DistillConfig, console: Console | None = None) -> dict[str, 
     check_distill(config)
     console = console or Console()
     request_devices(config.device)
+    check_divides(make_parallel(config.device), config.batch_size, config.accumulate)
     out = Path(config.out)
     for model in (config.student, config.teacher_model):
         build_model(TrainConfig(model=model), 10)  # an unknown name is said before any work
@@ -134,7 +135,11 @@ def _settled(config: DistillConfig) -> DistillConfig:
     """Fills in the folder, and checks that it holds what is to be gone on with, or nothing."""
     out = Path(config.out or DEFAULT_OUT)
     if config.run.resume:
-        differing = contradictions(read_settings(out), config)
+        saved = read_settings(out)
+        if saved.teacher:  # then nothing depends on how one would be trained
+            unused = {name: getattr(config, name) for name in ("teacher_model", "teacher_epochs")}
+            saved = dataclasses.replace(saved, **unused)
+        differing = contradictions(saved, config)
         if differing:
             raise UserError(
                 f"--resume contradicts the run in {out}: {'; '.join(differing)}. Leave these "
