@@ -134,7 +134,10 @@ def saved_steps(folder: Path) -> list[int]:
 def damage(path: Path) -> list[str]:
     """Compares a checkpoint with its manifest; returns what differs, empty when it is sound."""
     try:
-        expected = json.loads((path / MANIFEST).read_text())["sha256"]
+        manifest = json.loads((path / MANIFEST).read_text())
+        expected = manifest["sha256"]
+        if manifest["own_sha256"] != _own_sha256(expected):
+            return [f"{MANIFEST} was changed"]
         present = set(_files(path))
         problems = [f"{name} is missing" for name in expected if name not in present]
         problems += [f"{name} was added" for name in sorted(present - set(expected))]
@@ -198,10 +201,14 @@ def _write_manifest(path: Path) -> None:
     hashes = {name: _sha256(path / name) for name in _files(path)}
     temporary = path / f".{MANIFEST}"
     with temporary.open("w") as file:
-        json.dump({"sha256": hashes}, file, indent=1)
+        json.dump({"sha256": hashes, "own_sha256": _own_sha256(hashes)}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     temporary.rename(path / MANIFEST)
+
+
+def _own_sha256(hashes: dict[str, str]) -> str:
+    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
 
 
 def _files(path: Path) -> list[str]:

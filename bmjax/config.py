@@ -173,10 +173,10 @@ class DistillConfig(BaseConfig):
         alpha: Weight of the distillation loss, in [0, 1]; the cross entropy has 1 - alpha.
     """
 
-    epochs: int = 60
+    epochs: int = 80
     teacher: str = ""
     teacher_model: str = "cnn"
-    teacher_epochs: int = 15
+    teacher_epochs: int = 10
     student: str = "mlp"
     temperature: float = 4.0
     alpha: float = 0.9

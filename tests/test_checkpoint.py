@@ -84,7 +84,7 @@ def test_every_damage_to_every_file_is_noticed(tmp_path):
             step, said = checkpoint.newest_sound(tmp_path / "copy")
             if changed:
                 assert step == 1, f"{name} was harmed unnoticed"
-                gone_manifest = name.name == "manifest.json" and not said
+                gone_manifest = name.name == "manifest.json" and not said  # then it is none
                 assert gone_manifest or name.name in said[0]
                 noticed += 1
             shutil.rmtree(tmp_path / "copy")

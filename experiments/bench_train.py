@@ -1,0 +1,141 @@
+"""Steady-state training speed of the MLP: bmjax's epoch as one call against PyTorch's usual loop.
+
+The same network (784-128-64-10, ReLU), the same optimizer (SGD with momentum 0.9), the same
+batch size, the same 3,500 digits, normalised beforehand and without augmentation. The PyTorch
+loop is the one most scripts have: a DataLoader over a TensorDataset, and `loss.item()` each step.
+bmjax reads its losses once per call. After a warm-up the two take turns in one process, an
+epoch's worth of images each, and the ratio is taken turn by turn.
+
+    uv run --group torch python experiments/bench_train.py
+
+RESULT
+"""
+
+import argparse
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+import torch
+from jax.tree_util import Partial
+
+from bmjax import create_model, load_dataset
+from bmjax.config import AugmentConfig, OptimConfig
+from bmjax.data import Dataset, loader, preprocess
+from bmjax.optim import make_optimizer
+from bmjax.parallel import Parallel
+from bmjax.train import classification_loss, create_state, make_train_steps, zero_totals
+
+LEARNING_RATE = 0.02
+# One epoch of bmjax is over in milliseconds: a turn takes several, to be timed well.
+EPOCHS_PER_TURN = {"bmjax": 20, "pytorch": 1}
+
+
+def bmjax_turn(dataset: Dataset, batch_size: int) -> Callable[[], float]:
+    """Returns a function that trains one turn with bmjax and gives the mean loss."""
+    model = create_model("mlp", dataset.num_classes)
+    statistics_ = preprocess.pixel_statistics(dataset.train.images)
+    config = OptimConfig(optimizer="sgd", nesterov=False, weight_decay=0.0)
+    optimizer = make_optimizer(config, lambda _: LEARNING_RATE)
+    state = create_state(model, optimizer, dataset.image_shape, seed=0)
+    loss_fn = classification_loss(model, statistics_)
+    arrays = loader.as_arrays(dataset.train)
+    parallel = Parallel("jit", jax.devices()[:1])
+    steps = make_train_steps(parallel, optimizer, batch_size, AugmentConfig(augment=False))
+    zeros = zero_totals(loss_fn, state, arrays)
+    held = {"state": parallel.put(state), "loss_fn": parallel.put(Partial(loss_fn))}
+    on_device = parallel.put(arrays)
+    batches = loader.num_batches(len(dataset.train), batch_size)
+
+    def turn() -> float:
+        loss = 0.0
+        for _ in range(EPOCHS_PER_TURN["bmjax"]):
+            until = (int(held["state"].step) // batches + 1) * batches
+            held["state"], totals = steps(
+                held["state"], parallel.put(zeros), held["loss_fn"], on_device, np.int32(until)
+            )
+            loss = float(totals["loss"] / totals["count"])
+        return loss
+
+    return turn
+
+
+def pytorch_turn(dataset: Dataset, batch_size: int) -> Callable[[], float]:
+    """Returns a function that trains one turn with PyTorch and gives the mean loss."""
+    torch.manual_seed(0)
+    statistics_ = preprocess.pixel_statistics(dataset.train.images)
+    scaled = dataset.train.images.reshape(len(dataset.train), -1) / np.float32(255)
+    images = (scaled - statistics_["mean"][0]) / statistics_["std"][0]
+    pairs = torch.utils.data.TensorDataset(
+        torch.tensor(images, dtype=torch.float32), torch.tensor(dataset.train.labels).long()
+    )
+    batches = torch.utils.data.DataLoader(pairs, batch_size=batch_size, shuffle=True)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(784, 128),
+        torch.nn.ReLU(),
+        torch.nn.Linear(128, 64),
+        torch.nn.ReLU(),
+        torch.nn.Linear(64, 10),
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9)
+
+    def turn() -> float:
+        total = 0.0
+        for _ in range(EPOCHS_PER_TURN["pytorch"]):
+            total = 0.0
+            for batch, labels in batches:
+                optimizer.zero_grad()
+                loss = torch.nn.functional.cross_entropy(model(batch), labels)
+                loss.backward()
+                optimizer.step()
+                total += loss.item() * len(labels)
+        return total / len(dataset.train)
+
+    return turn
+
+
+def main() -> None:
+    """Lets the two take turns and prints medians and the ratio's spread."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--batch-size", type=int, default=64, help="(default: 64)")
+    parser.add_argument("--turns", type=int, default=20, help="counted turns (default: 20)")
+    arguments = parser.parse_args()
+    dataset = load_dataset("mnist5k")
+    turns = {
+        "bmjax": bmjax_turn(dataset, arguments.batch_size),
+        "pytorch": pytorch_turn(dataset, arguments.batch_size),
+    }
+    speeds: dict[str, list[float]] = {name: [] for name in turns}
+    losses: dict[str, float] = {}
+    for number in range(arguments.turns + 2):
+        for name, turn in turns.items():
+            begin = time.perf_counter()
+            losses[name] = turn()
+            seconds = time.perf_counter() - begin
+            if number >= 2:  # the first turns compile and warm up
+                speeds[name].append(len(dataset.train) * EPOCHS_PER_TURN[name] / seconds)
+    print(
+        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python "
+        f"{platform.python_version()}, jax {jax.__version__}, torch {torch.__version__}, "
+        f"{torch.get_num_threads()} threads, batch {arguments.batch_size}"
+    )
+    for name, values in speeds.items():
+        print(
+            f"{name:8} {statistics.median(values):>10,.0f} images/s (median; "
+            f"{min(values):,.0f} to {max(values):,.0f}), last loss {losses[name]:.4f}"
+        )
+    ratios = [
+        ours / theirs for ours, theirs in zip(speeds["bmjax"], speeds["pytorch"], strict=True)
+    ]
+    print(
+        f"ratio    {statistics.median(ratios):>10.1f} (median of {len(ratios)} turns; "
+        f"{min(ratios):.1f} to {max(ratios):.1f})"
+    )
+
+
+if __name__ == "__main__":
+    main()
