@@ -48,6 +48,7 @@ def prepare_once(folder: Path, prepare: Callable[[Path], None]) -> Path:
         ) from error
     try:
         prepare(temporary)
+        temporary.chmod(0o755)  # a temporary folder is private; a cache may be shared
         try:
             temporary.rename(folder)
         except OSError:

@@ -151,6 +151,11 @@ def damage(path: Path) -> list[str]:
     return problems
 
 
+def fingerprint(path: Path) -> str:
+    """Returns the SHA-256 over the checksums of a sound checkpoint, 64 hexadecimal digits."""
+    return str(json.loads((path / MANIFEST).read_text())["own_sha256"])
+
+
 def newest_sound(folder: Path, set_aside: bool = False) -> tuple[int | None, list[str]]:
     """Finds the newest checkpoint that is as it was written.
 

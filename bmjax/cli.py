@@ -11,6 +11,7 @@ from typing import Annotated, Any, Union
 import tyro
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from bmjax.config import (
@@ -50,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         # The reader of a pipe (head, say) left; Python would complain once more at its end.
         sys.stderr.close()
         sys.exit(1)
+    except OSError as error:
+        _end(error, 1)  # a full disk, a folder without permission: the system says which
 
 
 def _leave(signum: int, frame: FrameType | None) -> None:
@@ -115,9 +118,9 @@ def _saved(config: TrainConfig | DistillConfig) -> Any:
         path = Path(config.resolved().out)
         saved: Any = read_run(path).config
     else:
-        from bmjax.distill import DEFAULT_OUT, read_settings
+        from bmjax.distill import folder_of, read_settings
 
-        path = Path(config.out or DEFAULT_OUT)
+        path = folder_of(config)
         saved = read_settings(path)
     return dataclasses.replace(saved, out=str(path))
 
@@ -180,7 +183,7 @@ def _evaluate(config: EvaluateConfig) -> None:
         print(json.dumps(result))
         return
     console = Console()
-    summary = Table(title=f"{result['model']} on {result['data']}, {result['split']}")
+    summary = Table(title=escape(f"{result['model']} on {result['data']}, {result['split']}"))
     summary.add_column("metric")
     summary.add_column("value", justify="right")
     for name, value in {
@@ -200,7 +203,7 @@ def _evaluate(config: EvaluateConfig) -> None:
 
 
 def _show_classes(result: dict[str, Any], console: Console) -> None:
-    names = result["class_names"]
+    names = [escape(name) for name in result["class_names"]]
     table = Table(title="by class", box=box.SIMPLE)
     for heading in ("class", "precision", "recall", "F1"):
         table.add_column(heading, justify="left" if heading == "class" else "right")

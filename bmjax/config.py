@@ -5,8 +5,9 @@ attributes' descriptions are the help texts of the flags.
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import tyro
 
@@ -25,7 +26,7 @@ class OptimConfig:
         schedule: How the learning rate goes on after the warm-up: stays, or falls to 0 along a
             cosine; one-cycle rises from 1/25 of the peak and falls to 1/250,000 of it.
         warmup_epochs: Epochs over which the learning rate rises to its peak, linearly
-            (one-cycle: along a cosine); fractions are allowed.
+            (one-cycle: along a cosine); at most half the run.
         momentum: Momentum of sgd, in [0, 1).
         nesterov: Nesterov's form of sgd's momentum instead of the classical one.
         weight_decay: Pull of the kernels towards 0; biases and normalisation are left alone.
@@ -244,7 +245,7 @@ class DoctorConfig:
 # Fields that may differ between a run and its resumption: they change where and how it is
 # computed or shown, never what is computed.
 FREE_FIELDS = frozenset(
-    ["out", "parallel", "devices", "resume", "save_minutes", "keep", "tensorboard"]
+    ["out", "teacher", "parallel", "devices", "resume", "save_minutes", "keep", "tensorboard"]
 )
 
 
@@ -281,17 +282,24 @@ def unflatten(cls: type, flat: dict[str, Any], where: str) -> Any:
 
 def _replace(config: Any, flat: dict[str, Any], where: str) -> Any:
     changes: dict[str, Any] = {}
+    hints = get_type_hints(type(config))
     for item in dataclasses.fields(config):
         old = getattr(config, item.name)
         if dataclasses.is_dataclass(old):
             changes[item.name] = _replace(old, flat, where)
         elif item.name in flat:
-            changes[item.name] = _same_type(item.name, old, flat[item.name], where)
+            new = changes[item.name] = _same_type(item.name, old, flat[item.name], where)
+            choices = get_args(hints[item.name]) if isinstance(old, str) else ()
+            if choices and new not in choices:
+                raise UserError(
+                    f"{where}: {item.name} is {new!r}, but must be one of {', '.join(choices)}. "
+                    "Restore the file, or start anew."
+                )
     return dataclasses.replace(config, **changes)
 
 
 def _same_type(name: str, old: Any, new: Any, where: str) -> Any:
-    if isinstance(old, tuple) and isinstance(new, list):
+    if isinstance(old, tuple) and isinstance(new, list) and all(type(n) is int for n in new):
         return tuple(new)
     if isinstance(old, float) and type(new) is int:
         return float(new)
@@ -321,9 +329,9 @@ def check_train(config: BaseConfig) -> None:
     """
     optim, views = config.optim, config.views
     rules = [
-        ("epochs", config.epochs, config.epochs >= 0, "at least 1"),
+        ("epochs", config.epochs, config.epochs >= 0, "at least 0"),
         ("batch-size", config.batch_size, config.batch_size >= 1, "at least 1"),
-        ("image-size", config.image_size, config.image_size >= 0, "at least 1 pixel"),
+        ("image-size", config.image_size, config.image_size >= 0, "at least 0"),
         ("accumulate", config.accumulate, config.accumulate >= 1, "at least 1"),
         ("label-smoothing", config.label_smoothing, 0 <= config.label_smoothing < 1, "in [0, 1)"),
         ("ema-decay", config.ema_decay, 0 <= config.ema_decay < 1, "in [0, 1)"),
@@ -334,26 +342,45 @@ def check_train(config: BaseConfig) -> None:
             all(size >= 1 for size in config.hidden_sizes),
             "at least 1 each",
         ),
-        ("learning-rate", optim.learning_rate, 0 < optim.learning_rate < float("inf"), "positive"),
-        ("warmup-epochs", optim.warmup_epochs, optim.warmup_epochs >= 0, "at least 0"),
+        ("learning-rate", optim.learning_rate, 0 < optim.learning_rate < math.inf, "positive"),
+        ("warmup-epochs", optim.warmup_epochs, 0 <= optim.warmup_epochs < math.inf, "at least 0"),
         ("momentum", optim.momentum, 0 <= optim.momentum < 1, "in [0, 1)"),
-        ("weight-decay", optim.weight_decay, optim.weight_decay >= 0, "at least 0"),
-        ("clip-norm", optim.clip_norm, optim.clip_norm >= 0, "at least 0"),
+        ("weight-decay", optim.weight_decay, 0 <= optim.weight_decay < math.inf, "at least 0"),
+        ("clip-norm", optim.clip_norm, 0 <= optim.clip_norm < math.inf, "at least 0"),
         ("shift", views.shift, 0 <= views.shift <= 1, "in [0, 1]"),
         ("rotate", views.rotate, 0 <= views.rotate <= 180, "in [0, 180] degrees"),
         ("scale", views.scale, 0 <= views.scale < 1, "in [0, 1)"),
         ("devices", config.device.devices, config.device.devices >= 0, "at least 0"),
-        ("save-minutes", config.run.save_minutes, config.run.save_minutes >= 0, "at least 0"),
+        (
+            "save-minutes",
+            config.run.save_minutes,
+            0 <= config.run.save_minutes < math.inf,
+            "at least 0",
+        ),
         ("keep", config.run.keep, config.run.keep >= 1, "at least 1"),
     ]
-    for name, value, fits, range_ in rules:
-        if not fits:
-            raise UserError(f"--{name} is {value}, but it must be {range_}.")
+    _check(rules)
     if config.batch_size % config.accumulate:
         raise UserError(
             f"--batch-size {config.batch_size} does not divide into --accumulate "
             f"{config.accumulate} equal parts. Choose a multiple."
         )
+
+
+def check_evaluate(config: EvaluateConfig) -> None:
+    """Checks the values that belong to evaluation; raises UserError as `check_train` does."""
+    rules = [
+        ("batch-size", config.batch_size, config.batch_size >= 1, "at least 1"),
+        ("image-size", config.image_size, config.image_size >= 0, "at least 0"),
+        ("devices", config.device.devices, config.device.devices >= 0, "at least 0"),
+    ]
+    _check(rules)
+
+
+def _check(rules: list[tuple[str, Any, bool, str]]) -> None:
+    for name, value, fits, range_ in rules:
+        if not fits:
+            raise UserError(f"--{name} is {value}, but it must be {range_}.")
 
 
 def check_distill(config: DistillConfig) -> None:
@@ -362,7 +389,7 @@ def check_distill(config: DistillConfig) -> None:
     Raises:
         UserError: a temperature that is not positive, or alpha outside [0, 1].
     """
-    if not 0 < config.temperature < float("inf"):
+    if not 0 < config.temperature < math.inf:
         raise UserError(
             f"--temperature is {config.temperature}, but it must be positive (1 leaves the "
             "softmax as it is; 2 to 8 are usual)."

@@ -1,9 +1,7 @@
 """Distillation: a teacher becomes a loss; and the tour that shows what it is worth."""
 
-import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,18 +23,25 @@ from bmjax.config import (
     unflatten,
 )
 from bmjax.data import Dataset, load_dataset, preprocess
-from bmjax.errors import UserError
+from bmjax.errors import StoppedError, UserError
 from bmjax.evaluate import TrainedRun, check_fits, load_run, measure
-from bmjax.loop import MakeLoss, build_model, fit
+from bmjax.loop import MakeLoss, check_possible, fit
 from bmjax.models import num_params
-from bmjax.parallel import check_divides, make_parallel, request_devices
-from bmjax.runs import CONFIG, free_folder, read_run, refuse_existing, write_atomically
+from bmjax.parallel import request_devices
+from bmjax.runs import (
+    CONFIG,
+    TOUR,
+    free_folder,
+    make_folder,
+    read_run,
+    refuse_existing,
+    write_atomically,
+)
 from bmjax.train import Batch, LossFn, apply_train, predict_logits
 
-SETTINGS = "distill.json"
 DEFAULT_OUT = "runs/distill"
 # What the teacher of a tour has in common with the student; it keeps its own optimizer.
-_OF_BOTH = ("data", "image_size", "seed", "precision", "views", "device", "run")
+_OF_BOTH = ("data", "image_size", "batch_size", "seed", "precision", "views", "device", "run")
 
 
 def distillation_loss(
@@ -102,14 +107,19 @@ def distill(config: DistillConfig, console: Console | None = None) -> dict[str, 
         UserError: wrong settings, or a teacher that does not fit the data.
         DivergenceError, StoppedError: see `fit`.
     """
-    config = _settled(config)
     check_distill(config)
+    config = _settled(config)
+    out = Path(config.out)
     console = console or Console()
     request_devices(config.device)
-    check_divides(make_parallel(config.device), config.batch_size, config.accumulate)
-    out = Path(config.out)
-    for model in (config.student, config.teacher_model):
-        build_model(TrainConfig(model=model), 10)  # an unknown name is said before any work
+    try:
+        return _distill(config, out, console)
+    except StoppedError as error:
+        go_on = f"bmjax distill --resume --out {out}"
+        raise StoppedError(error.progress, go_on, error.exit_code) from None
+
+
+def _distill(config: DistillConfig, out: Path, console: Console) -> dict[str, Any]:
     teacher = load_run(config.teacher) if config.teacher else None
     dataset = load_dataset(config.data, config.image_size)
     if teacher is not None:
@@ -122,18 +132,22 @@ def distill(config: DistillConfig, console: Console | None = None) -> dict[str, 
         epochs=config.teacher_epochs,
         out=str(out / "teacher"),
     )
-    with _settings_kept(config):
-        _fit_or_go_on(teacher_config, dataset, console, f"teacher {config.teacher_model}")
-    teacher = load_run(out / "teacher")
     alone = config.train_config(config.student, str(out / "alone"))
+    for each in (teacher_config, alone):
+        check_possible(each, dataset)  # all of it before the first run begins
+    if not config.run.resume:
+        make_folder(out)
+        write_atomically(out / TOUR, json.dumps(flatten(config), indent=2) + "\n")
+    _fit_or_go_on(teacher_config, dataset, console, f"teacher {config.teacher_model}")
     _fit_or_go_on(alone, dataset, console, f"{config.student} alone")
+    teacher = load_run(out / "teacher")
     distilled = _distil(config, teacher, out / "distilled", dataset, console)
     return _finish(config, dataset, [out / "alone", distilled], teacher)
 
 
 def _settled(config: DistillConfig) -> DistillConfig:
     """Fills in the folder, and checks that it holds what is to be gone on with, or nothing."""
-    out = Path(config.out or DEFAULT_OUT)
+    out = folder_of(config)
     if config.run.resume:
         saved = read_settings(out)
         if saved.teacher:  # then nothing depends on how one would be trained
@@ -145,11 +159,20 @@ def _settled(config: DistillConfig) -> DistillConfig:
                 f"--resume contradicts the run in {out}: {'; '.join(differing)}. Leave these "
                 "flags out, or start another run in another --out."
             )
-    elif config.out:
-        refuse_existing(out, (CONFIG, SETTINGS))
     else:
-        out = free_folder(out)
+        refuse_existing(out)
     return dataclasses.replace(config, out=str(out))
+
+
+def folder_of(config: DistillConfig) -> Path:
+    """Returns the folder; where none is given, a new one, or for a resumption the newest."""
+    if config.out:
+        return Path(config.out)
+    default = Path(DEFAULT_OUT)
+    if not config.run.resume:
+        return free_folder(default)
+    tours = [path.parent for path in default.parent.glob(f"{default.name}*/{TOUR}")]
+    return max(tours, key=lambda path: (path / TOUR).stat().st_mtime, default=default)
 
 
 def read_settings(out: Path) -> DistillConfig:
@@ -158,38 +181,24 @@ def read_settings(out: Path) -> DistillConfig:
     Raises:
         UserError: there is neither, or the file was changed.
     """
-    file = out / SETTINGS
+    file = out / TOUR
     if not file.is_file():
         run = read_run(out)
         if "alpha" not in run.extra:
             raise UserError(f"the run in {out} is no distillation. Go on with it by bmjax train.")
         flat = {**flatten(run.config), "student": run.config.model, **run.extra}
-        for name in ("model", "teacher_step"):
-            del flat[name]
+        for name in ("model", "teacher_fingerprint"):
+            flat.pop(name, None)
         return unflatten(DistillConfig, flat, str(out / CONFIG))
     try:
-        flat = json.loads(file.read_text())
+        flat = json.loads(file.read_text(errors="replace"))
         if not isinstance(flat, dict):
             raise ValueError("it is no JSON object")
     except ValueError as error:
         raise UserError(f"{file} cannot be read ({error}). Restore it, or start anew.") from error
-    return unflatten(DistillConfig, flat, str(file))
-
-
-@contextlib.contextmanager
-def _settings_kept(config: DistillConfig) -> Iterator[None]:
-    """Writes the settings of a tour before its first run; without a run they leave nothing."""
-    out = Path(config.out)
-    if not config.run.resume:
-        out.mkdir(parents=True, exist_ok=True)
-        write_atomically(out / SETTINGS, json.dumps(flatten(config), indent=2) + "\n")
-    try:
-        yield
-    except UserError:
-        if not (out / "teacher").exists():
-            (out / SETTINGS).unlink()
-            out.rmdir()
-        raise
+    settings: DistillConfig = unflatten(DistillConfig, flat, str(file))
+    check_distill(settings)
+    return settings
 
 
 def _fit_or_go_on(
@@ -213,7 +222,7 @@ def _distil(
     student = config.train_config(config.student, str(out))
     extra = {
         "teacher": str(teacher.run.path),
-        "teacher_step": teacher.step,
+        "teacher_fingerprint": teacher.fingerprint,
         "temperature": config.temperature,
         "alpha": config.alpha,
     }

@@ -17,9 +17,13 @@ _PACKAGES = (
     "flax",
     "optax",
     "orbax-checkpoint",
-    "chex",
     "tensorflow-datasets",
+    "mlxtend",
     "numpy",
+    "pillow",
+    "rich",
+    "tensorboardX",
+    "tyro",
 )
 
 
@@ -36,12 +40,12 @@ def examine() -> dict[str, Any]:
     for name, version in versions.items():
         if version is None:
             problems.append(f"{name} is not installed. Install bmjax anew: it brings it along.")
-    if versions["jax"] and versions["jaxlib"] and versions["jax"] != versions["jaxlib"]:
+    if _series(versions["jax"]) != _series(versions["jaxlib"]):
         problems.append(
             f"jax {versions['jax']} and jaxlib {versions['jaxlib']} differ. Install both in one "
             "version: pip install --upgrade jax jaxlib."
         )
-    if backend == "cpu":
+    if backend == "cpu" and "cpu" not in os.environ.get("JAX_PLATFORMS", ""):
         problems += _unused_accelerators()
     if not _can_write(cache_folder()):
         problems.append(
@@ -58,6 +62,10 @@ def examine() -> dict[str, Any]:
         "cache": str(cache_folder()),
         "problems": problems,
     }
+
+
+def _series(version: str | None) -> list[str]:
+    return (version or "").split(".")[:2]
 
 
 def _devices(problems: list[str]) -> tuple[str | None, list[str]]:

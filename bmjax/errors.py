@@ -16,12 +16,13 @@ class StoppedError(RuntimeError):
     """A signal asked for the end, and a checkpoint was saved first.
 
     Attributes:
+        progress: what was reached.
         exit_code: 128 plus the number of the signal (143 for SIGTERM, 130 for Ctrl-C).
     """
 
-    def __init__(self, message: str, exit_code: int):
-        super().__init__(message)
-        self.exit_code = exit_code
+    def __init__(self, progress: str, go_on: str, exit_code: int):
+        super().__init__(f"{progress}. Go on with: {go_on}" if go_on else progress)
+        self.progress, self.exit_code = progress, exit_code
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:

@@ -15,8 +15,9 @@ import numpy as np
 
 from bmjax import checkpoint
 from bmjax.cache import use_compilation_cache
-from bmjax.config import EvaluateConfig, PredictConfig
+from bmjax.config import EvaluateConfig, PredictConfig, check_evaluate
 from bmjax.data import ArraySource, Dataset, load_dataset, loader, preprocess
+from bmjax.data.sources import resized
 from bmjax.errors import UserError
 from bmjax.loop import build_model
 from bmjax.metrics import summarize
@@ -37,6 +38,7 @@ class TrainedRun:
         model: the Linen module.
         variables: `params` and `batch_stats`, on the host.
         step: of the checkpoint.
+        fingerprint: SHA-256 of the checkpoint's content.
         warnings: a line for each damaged checkpoint that was passed over.
     """
 
@@ -44,6 +46,7 @@ class TrainedRun:
     model: nn.Module
     variables: dict[str, Any]
     step: int
+    fingerprint: str
     warnings: tuple[str, ...]
 
     @property
@@ -66,7 +69,7 @@ def load_run(path: str | Path, which: str = "latest") -> TrainedRun:
             validation accuracy so far.
 
     Raises:
-        UserError: there is no run, or no sound checkpoint of it.
+        UserError: there is no run, no sound checkpoint of it, or no best params yet.
     """
     run = read_run(Path(path))
     step, warnings = checkpoint.newest_sound(run.checkpoints)
@@ -79,13 +82,13 @@ def load_run(path: str | Path, which: str = "latest") -> TrainedRun:
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *run.data["image_shape"])))
     like = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
     items = checkpoint.read(run.checkpoints, step, ("best",) if which == "best" else ("state",))
-    named = items.get("best")
-    if named is None:
-        state = items.get("state") or checkpoint.read(run.checkpoints, step, ("state",))["state"]
-        named = _evaluated(state)
+    if which == "best" and "best" not in items:
+        raise UserError(f"the run in {path} has finished no epoch yet. Take the latest params.")
+    named = items["best"] if which == "best" else _evaluated(items["state"])
     where = f"checkpoint {run.checkpoints / str(step)}"
     variables = {"batch_stats": {}, **checkpoint.from_named(named, like, where)}
-    return TrainedRun(run, model, variables, step, tuple(warnings))
+    fingerprint = checkpoint.fingerprint(run.checkpoints / str(step))
+    return TrainedRun(run, model, variables, step, fingerprint, tuple(warnings))
 
 
 def _evaluated(state: checkpoint.Named) -> checkpoint.Named:
@@ -112,14 +115,20 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     Raises:
         UserError: no such run or dataset, or a dataset that does not fit the run.
     """
+    check_evaluate(config)
     request_devices(config.device)
     use_compilation_cache()
     trained = load_run(config.path, config.checkpoint)
     own = trained.run.config
-    size = config.image_size or own.image_size
     name = config.data or own.data
-    dataset = load_dataset(name, size or (trained.run.data["image_shape"][0] if config.data else 0))
+    dataset = load_dataset(name, config.image_size or (0 if config.data else own.image_size))
+    height, width, _ = trained.run.data["image_shape"]
+    if config.data and not config.image_size and height == width:
+        dataset = resized(dataset, height)
     check_fits(trained, dataset)
+    warnings = list(trained.warnings)
+    if not config.data and dataset.fingerprint() != trained.run.data["fingerprint"]:
+        warnings.append(f"{name} is not what the run was trained on: its content has changed")
     source = dataset.split(config.split)
     return {
         "model": own.model,
@@ -129,7 +138,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "checkpoint_step": trained.step,
         **measure(trained, source, config),
         "class_names": list(dataset.class_names),
-        "warnings": list(trained.warnings),
+        "warnings": warnings,
     }
 
 
@@ -141,18 +150,23 @@ def check_fits(trained: TrainedRun, dataset: Dataset) -> None:
             f"the run in {path} tells {trained.num_classes} classes apart, but {dataset.name} has "
             f"{dataset.num_classes}. Choose data with the same classes."
         )
+    ours, theirs = tuple(trained.run.data["class_names"]), dataset.class_names
+    numbers = tuple(map(str, range(trained.num_classes)))
+    if ours != theirs and numbers not in (ours, theirs):
+        raise UserError(
+            f"the run in {path} knows the classes {', '.join(ours)}, but {dataset.name} has "
+            f"{', '.join(theirs)}, in this order. Number the classes alike."
+        )
     if dataset.image_shape != shape:
         raise UserError(
             f"the run in {path} takes images of shape {shape}, but those of {dataset.name} have "
-            f"{dataset.image_shape}. Choose --image-size {shape[0]}, or data with "
-            f"{shape[2]} channel(s)."
+            f"{dataset.image_shape} (height, width, channels). Choose data of that shape, or "
+            "--image-size where only the size differs."
         )
 
 
 def measure(trained: TrainedRun, source: ArraySource, config: EvaluateConfig) -> dict[str, Any]:
     """Returns the metrics over a split and the speed of inference."""
-    if config.batch_size < 1:
-        raise UserError(f"--batch-size is {config.batch_size}, but it must be at least 1.")
     parallel = make_parallel(config.device)
     # Padding is masked, so the batch may grow to what divides over the devices.
     batch_size = -(-config.batch_size // len(parallel.devices)) * len(parallel.devices)

@@ -23,7 +23,7 @@ from bmjax.metrics import summarize
 from bmjax.models import create_model, list_models
 from bmjax.optim import learning_rate_schedule, make_optimizer
 from bmjax.parallel import Parallel, check_divides, make_parallel, request_devices
-from bmjax.runs import Run, check_same, create_run, read_run, refuse_existing
+from bmjax.runs import Run, check_same, create_run, lock_folder, read_run, refuse_existing
 from bmjax.signals import Stop, noting_signals
 from bmjax.tracking import Display, EventFiles, MetricsFile
 from bmjax.train import (
@@ -74,21 +74,29 @@ def fit(
     path = Path(config.out)
     saved = read_run(path) if config.run.resume else None
     if saved is None:
+        build_model(config, 2)  # an unknown name is said before any work
         refuse_existing(path)
     request_devices(config.device)
     use_compilation_cache()
     parallel = make_parallel(config.device)
-    check_divides(parallel, config.batch_size, config.accumulate)
     if dataset is None:
         dataset = load_dataset(config.data, config.image_size)
     run = Run(path, config, describe(dataset), extra or {})
     if saved is not None:
         check_same(saved, run)
+    check_possible(config, dataset)
     session = _Session(run, dataset, parallel, make_loss, console or Console(), title)
-    if saved is None:
-        create_run(run)
-    with noting_signals() as stop:
-        return session.run_all(stop)
+    with noting_signals() as stop, lock_folder(path):
+        if saved is None:
+            create_run(run)
+        result = session.run_all(stop)
+    if stop.signum:
+        raise StoppedError(
+            f"stopped by {stop.name} after the last step; the run in {path} is complete",
+            "",
+            128 + stop.signum,
+        )
+    return result
 
 
 def describe(dataset: Dataset) -> dict[str, Any]:
@@ -100,6 +108,21 @@ def describe(dataset: Dataset) -> dict[str, Any]:
         "image_shape": dataset.image_shape,
         **preprocess.pixel_statistics(dataset.train.images),
     }
+
+
+def check_possible(config: TrainConfig, dataset: Dataset) -> None:
+    """Checks all that can be wrong with a run before anything of it is trained or written.
+
+    Raises:
+        UserError: settings out of range, or a model that cannot take the images.
+    """
+    check_train(config)
+    check_divides(make_parallel(config.device), config.batch_size, config.accumulate)
+    model = build_model(config, dataset.num_classes)
+    try:
+        jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *dataset.image_shape)))
+    except ValueError as error:
+        raise UserError(f"{config.model} cannot take these images: {error}") from error
 
 
 def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
@@ -153,12 +176,9 @@ class _Session:
         self._total = config.epochs * self._num_batches
         self._schedule = learning_rate_schedule(config.optim, self._total, self._num_batches)
         optimizer = make_optimizer(config.optim, self._schedule)
-        try:
-            self._fresh = create_state(
-                model, optimizer, dataset.image_shape, config.seed, config.ema_decay > 0
-            )
-        except ValueError as error:
-            raise UserError(f"{config.model} cannot take these images: {error}") from error
+        self._fresh = create_state(
+            model, optimizer, dataset.image_shape, config.seed, config.ema_decay > 0
+        )
         train = loader.as_arrays(dataset.train)
         self._zeros = zero_totals(loss_fn, self._fresh, train)
         self._loss_fn = parallel.put(loss_fn if isinstance(loss_fn, Partial) else Partial(loss_fn))
@@ -198,9 +218,10 @@ class _Session:
             self._metrics.close()
             if self._events:
                 self._events.close()
-        return self._parallel_free(state), self._metrics.records
+        return self._on_one_device(state), self._metrics.records
 
-    def _parallel_free(self, state: TrainState) -> TrainState:
+    def _on_one_device(self, state: TrainState) -> TrainState:
+        # By way of the names, which turn the raw data of the key back into a key.
         host = checkpoint.to_named(self._parallel.get(state))
         return jax.device_put(checkpoint.from_named(host, self._fresh, "the state"))
 
@@ -253,7 +274,8 @@ class _Session:
                 self._writer.wait()
                 raise StoppedError(
                     f"stopped by {stop.name} at step {step} of {self._total}; a checkpoint is "
-                    f"saved. Go on with --resume --out {self._run.path}",
+                    "saved",
+                    f"bmjax train --resume --out {self._run.path}",
                     128 + stop.signum,
                 )
         return state
@@ -288,6 +310,8 @@ class _Session:
         metrics = summarize(self._parallel_sums(state))
         names = ("loss", "accuracy", "top5_accuracy", "expected_calibration_error")
         values = {name: metrics[name] for name in names}
+        if not math.isfinite(values["loss"]):
+            self._diverged(step - 1)
         self._record({**place, "split": "validation", **values})
         # Of equals the later one: it has seen more.
         if values["accuracy"] >= self._best.accuracy:

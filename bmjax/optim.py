@@ -68,20 +68,13 @@ def learning_rate_schedule(
     (Smith and Topin 2019, in its cosine form) starts at 1/25 of the peak and ends at 1/250,000.
 
     Args:
-        config: schedule, learning rate and warm-up.
+        config: schedule, learning rate and warm-up; a warm-up of more than half the run is
+            shortened to that.
         total_steps: updates in the whole run.
         steps_per_epoch: updates in one epoch.
-
-    Raises:
-        UserError: the warm-up is as long as the run.
     """
     peak = config.learning_rate
-    warmup = round(config.warmup_epochs * steps_per_epoch)
-    if warmup >= total_steps:
-        raise UserError(
-            f"--warmup-epochs {config.warmup_epochs} is not shorter than the run of "
-            f"{total_steps / steps_per_epoch:g} epochs. Shorten the warm-up or lengthen the run."
-        )
+    warmup = min(round(config.warmup_epochs * steps_per_epoch), total_steps // 2)
     if config.schedule == "one-cycle":
         start, end, turn = peak / 25, peak / 250_000, max(warmup, 1)
     else:

@@ -1,19 +1,25 @@
 """The folder of a run: what is in it, creating it, reading it back."""
 
+import contextlib
 import json
+import math
 import os
 import platform
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import filelock
+
 from bmjax import __version__
-from bmjax.config import TrainConfig, contradictions, flatten, unflatten
+from bmjax.config import TrainConfig, check_train, contradictions, flatten, unflatten
 from bmjax.errors import UserError
 
 CONFIG = "config.json"
+TOUR = "distill.json"
 _VERSIONS_OF = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -44,14 +50,9 @@ class Run:
         return self.path / "metrics.jsonl"
 
 
-def refuse_existing(path: Path, marks: Sequence[str] = (CONFIG,)) -> None:
-    """Raises UserError where `path` holds a run already, or is no folder that can be one.
-
-    Args:
-        path: the folder.
-        marks: names of files, any of which shows that there is a run.
-    """
-    if any((path / mark).exists() for mark in marks):
+def refuse_existing(path: Path) -> None:
+    """Raises UserError where `path` holds a run or a tour, or is no folder that can be one."""
+    if any((path / mark).exists() for mark in (CONFIG, TOUR)):
         raise UserError(
             f"{path} already holds a run. Go on with it by --resume, choose another --out, or "
             "remove the folder."
@@ -77,13 +78,41 @@ def create_run(run: Run) -> None:
             **{name: metadata.version(name) for name in _VERSIONS_OF},
         },
     }
+    make_folder(run.checkpoints)
+    write_atomically(run.path / CONFIG, json.dumps(content, indent=2) + "\n")
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder that can be written; raises UserError where that fails."""
     try:
-        run.checkpoints.mkdir(parents=True, exist_ok=True)
-        write_atomically(run.path / CONFIG, json.dumps(content, indent=2) + "\n")
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            return
     except OSError as error:
         raise UserError(
-            f"the folder {run.path} cannot be written ({error.strerror}). Choose another --out."
+            f"the folder {path} cannot be written ({error.strerror}). Choose another --out."
         ) from error
+
+
+@contextlib.contextmanager
+def lock_folder(path: Path) -> Iterator[None]:
+    """Keeps every other process out of a run's folder; a killed one leaves no lock behind.
+
+    Raises:
+        UserError: another process works in it.
+    """
+    make_folder(path)
+    lock = filelock.FileLock(path / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        raise UserError(
+            f"another process is training in {path}. Wait for it, or choose another --out."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def read_run(path: Path) -> Run:
@@ -107,20 +136,38 @@ def read_run(path: Path) -> Run:
             "mean": [float(value) for value in data["mean"]],
             "std": [float(value) for value in data["std"]],
         }
-        if not isinstance(config, dict) or not isinstance(extra, dict) or len(shape) != 3:
-            raise ValueError("a part has the wrong form")
+        _check_form(config, data, extra)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{file} cannot be read ({type(error).__name__}: {error}). It was changed or cut off; "
             "restore it, or start anew."
         ) from error
-    return Run(path, unflatten(TrainConfig, config, str(file)), data, extra)
+    settings = unflatten(TrainConfig, config, str(file))
+    check_train(settings)
+    return Run(path, settings, data, extra)
+
+
+def _check_form(config: Any, data: dict[str, Any], extra: Any) -> None:
+    shape, mean, std = data["image_shape"], data["mean"], data["std"]
+    fits = (
+        isinstance(config, dict)
+        and isinstance(extra, dict)
+        and len(shape) == 3
+        and min(shape) > 0
+        and len(mean) == len(std) == shape[2]
+        and all(map(math.isfinite, mean))
+        and all(0 < value < math.inf for value in std)
+        and len(data["class_names"]) > 1
+    )
+    if not fits:
+        raise ValueError("a part has the wrong form")
 
 
 def check_same(saved: Run, asked: Run) -> None:
     """Raises UserError where a resumption contradicts the run, with each field and both values."""
     differing = contradictions(saved.config, asked.config)
-    for name in sorted({*saved.extra, *asked.extra}):
+    # Where the teacher lies may change; its fingerprint says whether it is the same.
+    for name in sorted({*saved.extra, *asked.extra} - {"teacher"}):
         before, after = saved.extra.get(name), asked.extra.get(name)
         if before != after:
             differing.append(f"{name} is {before!r} in the run and {after!r} now")

@@ -253,7 +253,8 @@ def make_train_steps(
         `until` of the run, at most to the end of the epoch, as one compiled call whatever the
         number of steps. `loss_fn` is a `Partial`; `totals` come from `zero_totals` and grow by
         the step's sums. State and totals are donated. Where a loss is not finite it stops at
-        once, and `totals["bad_step"]` is that step's number, otherwise -1.
+        once, and `totals["bad_step"]` is that step's number, otherwise -1; so it is where the
+        last update of the call left params that are not finite.
     """
     axis_name = parallel.axis_name
 
@@ -288,7 +289,14 @@ def make_train_steps(
             }
             return new, totals
 
-        return lax.while_loop(unfinished, one_step, (state, totals))
+        state, totals = lax.while_loop(unfinished, one_step, (state, totals))
+        # The losses are those before the updates: the last update is judged by its params.
+        sound = jnp.all(
+            jnp.stack([jnp.all(jnp.isfinite(p)) for p in jax.tree.leaves(state.params)])
+        )
+        broken = (totals["bad_step"] < 0) & ~sound
+        totals["bad_step"] = jnp.where(broken, state.step - 1, totals["bad_step"])
+        return state, totals
 
     return parallel.compile(steps, held=4, donated=(0, 1))
 

@@ -16,8 +16,8 @@ import statistics
 from pathlib import Path
 
 from bmjax.config import DistillConfig
-from bmjax.distill import SETTINGS, distill
-from bmjax.runs import free_folder
+from bmjax.distill import distill
+from bmjax.runs import TOUR, free_folder
 
 
 def main() -> None:
@@ -45,7 +45,7 @@ def main() -> None:
 def run_tour(seed: int, out: Path) -> dict:
     """Does one tour, or takes it up where it was left."""
     config = DistillConfig(seed=seed, out=str(out))
-    run = dataclasses.replace(config.run, resume=(out / SETTINGS).is_file())
+    run = dataclasses.replace(config.run, resume=(out / TOUR).is_file())
     result = distill(dataclasses.replace(config, run=run))
     print(json.dumps(result), flush=True)
     return result

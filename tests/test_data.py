@@ -1,5 +1,6 @@
 import io
 import os
+import shutil
 import subprocess
 import sys
 
@@ -60,6 +61,15 @@ def test_mnist5k_is_a_tfds_dataset_that_needs_no_tensorflow(mnist5k):
     assert len(source) == 1000
     np.testing.assert_array_equal(source[7]["image"], mnist5k.test[7]["image"])
     assert "tensorflow" not in sys.modules
+
+
+@pytest.mark.parametrize("harm", [lambda path: path.write_bytes(b"PK"), lambda path: path.unlink()])
+def test_a_damaged_cache_is_made_anew(tmp_path, monkeypatch, mnist5k, harm):
+    original = os.path.join(os.environ["BMJAX_CACHE"], "datasets")
+    monkeypatch.setenv("BMJAX_CACHE", str(tmp_path))
+    shutil.copytree(original, tmp_path / "datasets")
+    harm(tmp_path / "datasets" / "mnist5k" / "1.0.0" / "decoded.npz")
+    assert load_dataset("mnist5k").fingerprint() == mnist5k.fingerprint()
 
 
 @pytest.mark.slow
@@ -232,6 +242,16 @@ def test_image_files_are_turned_upright_and_put_on_white(tmp_path):
     assert pixels[6:].min() == 255
     Image.new("RGBA", (4, 4), (0, 0, 0, 0)).save(tmp_path / "b.png")
     assert preprocess.read_image(tmp_path / "b.png", (4, 4, 3)).min() == 255
+
+
+def test_sixteen_bits_are_scaled_and_unknown_ranges_refused(tmp_path):
+    ramp = np.linspace(0, 65535, 256).round().astype(np.uint16).reshape(16, 16)
+    Image.fromarray(ramp).save(tmp_path / "a.png")
+    pixels = preprocess.read_image(tmp_path / "a.png", (16, 16, 1))[..., 0]
+    np.testing.assert_array_equal(pixels.ravel(), np.arange(256))
+    Image.fromarray(ramp.astype(np.float32)).save(tmp_path / "b.tiff")
+    with pytest.raises(UserError, match="floats, whose range is not known"):
+        preprocess.read_image(tmp_path / "b.tiff", (16, 16, 1))
 
 
 def test_broken_image_files_are_named(tmp_path):

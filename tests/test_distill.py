@@ -172,6 +172,7 @@ def test_misuse_is_named_and_nothing_is_written(teacher, tmp_path, quiet, shapes
         (dataclasses.replace(base, teacher="nowhere"), "there is no run in nowhere"),
         (dataclasses.replace(base, teacher=str(teacher.run.path)), "tells 3 classes apart"),
         (dataclasses.replace(base, run=RunConfig(resume=True)), "there is no run"),
+        (dataclasses.replace(base, student="cnn_tiny"), "--hidden-sizes belongs to mlp"),
         (dataclasses.replace(base, batch_size=7, device=DeviceConfig(devices=2)), "not divide"),
     ]
     for config, message in cases:

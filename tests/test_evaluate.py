@@ -118,6 +118,12 @@ def test_a_damaged_checkpoint_is_passed_over_and_left_in_place(run):
         (lambda c: json.dumps({**c, "config": {**c["config"], "epochs": "6"}}), "epochs is '6'"),
         (lambda c: json.dumps({**c, "config": {**c["config"], "new": 1}}), "does not know: new"),
         (
+            lambda c: json.dumps({**c, "config": {**c["config"], "optimizer": "x"}}),
+            "one of sgd, adam",
+        ),
+        (lambda c: json.dumps({**c, "config": {**c["config"], "epochs": -6}}), "must be at least"),
+        (lambda c: json.dumps({**c, "data": {**c["data"], "std": [0.0]}}), "wrong form"),
+        (
             lambda c: json.dumps({**c, "config": {**c["config"], "hidden_sizes": [8]}}),
             "does not fit",
         ),

@@ -1,5 +1,7 @@
+import contextlib
 import dataclasses
 import json
+import math
 import os
 import signal
 import subprocess
@@ -14,8 +16,10 @@ import pytest
 
 from bmjax import checkpoint
 from bmjax.config import DeviceConfig, OptimConfig, RunConfig
+from bmjax.data.sources import resized
 from bmjax.errors import DivergenceError, StoppedError, UserError
 from bmjax.loop import fit
+from bmjax.runs import lock_folder
 from bmjax.tracking import read_metrics
 
 
@@ -39,6 +43,7 @@ def test_a_run_learns_and_leaves_its_folder(small, shapes, quiet):
         "metrics.jsonl",
         "checkpoints",
         "tensorboard",
+        ".lock",
     }
     saved = json.loads((out / "config.json").read_text())
     assert saved["config"]["epochs"] == 6
@@ -177,6 +182,44 @@ def test_divergence_later_keeps_the_last_good_checkpoint(small, shapes, quiet, m
         fit(dataclasses.replace(small, optim=OptimConfig(optimizer="sgd")), shapes, console=quiet)
 
 
+def test_an_update_that_breaks_the_params_is_seen_without_a_later_loss(small, shapes, quiet):
+    optim = OptimConfig(optimizer="sgd", learning_rate=1e38, warmup_epochs=0, weight_decay=0)
+    config = dataclasses.replace(small, epochs=1, batch_size=96, optim=optim)
+    with pytest.raises(DivergenceError, match="not finite at step 0"):
+        fit(config, shapes, console=quiet)
+    assert checkpoint.saved_steps(Path(small.out) / "checkpoints") == []
+
+
+def test_a_signal_in_the_last_call_is_answered_after_it(small, shapes, quiet, monkeypatch):
+    from bmjax import loop as module
+
+    stop = module.Stop()
+    stop.signum = signal.SIGTERM
+
+    @contextlib.contextmanager
+    def noted():
+        yield stop
+
+    monkeypatch.setattr(module, "noting_signals", noted)
+    monkeypatch.setattr(module._Calls, "steps_that_fit", lambda self: 99)
+    config = dataclasses.replace(small, epochs=1)
+    with pytest.raises(
+        StoppedError, match=r"after the last step; the run in .* is complete"
+    ) as stopped:
+        fit(config, shapes, console=quiet)
+    assert stopped.value.exit_code == 143
+    assert checkpoint.saved_steps(Path(small.out) / "checkpoints") == [6]
+
+
+def test_two_processes_cannot_work_in_one_folder(small, shapes, quiet):
+    with (
+        lock_folder(Path(small.out)),
+        pytest.raises(UserError, match="another process is training in"),
+    ):
+        fit(small, shapes, console=quiet)
+    fit(small, shapes, console=quiet)
+
+
 def test_misuse_is_named_and_nothing_is_written(small, shapes, quiet, tmp_path):
     cases = [
         (dataclasses.replace(small, model="resnet"), "unknown model"),
@@ -185,7 +228,10 @@ def test_misuse_is_named_and_nothing_is_written(small, shapes, quiet, tmp_path):
             dataclasses.replace(small, batch_size=15, device=DeviceConfig(devices=2)),
             "does not divide",
         ),
-        (dataclasses.replace(small, optim=OptimConfig(warmup_epochs=6)), "not shorter"),
+        (
+            dataclasses.replace(small, optim=OptimConfig(warmup_epochs=math.inf)),
+            "warmup-epochs is inf",
+        ),
         (dataclasses.replace(small, batch_size=0), "--batch-size is 0"),
         (dataclasses.replace(small, optim=OptimConfig(learning_rate=float("nan"))), "positive"),
         (resumed(small), "there is no run"),
@@ -193,6 +239,9 @@ def test_misuse_is_named_and_nothing_is_written(small, shapes, quiet, tmp_path):
     for config, message in cases:
         with pytest.raises(UserError, match=message):
             fit(config, shapes, console=quiet)
+    cnn = dataclasses.replace(small, model="cnn", hidden_sizes=())
+    with pytest.raises(UserError, match="images of 3x3 pixels are too small"):
+        fit(cnn, resized(shapes, 3), console=quiet)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -19,19 +19,21 @@ from bmjax.models.layers import Conv, _conv_by_xla, max_pool_2x2
 def test_every_model_keeps_the_contract(name, shape, dtype):
     model = bmjax.create_model(name, num_classes=7, dtype=dtype)
     images = jax.random.normal(jax.random.key(1), (5, *shape))
-    variables = model.init(jax.random.key(0), images)
-    logits: Any = model.apply(variables, images)
+    variables = jax.jit(model.init)(jax.random.key(0), images)
+    logits: Any = jax.jit(model.apply)(variables, images)
     chex.assert_shape(logits, (5, 7))
     assert logits.dtype == jnp.float32
     chex.assert_tree_all_finite(logits)
     assert {leaf.dtype for leaf in jax.tree.leaves(variables["params"])} == {jnp.dtype("float32")}
     assert float(logits.min()) < 0  # no ReLU on the logits
 
-    def loss(params):
+    @jax.jit
+    @jax.grad
+    def gradient(params):
         out, _ = model.apply({"params": params}, images, train=True, mutable=["batch_stats"])
         return jnp.sum(jax.nn.log_softmax(out)[:, 0])
 
-    for path, grad in jax.tree_util.tree_leaves_with_path(jax.grad(loss)(variables["params"])):
+    for path, grad in jax.tree_util.tree_leaves_with_path(gradient(variables["params"])):
         assert float(jnp.abs(grad).max()) > 0, f"{path} receives no gradient"
 
 
@@ -73,15 +75,17 @@ def test_conv_equals_that_of_linen(channels, dtype):
     padding = ((1, 1), (1, 1))
     ours = Conv(6, (3, 3), padding, dtype=dtype)
     theirs = nn.Conv(6, (3, 3), padding=padding, dtype=dtype)
-    variables = theirs.init(jax.random.key(1), images)
-    chex.assert_trees_all_equal_shapes_and_dtypes(variables, ours.init(jax.random.key(1), images))
+    variables = jax.jit(theirs.init)(jax.random.key(1), images)
+    ours_too = jax.eval_shape(ours.init, jax.random.key(1), images)
+    chex.assert_trees_all_equal_shapes_and_dtypes(variables, ours_too)
     variables = jax.tree.map(lambda leaf: leaf + 0.1, variables)
 
     def value_and_grads(layer):
         def loss(variables, images):
             return jnp.sum(jnp.sin(layer.apply(variables, images).astype(jnp.float32)))
 
-        return layer.apply(variables, images), jax.grad(loss, (0, 1))(variables, images)
+        apply, gradient = jax.jit(layer.apply), jax.jit(jax.grad(loss, (0, 1)))
+        return apply(variables, images), gradient(variables, images)
 
     tolerance = 1e-4 if dtype == jnp.float32 else 0.15
     chex.assert_trees_all_close(

@@ -85,9 +85,11 @@ def test_constant_stays_and_one_cycle_rises_and_falls():
     )
 
 
-def test_a_warmup_as_long_as_the_run_is_refused():
-    with pytest.raises(UserError, match="not shorter than the run of 2 epochs"):
-        learning_rate_schedule(OptimConfig(warmup_epochs=2), 20, 10)
+def test_a_long_warmup_takes_half_the_run():
+    schedule = learning_rate_schedule(OptimConfig(learning_rate=1.0, warmup_epochs=5), 20, 10)
+    assert float(schedule(10)) == pytest.approx(1.0)
+    assert float(schedule(9)) < 1.0
+    assert float(schedule(15)) == pytest.approx(0.5)
 
 
 def test_rules_are_strict_both_ways():

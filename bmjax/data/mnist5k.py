@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from PIL import Image
@@ -29,12 +30,21 @@ def load() -> Dataset:
     The TFDS files are what is kept. Beside them lie their images decoded, so that a later start
     reads one array and need not import TFDS.
     """
-    folder = prepare_once(cache_folder() / "datasets" / "mnist5k" / VERSION, _prepare)
+    folder = cache_folder() / "datasets" / "mnist5k" / VERSION
+    try:
+        parts = _read(prepare_once(folder, _prepare))
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+        # Damaged in the cache; it is made anew from what never changes.
+        shutil.rmtree(folder, ignore_errors=True)
+        parts = _read(prepare_once(folder, _prepare))
+    return Dataset("mnist5k", **parts, class_names=tuple(map(str, range(10))))
+
+
+def _read(folder: Path) -> dict[str, ArraySource]:
     with np.load(folder / _DECODED) as arrays:
-        parts = {
+        return {
             name: ArraySource(arrays[f"{name}_image"], arrays[f"{name}_label"]) for name in SPLITS
         }
-    return Dataset("mnist5k", **parts, class_names=tuple(map(str, range(10))))
 
 
 def _prepare(folder: Path) -> None:
@@ -74,7 +84,9 @@ def _builder(data_dir: Path) -> Any:
 
     tfds.disable_progress_bar()
 
-    class Mnist5k(tfds.core.GeneratorBasedBuilder):
+    class Mnist5k(  # type: ignore[call-arg]
+        tfds.core.GeneratorBasedBuilder, skip_registration=True
+    ):
         """5,000 digits of MNIST."""
 
         VERSION = tfds.core.Version(VERSION)

@@ -77,7 +77,7 @@ def read_image(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
         raise UserError(f"there is no file {path}. Check the path.")
     try:
         with Image.open(path) as opened:
-            picture = ImageOps.exif_transpose(opened)
+            picture = _to_8_bits(ImageOps.exif_transpose(opened), path)
             if picture.has_transparency_data:
                 picture = picture.convert("RGBA")
                 paper = Image.new("RGBA", picture.size, "white")
@@ -88,6 +88,20 @@ def read_image(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
             f"{path} cannot be read as an image ({error}). It may be cut off or of another format."
         ) from error
     return _to_array(resize(picture, shape[:2]))
+
+
+def _to_8_bits(picture: Image.Image, path: Path) -> Image.Image:
+    """Scales 16-bit gray to 8 bits, which Pillow would cut off at 255."""
+    if picture.mode.startswith("I;16"):
+        return Image.fromarray(
+            (np.asarray(picture).astype(np.uint32) / 257).round().astype(np.uint8)
+        )
+    if picture.mode in ("I", "F"):
+        raise UserError(
+            f"{path} has pixels of {'32-bit integers' if picture.mode == 'I' else 'floats'}, whose "
+            "range is not known. Save it with 8 or 16 bits per channel."
+        )
+    return picture
 
 
 def _to_array(picture: Image.Image) -> np.ndarray:

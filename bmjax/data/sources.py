@@ -1,11 +1,12 @@
 """What a dataset is, and where one comes from."""
 
 import hashlib
-import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile, is_zipfile
 
 import numpy as np
 
@@ -172,12 +173,15 @@ def _load_npz(path: Path, name: str) -> Dataset:
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise UserError(f"there is no file {path}. Check the path after 'npz:'.")
-    if not zipfile.is_zipfile(path):
+    if not is_zipfile(path):
         raise UserError(f"{path} is no npz archive. Write it by numpy.savez.")
     try:
         with np.load(path, allow_pickle=False) as archive:
-            return {key: archive[key] for key in archive.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+            arrays = {key: archive[key] for key in archive.files}
+            if not all(isinstance(array, np.ndarray) for array in arrays.values()):
+                raise ValueError("it holds other files")
+            return arrays
+    except (ValueError, OSError, EOFError, NotImplementedError, zlib.error, BadZipFile) as error:
         raise UserError(
             f"{path} cannot be read as an npz archive of plain arrays ({error}). "
             "Write it by numpy.savez, without object arrays."
@@ -235,6 +239,8 @@ def _check_parts(
                 f"{train.images.shape[1:]}. Make them one size."
             )
     names = [str(name) for name in np.ravel(arrays.get("class_names", np.array([])))]
+    if len(set(names)) < len(names):
+        raise UserError(f"{path}: class_names has a name twice. Give every class its own.")
     largest = max(int(part.labels.max()) for part in parts.values())
     if names and largest >= len(names):
         raise UserError(
