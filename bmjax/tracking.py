@@ -58,22 +58,27 @@ class EventFiles:
     """Event files for TensorBoard, one series per split and metric."""
 
     def __init__(self, folder: Path, resume_step: int = 0):
-        from tensorboardX import SummaryWriter
-
-        # Events of a run that was killed beyond its checkpoint are hidden by purge_step.
-        self._writer = SummaryWriter(
-            str(folder), purge_step=resume_step + 1 if resume_step else None
-        )
+        self._folder, self._resume_step = folder, resume_step
+        self._writer: Any = None
 
     def write(self, record: dict[str, Any]) -> None:
         """Adds the numbers of one record."""
+        if self._writer is None:
+            # Not before there is something to write: the package takes long to import, and the
+            # first step would wait for it.
+            from tensorboardX import SummaryWriter
+
+            # Events of a run that was killed beyond its checkpoint are hidden by purge_step.
+            purge = self._resume_step + 1 if self._resume_step else None
+            self._writer = SummaryWriter(str(self._folder), purge_step=purge)
         for name, value in record.items():
             if name not in ("step", "epoch", "split"):
                 self._writer.add_scalar(f"{record['split']}/{name}", value, record["step"])
 
     def close(self) -> None:
         """Writes what is left and closes the file."""
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
 
 
 class Display:
@@ -122,8 +127,8 @@ class Display:
             )
 
     def epoch(self, epoch: int, figures: dict[str, float]) -> None:
-        """Says how an epoch went, where output is no terminal: about 20 lines a run."""
-        if self._progress is not None:
+        """Says how an epoch went: about 20 lines a run, on a terminal the last one alone."""
+        if self._progress is not None and epoch < self._epochs:
             return
         if epoch in (1, self._epochs) or epoch % self._lines_every == 0:
             share = (epoch * self._steps - self._start) / (self._epochs * self._steps - self._start)

@@ -6,7 +6,13 @@ accuracy is that of the params after the last step; no epoch is chosen.
 
     uv run python experiments/distill_mnist.py --seeds 5
 
-RESULT
+On two cores of an AMD EPYC, 2.5 minutes a seed:
+
+    model               test accuracy  calibration error
+    cnn teacher          98.52 ± 0.23        0.81 ± 0.14
+    mlp alone            97.32 ± 0.25        1.40 ± 0.31
+    mlp distilled        98.04 ± 0.09        0.85 ± 0.27
+    gain by distillation, points: 0.72 ± 0.26; each: [1.1, 0.6, 0.4, 0.8, 0.7]
 """
 
 import argparse
