@@ -15,7 +15,7 @@ LAYERS = [
     {"__init__"},
     {"errors"},
     {"config"},
-    {"cache", "runs", "signals"},
+    {"cache", "quiet", "runs", "signals"},
     {"losses", "models", "data", "optim", "parallel", "tracking"},
     {"metrics", "checkpoint"},
     {"train"},

@@ -295,7 +295,7 @@ def test_real_processes_killed_and_resumed_end_bit_for_bit(tmp_path, shapes_npz)
         out, _ = process.communicate(timeout=60)
         assert process.returncode == code, out
         if code > 0:
-            assert "a checkpoint is saved. Go on with --resume" in out
+            assert "a checkpoint is saved. Go on with: bmjax train --resume --out" in out
         more = ["--resume"]
     process = start(arguments("killed", "--resume"))
     out, _ = process.communicate(timeout=120)

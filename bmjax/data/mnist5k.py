@@ -6,7 +6,6 @@ train, 50 validation and 100 test of each digit, the same on every machine.
 
 import contextlib
 import io
-import logging
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ from PIL import Image
 
 from bmjax.cache import cache_folder, prepare_once
 from bmjax.data.sources import SPLITS, ArraySource, Dataset, stratified_split
+from bmjax.quiet import errors_only
 
 VERSION = "1.0.0"
 _SHARES = {"test": 0.2, "validation": 0.1, "train": 0.7}
@@ -51,7 +51,8 @@ def _prepare(folder: Path) -> None:
     # TFDS writes to DATA_DIR/mnist5k/VERSION; only that last folder is kept.
     data_dir = folder / "data_dir"
     decoded: dict[str, np.ndarray] = {}
-    with _quiet():
+    # TFDS says much of its progress, and of decoders it would rather have.
+    with errors_only(), contextlib.redirect_stdout(io.StringIO()):
         builder = _builder(data_dir)
         builder.download_and_prepare(file_format="array_record")
         for name in SPLITS:
@@ -64,19 +65,6 @@ def _prepare(folder: Path) -> None:
     shutil.rmtree(data_dir)
     with open(folder / _DECODED, "wb") as file:
         np.savez(file, allow_pickle=False, **decoded)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps what TFDS says of its progress, and of decoders it would rather have, to itself."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 def _builder(data_dir: Path) -> Any:
