@@ -16,6 +16,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 # Broadcasting arrays of different rank hides mistakes, so it must be written out.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+from bmjax.cache import use_compilation_cache  # noqa: E402
 from bmjax.config import AugmentConfig, DeviceConfig, RunConfig, TrainConfig  # noqa: E402
 from bmjax.data import ArraySource, Dataset  # noqa: E402
 
@@ -23,6 +24,7 @@ from bmjax.data import ArraySource, Dataset  # noqa: E402
 def pytest_configure(config: pytest.Config) -> None:
     cache = tempfile.mkdtemp(prefix="bmjax-tests-")
     os.environ["BMJAX_CACHE"] = cache
+    use_compilation_cache()  # the same small programs are compiled in many tests
     for line in (
         "error",
         # Raised inside packages, about their own code or each other's.

@@ -280,7 +280,7 @@ def test_real_processes_killed_and_resumed_end_bit_for_bit(tmp_path, shapes_npz)
     def arguments(name, *more):
         return [
             *("train", "--model", "mlp", "--hidden-sizes", "16", "--data", f"npz:{shapes_npz}"),
-            *("--epochs", "1000", "--batch-size", "16", "--save-minutes", "0.002"),
+            *("--epochs", "500", "--batch-size", "16", "--save-minutes", "0.004"),
             *("--no-tensorboard", "--out", str(tmp_path / name), *more),
         ]
 
@@ -301,7 +301,7 @@ def test_real_processes_killed_and_resumed_end_bit_for_bit(tmp_path, shapes_npz)
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 0, out
     finals = [
-        checkpoint.read(tmp_path / name / "checkpoints", 6000, ("state", "best"))
+        checkpoint.read(tmp_path / name / "checkpoints", 3000, ("state", "best"))
         for name in ("whole", "killed")
     ]
     chex.assert_trees_all_equal(finals[0], finals[1])

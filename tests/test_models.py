@@ -87,10 +87,16 @@ def test_conv_equals_that_of_linen(channels, dtype):
         apply, gradient = jax.jit(layer.apply), jax.jit(jax.grad(loss, (0, 1)))
         return apply(variables, images), gradient(variables, images)
 
-    tolerance = 1e-4 if dtype == jnp.float32 else 0.15
-    chex.assert_trees_all_close(
-        value_and_grads(ours), value_and_grads(theirs), atol=tolerance, rtol=tolerance
-    )
+    # Shares of the largest value of each array: sums of many terms, some of which cancel, have
+    # an error in proportion to the terms and not to the sum.
+    share = 1e-5 if dtype == jnp.float32 else 2e-2
+    for got, expected in zip(
+        jax.tree.leaves(value_and_grads(ours)),
+        jax.tree.leaves(value_and_grads(theirs)),
+        strict=True,
+    ):
+        got, expected = np.asarray(got, np.float32), np.asarray(expected, np.float32)
+        np.testing.assert_allclose(got, expected, rtol=0, atol=share * np.abs(expected).max())
 
 
 def test_both_lowerings_of_the_convolution_agree():

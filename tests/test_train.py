@@ -131,12 +131,12 @@ def test_the_step_is_the_masked_mean(shapes):
     assert float(sums["loss"]) == pytest.approx(11 * float(mean_loss(state.params)), rel=1e-5)
 
 
-@pytest.mark.parametrize("parts", [2, 4])
-def test_accumulation_equals_the_whole_batch(shapes, on_one_device, parts):
-    for parallel in (Parallel("jit", jax.devices()[:2]), Parallel("pmap", jax.devices()[:2])):
-        state, totals, _ = run_steps(shapes, parallel, accumulate=parts)
-        chex.assert_trees_all_close(state.params, on_one_device[0].params, atol=2e-5)
-        chex.assert_trees_all_close(totals, on_one_device[1], rtol=1e-4)
+@pytest.mark.parametrize(("kind", "parts"), [("jit", 4), ("pmap", 2)])
+def test_accumulation_equals_the_whole_batch(shapes, on_one_device, kind, parts):
+    parallel = Parallel(kind, jax.devices()[:2])
+    state, totals, _ = run_steps(shapes, parallel, accumulate=parts)
+    chex.assert_trees_all_close(state.params, on_one_device[0].params, atol=2e-5)
+    chex.assert_trees_all_close(totals, on_one_device[1], rtol=1e-4)
 
 
 def test_the_running_average_follows_its_formula(shapes):
