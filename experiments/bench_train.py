@@ -13,16 +13,17 @@ After a warm-up all take turns in one process, and the ratios are taken turn by 
 
     uv run --group torch python experiments/bench_train.py
 
-On two virtual cores of an AMD EPYC (float32 matmul peak 190 GFLOP/s), jax 0.10.2, torch 2.13.0:
+On two virtual cores of an AMD EPYC (float32 matmul peak 190 GFLOP/s), jax 0.10.2, torch 2.15.0,
+torchvision 0.29.2, medians of 20 turns:
 
-    bmjax       184,618 images/s (median; 168,111 to 193,676)
-    script       18,464 images/s (median; 16,265 to 20,240)
-    tensors      68,663 images/s (median; 59,579 to 71,136)
-    bmjax / script      9.8 (median of 20 turns; 9.4 to 11.2)
-    bmjax / tensors     2.7 (median of 20 turns; 2.6 to 3.1)
+    bmjax       191,479 images/s (183,343 to 195,248)
+    script        9,844 images/s (9,081 to 10,261)
+    tensors      67,814 images/s (60,723 to 70,723)
+    bmjax / script     19.2 (17.9 to 21.1)
+    bmjax / tensors     2.8 (2.7 to 3.2)
 
 The network takes 454 kFLOP an image, so the matmul peak of this machine allows 418,000 images/s:
-bmjax runs at 44% of it, and the overhead of Python, which the ratio is about, is gone.
+bmjax runs at 46% of it.
 """
 
 import argparse
