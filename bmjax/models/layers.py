@@ -55,14 +55,14 @@ def _conv_by_matmul(images: Array, kernel: Array) -> Array:
     if channels < 8:
         # So few channels make thin matmuls: gather the rows as well and do a single one.
         patches = jnp.concatenate([patches[:, i : i + height] for i in range(rows)], axis=-1)
-        return patches @ kernel.reshape(rows * columns * channels, features)
-    flat = kernel.reshape(rows, columns * channels, features)
-    # The partial sums stay in float32, so that bfloat16 is rounded to once, as by XLA.
-    parts = [
-        jnp.matmul(patches[:, i : i + height], flat[i], preferred_element_type=jnp.float32)
-        for i in range(rows)
-    ]
-    return functools.reduce(jnp.add, parts).astype(images.dtype)
+        parts = [(patches, kernel.reshape(rows * columns * channels, features))]
+    else:
+        flat = kernel.reshape(rows, columns * channels, features)
+        parts = [(patches[:, i : i + height], flat[i]) for i in range(rows)]
+    # Sums stay in float32, those of the gradients too, so that bfloat16 is rounded to once, as by
+    # XLA's convolution.
+    sums = [jnp.matmul(*part, preferred_element_type=jnp.float32) for part in parts]
+    return functools.reduce(jnp.add, sums).astype(images.dtype)
 
 
 def max_pool_2x2(images: Array) -> Array:
