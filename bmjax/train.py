@@ -205,7 +205,8 @@ def train_step(
         ((grads, sums), batch_stats), _ = lax.scan(add_part, start, parts)
     if axis_name is not None:
         grads, sums = lax.psum((grads, sums), axis_name)
-    grads = jax.tree.map(lambda leaf: leaf / sums["count"], grads)
+    scale = 1 / sums["count"]
+    grads = jax.tree.map(lambda leaf: leaf * scale, grads)
 
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)

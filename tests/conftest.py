@@ -13,6 +13,10 @@ import pytest
 from rich.console import Console
 
 jax.config.update("jax_num_cpu_devices", 8)
+# Compiling takes most of the tests' time, and half as long like this. Programs that tests start
+# optimise as always, and so do all tests with JAX_DISABLE_MOST_OPTIMIZATIONS=0.
+if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:
+    jax.config.update("jax_disable_most_optimizations", True)
 # Broadcasting arrays of different rank hides mistakes, so it must be written out.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -24,6 +28,8 @@ from bmjax.data import ArraySource, Dataset  # noqa: E402
 def pytest_configure(config: pytest.Config) -> None:
     cache = tempfile.mkdtemp(prefix="bmjax-tests-")
     os.environ["BMJAX_CACHE"] = cache
+    # Programs that tests start leave their compiled modules for the next one, as usual.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     use_compilation_cache()  # the same small programs are compiled in many tests
     for line in (
         "error",

@@ -9,6 +9,8 @@ import pytest
 
 from bmjax.metrics import ClassificationSums, summarize
 
+of_batch = jax.jit(ClassificationSums.of_batch)
+
 
 def reference(logits, labels):
     """The same metrics example by example, in float64, from their definitions."""
@@ -56,7 +58,7 @@ def draw(num=203, classes=8):
 
 def test_matches_the_definitions_in_float64():
     logits, labels = draw()
-    sums = ClassificationSums.of_batch(jnp.array(logits), jnp.array(labels), jnp.ones(203, bool))
+    sums = of_batch(jnp.array(logits), jnp.array(labels), jnp.ones(203, bool))
     got, expected = summarize(sums), reference(logits, labels)
     assert got["examples"] == 203
     for name, value in expected.items():
@@ -66,12 +68,12 @@ def test_matches_the_definitions_in_float64():
 
 def test_padding_changes_nothing_and_batches_add_up():
     logits, labels = draw()
-    whole = ClassificationSums.of_batch(jnp.array(logits), jnp.array(labels), jnp.ones(203, bool))
+    whole = of_batch(jnp.array(logits), jnp.array(labels), jnp.ones(203, bool))
     padded = np.concatenate([logits, np.full((5, 8), 1e3, np.float32)])
     padded_labels = np.concatenate([labels, np.full(5, 3)])
     mask = np.arange(208) < 203
     parts = [
-        ClassificationSums.of_batch(
+        of_batch(
             jnp.array(padded[i : i + 16]),
             jnp.array(padded_labels[i : i + 16]),
             jnp.array(mask[i : i + 16]),
@@ -85,23 +87,23 @@ def test_padding_changes_nothing_and_batches_add_up():
 def test_calibration_of_a_constant_worked_out_by_hand():
     # Confidence 0.75 four times, right once: |1/4 - 3/4|.
     logits = jnp.tile(jnp.array([[0.0, jnp.log(3.0)]]), (4, 1))
-    sums = ClassificationSums.of_batch(logits, jnp.array([0, 0, 0, 1]), jnp.ones(4, bool))
+    sums = of_batch(logits, jnp.array([0, 0, 0, 1]), jnp.ones(4, bool))
     assert summarize(sums)["expected_calibration_error"] == pytest.approx(0.5, abs=1e-6)
 
 
 def test_equal_logits_are_no_free_hit():
     logits = jnp.zeros((10, 10))
-    sums = ClassificationSums.of_batch(logits, jnp.arange(10), jnp.ones(10, bool))
+    sums = of_batch(logits, jnp.arange(10), jnp.ones(10, bool))
     got = summarize(sums)
     assert got["accuracy"] == pytest.approx(0.1)
     assert got["top5_accuracy"] == pytest.approx(0.5)
-    broken = ClassificationSums.of_batch(logits * jnp.nan, jnp.arange(10), jnp.ones(10, bool))
+    broken = of_batch(logits * jnp.nan, jnp.arange(10), jnp.ones(10, bool))
     assert int(broken.top5) == 0
 
 
 def test_fewer_than_five_classes_are_all_in_the_top_five():
     logits, labels = jax.random.normal(jax.random.key(0), (20, 3)), jnp.arange(20) % 3
-    sums = ClassificationSums.of_batch(logits, labels, jnp.ones(20, bool))
+    sums = of_batch(logits, labels, jnp.ones(20, bool))
     assert summarize(sums)["top5_accuracy"] == 1.0
 
 

@@ -27,6 +27,10 @@ def as_arrays(source: ArraySource) -> dict[str, np.ndarray]:
 def epoch_order(key: Array, epoch: Array, num_examples: int, batch_size: int) -> Array:
     """Draws the order of one epoch, padded with zeros to whole batches.
 
+    One sort by random bits: where two of the 32-bit numbers are equal, the examples keep their
+    order, which happens to one pair in 2^32. (`jax.random.permutation` sorts twice, which is felt
+    where an epoch takes milliseconds.)
+
     Args:
         key: the run's key.
         epoch: scalar integer, from 0.
@@ -36,8 +40,9 @@ def epoch_order(key: Array, epoch: Array, num_examples: int, batch_size: int) ->
     Returns:
         [batches * batch_size] int32.
     """
-    order = jax.random.permutation(jax.random.fold_in(key, epoch), num_examples)
-    return _padded(order.astype(jnp.int32), batch_size)
+    bits = jax.random.bits(jax.random.fold_in(key, epoch), (num_examples,))
+    _, order = lax.sort_key_val(bits, jnp.arange(num_examples, dtype=jnp.int32))
+    return _padded(order, batch_size)
 
 
 def natural_order(num_examples: int, batch_size: int) -> Array:
