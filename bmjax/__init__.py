@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from bmjax.evaluate import load_run
     from bmjax.loop import fit
     from bmjax.models import create_model, list_models
+    from bmjax.weights.convert import from_torchvision, to_torchvision
 
 __version__ = "0.1.0"
 
@@ -21,9 +22,11 @@ _HOMES = {
     "TrainConfig": "bmjax.config",
     "create_model": "bmjax.models",
     "fit": "bmjax.loop",
+    "from_torchvision": "bmjax.weights.convert",
     "list_models": "bmjax.models",
     "load_dataset": "bmjax.data",
     "load_run": "bmjax.evaluate",
+    "to_torchvision": "bmjax.weights.convert",
 }
 _MODULES = ("distill", "evaluate", "losses", "metrics")
 
@@ -34,11 +37,13 @@ __all__ = [
     "distill",
     "evaluate",
     "fit",
+    "from_torchvision",
     "list_models",
     "load_dataset",
     "load_run",
     "losses",
     "metrics",
+    "to_torchvision",
 ]
 
 

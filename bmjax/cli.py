@@ -15,15 +15,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from bmjax.config import (
+    ConvertConfig,
     DistillConfig,
     DoctorConfig,
     EvaluateConfig,
     PredictConfig,
     TrainConfig,
-    check_distill,
-    check_train,
 )
 from bmjax.errors import DivergenceError, StoppedError, UserError
+from bmjax.settings import check_distill, check_train
 
 # Classes that a terminal has the width for.
 _LARGEST_MATRIX = 20
@@ -82,6 +82,7 @@ def _parse(argv: list[str], defaults: dict[type, Any]) -> Any:
         "distill": DistillConfig,
         "evaluate": EvaluateConfig,
         "predict": PredictConfig,
+        "convert": ConvertConfig,
         "doctor": DoctorConfig,
     }
     kinds = tuple(
@@ -234,6 +235,25 @@ def _predict(config: PredictConfig) -> None:
         print(f"{prediction['file']}: {shown}")
 
 
+def _convert(config: ConvertConfig) -> None:
+    from bmjax.convert import convert
+
+    result = convert(config, Console(stderr=True))
+    certificate = result.get("certificate")
+    if certificate:
+        print(certificate.as_table(), end="")
+        if not certificate.passed:
+            _end(
+                f"the conversion differs from torchvision, so {config.out} was not written; "
+                f"every comparison is in {config.out}.certificate.json",
+                1,
+            )
+    print(
+        f"{result['model']}, {result['num_classes']} classes, {result['parameters']:,} parameters, "
+        f"is in {result['out']}"
+    )
+
+
 def _doctor(config: DoctorConfig) -> None:
     from bmjax.doctor import examine
 
@@ -271,6 +291,7 @@ _COMMANDS: dict[type, Callable[[Any], None]] = {
     DistillConfig: _distill,
     EvaluateConfig: _evaluate,
     PredictConfig: _predict,
+    ConvertConfig: _convert,
     DoctorConfig: _doctor,
 }
 if __name__ == "__main__":

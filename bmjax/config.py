@@ -5,15 +5,12 @@ attributes' descriptions are the help texts of the flags.
 """
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal
 
 import tyro
 
-from bmjax.errors import UserError
-
-DEFAULT_EPOCHS = {"mlp": 100, "cnn": 20, "cnn_tiny": 20}
+DEFAULT_EPOCHS = {"mlp": 100}
 
 
 @dataclass(frozen=True)
@@ -107,8 +104,10 @@ class BaseConfig:
         data: Dataset: mnist5k, or npz:PATH with arrays image and label (or train_image, ...).
         image_size: Side in pixels that images are resized to; 0 keeps the dataset's own.
         hidden_sizes: Widths of the hidden layers where the model is mlp; none given: 128 64.
+        norm: Normalisation of a ResNet: batch; frozen, by the running statistics in training
+            too; or group, which sees one example at a time.
         epochs: Passes over the training split; 0 takes the model's default: 100 for mlp, 20 for
-            cnn.
+            the others.
         batch_size: Examples per update, over all devices together.
         accumulate: Parts that a batch is split into, one after the other, to save memory; the
             update is that of the whole batch.
@@ -124,6 +123,7 @@ class BaseConfig:
     data: str = "mnist5k"
     image_size: int = 0
     hidden_sizes: tuple[int, ...] = ()
+    norm: Literal["batch", "frozen", "group"] = "batch"
     epochs: int = 0
     batch_size: int = 64
     accumulate: int = 1
@@ -143,7 +143,9 @@ class TrainConfig(BaseConfig):
     """Train a model from scratch.
 
     Attributes:
-        model: Name of the model: mlp, cnn or cnn_tiny.
+        model: Name of the model: mlp, cnn, cnn_tiny, resnet18, resnet34, resnet50, resnet101,
+            resnet152, resnext50_32x4d, resnext101_32x8d, resnext101_64x4d, wide_resnet50_2,
+            wide_resnet101_2 or resnet_tiny.
     """
 
     model: str = "mlp"
@@ -169,7 +171,7 @@ class DistillConfig(BaseConfig):
         teacher: Folder of the teacher's run; none given: train one first.
         teacher_model: Model that is trained as the teacher where no --teacher is given.
         teacher_epochs: Epochs of that teacher (at least 1).
-        student: Name of the student's model: mlp, cnn or cnn_tiny.
+        student: Name of the student's model, as of `bmjax train --model`.
         temperature: Temperature T of both softmaxes (positive).
         alpha: Weight of the distillation loss, in [0, 1]; the cross entropy has 1 - alpha.
     """
@@ -232,6 +234,41 @@ class PredictConfig:
 
 
 @dataclass(frozen=True)
+class ConvertConfig:
+    """Convert between torchvision's weights and bmjax's, strictly, and prove it.
+
+    The ending of --out says what is written: .pth, .pt or .safetensors for torchvision's names
+    and layouts; .msgpack for Flax variables; none for a run's folder, which evaluate, predict and
+    distill take.
+
+    Attributes:
+        path: A torchvision checkpoint (.pth, .pt or .safetensors), Flax variables (.msgpack), a
+            run's folder, or imagenet-v1 or imagenet-v2 for torchvision's published weights.
+        out: What to write; nothing that exists is overwritten.
+        model: Name of the ResNet; a run knows its own.
+        certify: Compare with torchvision (which the extra torch brings): outputs, gradients and
+            one training step, written to OUT.certificate.txt and .json; nothing else is written
+            where it fails.
+        images: Folder of photographs for the certificate; none given: digits of mnist5k.
+        image_size: Side in pixels of the images that the model takes; 0 takes the weights' own,
+            or 224.
+        resize_size: Shorter side in pixels that images are resized to before the middle is cut
+            out; 0 takes the weights' own, or 8/7 of the image size.
+        class_names: Names of the classes, in order; none given: ImageNet's where there are 1000,
+            numbers otherwise.
+    """
+
+    path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
+    out: str
+    model: str = ""
+    certify: bool = False
+    images: str = ""
+    image_size: int = 0
+    resize_size: int = 0
+    class_names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class DoctorConfig:
     """Say what there is to compute with, and what is missing.
 
@@ -240,165 +277,3 @@ class DoctorConfig:
     """
 
     json: bool = False
-
-
-# Fields that may differ between a run and its resumption: they change where and how it is
-# computed or shown, never what is computed.
-FREE_FIELDS = frozenset(
-    ["out", "teacher", "parallel", "devices", "resume", "save_minutes", "keep", "tensorboard"]
-)
-
-
-def flatten(config: Any) -> dict[str, Any]:
-    """Returns `{field: value}` of a nested config, the names as they are on the command line."""
-    flat: dict[str, Any] = {}
-    for item in dataclasses.fields(config):
-        value = getattr(config, item.name)
-        flat.update(flatten(value) if dataclasses.is_dataclass(value) else {item.name: value})
-    return flat
-
-
-def unflatten(cls: type, flat: dict[str, Any], where: str) -> Any:
-    """Builds the nested config `cls` from `flat`, the inverse of `flatten`.
-
-    Args:
-        cls: a config dataclass.
-        flat: values by field name; fields that are not there take their defaults.
-        where: what `flat` was read from, for the message.
-
-    Raises:
-        UserError: `flat` has a field that the config does not, or a value of another type.
-    """
-    default = cls()
-    known = flatten(default)
-    unknown = sorted(set(flat) - set(known))
-    if unknown:
-        raise UserError(
-            f"{where} has settings that this version does not know: {', '.join(unknown)}. "
-            "It was written by another version of bmjax; use that one, or start anew."
-        )
-    return _replace(default, flat, where)
-
-
-def _replace(config: Any, flat: dict[str, Any], where: str) -> Any:
-    changes: dict[str, Any] = {}
-    hints = get_type_hints(type(config))
-    for item in dataclasses.fields(config):
-        old = getattr(config, item.name)
-        if dataclasses.is_dataclass(old):
-            changes[item.name] = _replace(old, flat, where)
-        elif item.name in flat:
-            new = changes[item.name] = _same_type(item.name, old, flat[item.name], where)
-            choices = get_args(hints[item.name]) if isinstance(old, str) else ()
-            if choices and new not in choices:
-                raise UserError(
-                    f"{where}: {item.name} is {new!r}, but must be one of {', '.join(choices)}. "
-                    "Restore the file, or start anew."
-                )
-    return dataclasses.replace(config, **changes)
-
-
-def _same_type(name: str, old: Any, new: Any, where: str) -> Any:
-    if isinstance(old, tuple) and isinstance(new, list) and all(type(n) is int for n in new):
-        return tuple(new)
-    if isinstance(old, float) and type(new) is int:
-        return float(new)
-    if type(new) is not type(old):
-        raise UserError(
-            f"{where}: {name} is {new!r}, but it must be of type {type(old).__name__}. "
-            "Restore the file, or start anew."
-        )
-    return new
-
-
-def contradictions(saved: Any, asked: Any) -> list[str]:
-    """Lists `field: saved value, asked value` for all that a resumption must not change."""
-    before, after = flatten(saved), flatten(asked)
-    return [
-        f"{name} is {before[name]!r} in the run and {after[name]!r} now"
-        for name in before
-        if name not in FREE_FIELDS and before[name] != after[name]
-    ]
-
-
-def check_train(config: BaseConfig) -> None:
-    """Checks the ranges of all values that can be judged without looking at the data.
-
-    Raises:
-        UserError: the first value out of its range, with the range.
-    """
-    optim, views = config.optim, config.views
-    rules = [
-        ("epochs", config.epochs, config.epochs >= 0, "at least 0"),
-        ("batch-size", config.batch_size, config.batch_size >= 1, "at least 1"),
-        ("image-size", config.image_size, config.image_size >= 0, "at least 0"),
-        ("accumulate", config.accumulate, config.accumulate >= 1, "at least 1"),
-        ("label-smoothing", config.label_smoothing, 0 <= config.label_smoothing < 1, "in [0, 1)"),
-        ("ema-decay", config.ema_decay, 0 <= config.ema_decay < 1, "in [0, 1)"),
-        ("seed", config.seed, 0 <= config.seed < 2**32, "in [0, 2^32)"),
-        (
-            "hidden-sizes",
-            config.hidden_sizes,
-            all(size >= 1 for size in config.hidden_sizes),
-            "at least 1 each",
-        ),
-        ("learning-rate", optim.learning_rate, 0 < optim.learning_rate < math.inf, "positive"),
-        ("warmup-epochs", optim.warmup_epochs, 0 <= optim.warmup_epochs < math.inf, "at least 0"),
-        ("momentum", optim.momentum, 0 <= optim.momentum < 1, "in [0, 1)"),
-        ("weight-decay", optim.weight_decay, 0 <= optim.weight_decay < math.inf, "at least 0"),
-        ("clip-norm", optim.clip_norm, 0 <= optim.clip_norm < math.inf, "at least 0"),
-        ("shift", views.shift, 0 <= views.shift <= 1, "in [0, 1]"),
-        ("rotate", views.rotate, 0 <= views.rotate <= 180, "in [0, 180] degrees"),
-        ("scale", views.scale, 0 <= views.scale < 1, "in [0, 1)"),
-        ("devices", config.device.devices, config.device.devices >= 0, "at least 0"),
-        (
-            "save-minutes",
-            config.run.save_minutes,
-            0 <= config.run.save_minutes < math.inf,
-            "at least 0",
-        ),
-        ("keep", config.run.keep, config.run.keep >= 1, "at least 1"),
-    ]
-    _check(rules)
-    if config.batch_size % config.accumulate:
-        raise UserError(
-            f"--batch-size {config.batch_size} does not divide into --accumulate "
-            f"{config.accumulate} equal parts. Choose a multiple."
-        )
-
-
-def check_evaluate(config: EvaluateConfig) -> None:
-    """Checks the values that belong to evaluation; raises UserError as `check_train` does."""
-    rules = [
-        ("batch-size", config.batch_size, config.batch_size >= 1, "at least 1"),
-        ("image-size", config.image_size, config.image_size >= 0, "at least 0"),
-        ("devices", config.device.devices, config.device.devices >= 0, "at least 0"),
-    ]
-    _check(rules)
-
-
-def _check(rules: list[tuple[str, Any, bool, str]]) -> None:
-    for name, value, fits, range_ in rules:
-        if not fits:
-            raise UserError(f"--{name} is {value}, but it must be {range_}.")
-
-
-def check_distill(config: DistillConfig) -> None:
-    """Checks the values that belong to distillation.
-
-    Raises:
-        UserError: a temperature that is not positive, or alpha outside [0, 1].
-    """
-    if not 0 < config.temperature < math.inf:
-        raise UserError(
-            f"--temperature is {config.temperature}, but it must be positive (1 leaves the "
-            "softmax as it is; 2 to 8 are usual)."
-        )
-    if not 0 <= config.alpha <= 1:
-        raise UserError(
-            f"--alpha is {config.alpha}, but it must be in [0, 1]: 0 is cross entropy alone, "
-            "1 is distillation alone."
-        )
-    if config.teacher_epochs < 1:
-        raise UserError(f"--teacher-epochs is {config.teacher_epochs}, but it must be at least 1.")
-    check_train(config)

@@ -13,15 +13,7 @@ from jax.tree_util import Partial
 from rich.console import Console
 
 from bmjax import losses
-from bmjax.config import (
-    DistillConfig,
-    EvaluateConfig,
-    TrainConfig,
-    check_distill,
-    contradictions,
-    flatten,
-    unflatten,
-)
+from bmjax.config import DistillConfig, EvaluateConfig, TrainConfig
 from bmjax.data import Dataset, load_dataset, preprocess
 from bmjax.errors import StoppedError, UserError
 from bmjax.evaluate import TrainedRun, check_fits, load_run, measure
@@ -37,6 +29,7 @@ from bmjax.runs import (
     refuse_existing,
     write_atomically,
 )
+from bmjax.settings import check_distill, contradictions, flatten, unflatten
 from bmjax.train import Batch, LossFn, apply_train, predict_logits
 
 DEFAULT_OUT = "runs/distill"
@@ -75,7 +68,7 @@ def distillation_loss(
         del key  # nothing is random beyond the view
         teacher_logits = ask_teacher(teacher_variables, batch["image"])
         images = preprocess.normalize(batch["image"], statistics, dtype)
-        logits, batch_stats = apply_train(model, params, batch_stats, images)
+        logits, batch_stats = apply_train(model, params, batch_stats, images, batch["mask"])
         divergence = losses.distillation(logits, teacher_logits, temperature)
         entropy = losses.cross_entropy(logits, batch["label"], label_smoothing)
         predicted = jnp.argmax(logits, axis=-1)

@@ -15,7 +15,7 @@ import numpy as np
 
 from bmjax import checkpoint
 from bmjax.cache import use_compilation_cache
-from bmjax.config import EvaluateConfig, PredictConfig, check_evaluate
+from bmjax.config import EvaluateConfig, PredictConfig
 from bmjax.data import ArraySource, Dataset, load_dataset, loader, preprocess
 from bmjax.data.sources import resized
 from bmjax.errors import UserError
@@ -24,6 +24,7 @@ from bmjax.metrics import summarize
 from bmjax.models import num_params
 from bmjax.parallel import make_parallel, request_devices
 from bmjax.runs import Run, read_run
+from bmjax.settings import check_evaluate
 from bmjax.train import make_evaluate, predict_logits
 
 _SPEED_SECONDS = 0.5
@@ -53,6 +54,14 @@ class TrainedRun:
     def statistics(self) -> dict[str, Any]:
         """The `mean` and `std` that its images are normalised by."""
         return {"mean": self.run.data["mean"], "std": self.run.data["std"]}
+
+    @property
+    def transform(self) -> preprocess.EvaluationTransform:
+        """How an image file becomes an input."""
+        settings = self.run.data.get("transform")
+        if settings is None:
+            return preprocess.squash(*self.run.data["image_shape"][:2])
+        return preprocess.EvaluationTransform.from_dict(settings)
 
     @property
     def num_classes(self) -> int:
@@ -121,6 +130,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     trained = load_run(config.path, config.checkpoint)
     own = trained.run.config
     name = config.data or own.data
+    if not name:
+        raise UserError(f"the weights in {config.path} came without data. Name some by --data.")
     dataset = load_dataset(name, config.image_size or (0 if config.data else own.image_size))
     height, width, _ = trained.run.data["image_shape"]
     if config.data and not config.image_size and height == width:
@@ -218,8 +229,9 @@ def predict(config: PredictConfig) -> list[dict[str, Any]]:
         raise UserError("there is no image to classify. Name at least one file.")
     use_compilation_cache()
     trained = load_run(config.path, config.checkpoint)
-    shape = trained.run.data["image_shape"]
-    images = np.stack([preprocess.read_image(Path(name), shape) for name in config.images])
+    channels = trained.run.data["image_shape"][2]
+    pictures = (preprocess.decode(name, channels) for name in config.images)
+    images = np.stack([trained.transform.apply(picture) for picture in pictures])
     probabilities = predict_probabilities(trained, images)
     names = trained.run.data["class_names"]
     return [

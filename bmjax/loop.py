@@ -16,14 +16,15 @@ from rich.console import Console
 
 from bmjax import checkpoint
 from bmjax.cache import use_compilation_cache
-from bmjax.config import TrainConfig, check_train
+from bmjax.config import TrainConfig
 from bmjax.data import Dataset, load_dataset, loader, preprocess
 from bmjax.errors import DivergenceError, StoppedError, UserError, unknown_name
 from bmjax.metrics import summarize
-from bmjax.models import create_model, list_models
+from bmjax.models import RESNETS, create_model, list_models
 from bmjax.optim import learning_rate_schedule, make_optimizer
 from bmjax.parallel import Parallel, check_divides, make_parallel, request_devices
 from bmjax.runs import Run, check_same, create_run, lock_folder, read_run, refuse_existing
+from bmjax.settings import check_train
 from bmjax.signals import Stop, noting_signals
 from bmjax.tracking import Display, EventFiles, MetricsFile
 from bmjax.train import (
@@ -125,11 +126,16 @@ def check_possible(config: TrainConfig, dataset: Dataset) -> None:
         raise UserError(f"{config.model} cannot take these images: {error}") from error
 
 
-def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
+def build_model(config: TrainConfig, num_classes: int, axis_name: str | None = None) -> nn.Module:
     """Returns the Linen module that the config asks for.
 
+    Args:
+        config: of the run.
+        num_classes: number of logits.
+        axis_name: under pmap, the axis along which batch statistics add up.
+
     Raises:
-        UserError: an unknown name, or hidden sizes for a model that has none.
+        UserError: an unknown name, or an option for a model that does not have it.
     """
     if config.model not in list_models():
         raise unknown_name("model", config.model, list_models())
@@ -140,7 +146,12 @@ def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
         if config.model != "mlp":
             raise UserError(f"--hidden-sizes belongs to mlp, but --model is {config.model}.")
         options["hidden_sizes"] = config.hidden_sizes
-    return create_model(config.model, num_classes, **options)
+    if config.norm != "batch":
+        if config.model not in RESNETS:
+            raise UserError(f"--norm belongs to ResNets, but --model is {config.model}.")
+        options["norm"] = config.norm
+    model = create_model(config.model, num_classes, **options)
+    return model.clone(axis_name=axis_name) if hasattr(model, "axis_name") else model
 
 
 @dataclasses.dataclass
@@ -165,7 +176,7 @@ class _Session:
         config = run.config
         self._run, self._config, self._parallel = run, config, parallel
         self._console, self._title = console, title or config.model
-        model = build_model(config, dataset.num_classes)
+        model = build_model(config, dataset.num_classes, parallel.axis_name)
         statistics = {"mean": run.data["mean"], "std": run.data["std"]}
         loss_fn = (
             make_loss(model, statistics)

@@ -15,8 +15,9 @@ from typing import Any
 import filelock
 
 from bmjax import __version__
-from bmjax.config import TrainConfig, check_train, contradictions, flatten, unflatten
+from bmjax.config import TrainConfig
 from bmjax.errors import UserError
+from bmjax.settings import check_train, contradictions, flatten, unflatten
 
 CONFIG = "config.json"
 TOUR = "distill.json"
@@ -30,7 +31,9 @@ class Run:
     Attributes:
         path: the folder.
         config: the settings, resolved.
-        data: of the dataset: `name`, `fingerprint`, `class_names`, `image_shape`, `mean`, `std`.
+        data: of the dataset: `name`, `fingerprint`, `class_names`, `image_shape`, `mean`, `std`,
+            and `transform`, the settings of the `EvaluationTransform` by which image files become
+            inputs, or None where they are resized to the shape.
         extra: settings beyond training, such as those of distillation.
     """
 
@@ -135,6 +138,7 @@ def read_run(path: Path) -> Run:
             "image_shape": shape,
             "mean": [float(value) for value in data["mean"]],
             "std": [float(value) for value in data["std"]],
+            "transform": data.get("transform"),
         }
         _check_form(config, data, extra)
     except (ValueError, KeyError, TypeError) as error:
@@ -151,6 +155,7 @@ def _check_form(config: Any, data: dict[str, Any], extra: Any) -> None:
     shape, mean, std = data["image_shape"], data["mean"], data["std"]
     fits = (
         isinstance(config, dict)
+        and isinstance(data["transform"], dict | None)
         and isinstance(extra, dict)
         and len(shape) == 3
         and min(shape) > 0

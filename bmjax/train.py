@@ -1,6 +1,7 @@
 """The training step: one pure function, and the compiled loops around it."""
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol, cast
@@ -102,11 +103,18 @@ def create_state(
 
 
 def apply_train(
-    model: nn.Module, params: Any, batch_stats: Any, images: Array
+    model: nn.Module, params: Any, batch_stats: Any, images: Array, mask: Array
 ) -> tuple[Array, Any]:
-    """Applies the model in training mode; returns the logits and the new running statistics."""
+    """Applies the model in training mode; returns the logits and the new running statistics.
+
+    The statistics leave out the examples where `mask` [batch] is False: a last batch that is
+    filled up counts as the smaller one that it is.
+    """
     variables = {"params": params, "batch_stats": batch_stats}
-    logits, new = model.apply(variables, images, train=True, mutable=["batch_stats"])
+    # A module of one's own need not know of masks.
+    known = inspect.signature(type(model).__call__).parameters
+    masked = {"mask": mask} if "mask" in known else {}
+    logits, new = model.apply(variables, images, train=True, mutable=["batch_stats"], **masked)
     return logits, new.get("batch_stats", {})
 
 
@@ -140,7 +148,7 @@ def classification_loss(
     ) -> tuple[Array, tuple[Any, dict[str, Array]]]:
         del key  # nothing is random beyond the view
         images = preprocess.normalize(batch["image"], statistics, dtype)
-        logits, batch_stats = apply_train(model, params, batch_stats, images)
+        logits, batch_stats = apply_train(model, params, batch_stats, images, batch["mask"])
         loss = losses.cross_entropy(logits, batch["label"], label_smoothing)
         hit = (jnp.argmax(logits, axis=-1) == batch["label"]).astype(jnp.float32)
         return loss, (batch_stats, {"accuracy": hit})

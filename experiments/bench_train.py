@@ -11,7 +11,7 @@ DataLoader and `loss.item()` each step:
 bmjax holds uint8 on the device, normalises at every step, and reads its losses once per call.
 After a warm-up all take turns in one process, and the ratios are taken turn by turn.
 
-    uv run --group torch python experiments/bench_train.py
+    uv run --extra torch python experiments/bench_train.py
 
 On two virtual cores of an AMD EPYC (float32 matmul peak 190 GFLOP/s), jax 0.10.2, torch 2.15.0,
 torchvision 0.29.2, medians of 20 turns:

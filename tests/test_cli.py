@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from bmjax import cli
-from bmjax.config import DistillConfig, EvaluateConfig, TrainConfig, flatten, unflatten
+from bmjax.config import DistillConfig, EvaluateConfig, TrainConfig
 from bmjax.errors import UserError
+from bmjax.settings import flatten, unflatten
 
 
 def run(capsys, *argv):
@@ -95,7 +96,7 @@ def test_a_damaged_checkpoint_is_named(capsys, tmp_path, shapes_npz):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("train --model resnet18 --out X", "unknown model 'resnet18'"),
+        ("train --model resnet20 --out X", "unknown model 'resnet20'"),
         ("train --data mnist --out X", "unknown dataset 'mnist'. Did you mean mnist5k?"),
         ("train --data npz:nowhere.npz --out X", "there is no file nowhere.npz"),
         ("train --data npz:bad.npz --out X", "pixels must be uint8"),

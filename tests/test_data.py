@@ -1,4 +1,3 @@
-import io
 import os
 import shutil
 import subprocess
@@ -8,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from PIL import Image
 
 from bmjax import load_dataset
 from bmjax.data import loader, preprocess
@@ -209,58 +207,6 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("BMJAX_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(UserError, match="Set BMJAX_CACHE"):
         load_dataset("mnist5k")
-
-
-def test_pixel_statistics_match_float64():
-    pixels = np.random.default_rng(1).integers(0, 255, (7, 5, 4, 3)).astype(np.uint8)
-    pixels[..., 2] = 9
-    got = preprocess.pixel_statistics(pixels)
-    scaled = pixels.astype(np.float64) / 255
-    np.testing.assert_allclose(got["mean"], scaled.mean((0, 1, 2)), rtol=1e-12)
-    np.testing.assert_allclose(got["std"][:2], scaled.std((0, 1, 2))[:2], rtol=1e-12)
-    assert got["std"][2] == 1.0
-
-
-@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "CMYK", "LA", "I;16"])
-@pytest.mark.parametrize("channels", [1, 3])
-def test_image_files_of_any_mode_are_read(tmp_path, mode, channels):
-    path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
-    Image.new(mode, (20, 10)).save(path)
-    pixels = preprocess.read_image(path, (8, 6, channels))
-    assert pixels.shape == (8, 6, channels)
-    assert pixels.dtype == np.uint8
-
-
-def test_image_files_are_turned_upright_and_put_on_white(tmp_path):
-    picture = Image.new("L", (20, 10))
-    picture.paste(255, (0, 0, 20, 5))
-    exif = Image.Exif()
-    exif[0x0112] = 3  # upside down
-    picture.save(tmp_path / "a.png", exif=exif)
-    pixels = preprocess.read_image(tmp_path / "a.png", (10, 20, 1))[..., 0]
-    assert pixels[:4].max() == 0
-    assert pixels[6:].min() == 255
-    Image.new("RGBA", (4, 4), (0, 0, 0, 0)).save(tmp_path / "b.png")
-    assert preprocess.read_image(tmp_path / "b.png", (4, 4, 3)).min() == 255
-
-
-def test_sixteen_bits_are_scaled_and_unknown_ranges_refused(tmp_path):
-    ramp = np.linspace(0, 65535, 256).round().astype(np.uint16).reshape(16, 16)
-    Image.fromarray(ramp).save(tmp_path / "a.png")
-    pixels = preprocess.read_image(tmp_path / "a.png", (16, 16, 1))[..., 0]
-    np.testing.assert_array_equal(pixels.ravel(), np.arange(256))
-    Image.fromarray(ramp.astype(np.float32)).save(tmp_path / "b.tiff")
-    with pytest.raises(UserError, match="floats, whose range is not known"):
-        preprocess.read_image(tmp_path / "b.tiff", (16, 16, 1))
-
-
-def test_broken_image_files_are_named(tmp_path):
-    whole = io.BytesIO()
-    Image.effect_noise((64, 64), 50).save(whole, "PNG")
-    (tmp_path / "cut.png").write_bytes(whole.getvalue()[:900])
-    for name in ("cut.png", "none.png"):
-        with pytest.raises(UserError, match=name):
-            preprocess.read_image(tmp_path / name, (4, 4, 1))
 
 
 def test_order_is_a_permutation_padded_to_whole_batches():

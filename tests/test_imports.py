@@ -15,13 +15,14 @@ LAYERS = [
     {"__init__"},
     {"errors"},
     {"config"},
+    {"settings"},
     {"cache", "quiet", "runs", "signals"},
     {"losses", "models", "data", "optim", "parallel", "tracking"},
-    {"metrics", "checkpoint"},
+    {"metrics", "checkpoint", "weights"},
     {"train"},
     {"loop"},
     {"evaluate"},
-    {"distill", "doctor"},
+    {"distill", "convert", "doctor"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -1,3 +1,4 @@
+from functools import partial
 from typing import Any
 
 import chex
@@ -13,7 +14,7 @@ from bmjax.models import num_params
 from bmjax.models.layers import Conv, _conv_by_xla, max_pool_2x2
 
 
-@pytest.mark.parametrize("name", bmjax.list_models())
+@pytest.mark.parametrize("name", ["cnn", "cnn_tiny", "mlp", "resnet_tiny"])
 @pytest.mark.parametrize("shape", [(28, 28, 1), (13, 10, 3)])
 @pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
 def test_every_model_keeps_the_contract(name, shape, dtype):
@@ -35,6 +36,45 @@ def test_every_model_keeps_the_contract(name, shape, dtype):
 
     for path, grad in jax.tree_util.tree_leaves_with_path(gradient(variables["params"])):
         assert float(jnp.abs(grad).max()) > 0, f"{path} receives no gradient"
+
+
+# The published numbers of params, of torchvision's documentation.
+RESNET_PARAMS = {
+    "resnet18": 11_689_512,
+    "resnet34": 21_797_672,
+    "resnet50": 25_557_032,
+    "resnet101": 44_549_160,
+    "resnet152": 60_192_808,
+    "resnext50_32x4d": 25_028_904,
+    "resnext101_32x8d": 88_791_336,
+    "resnext101_64x4d": 83_455_272,
+    "wide_resnet50_2": 68_883_240,
+    "wide_resnet101_2": 126_886_696,
+}
+
+
+@pytest.mark.parametrize("name", RESNET_PARAMS)
+def test_resnets_have_the_published_number_of_params(name):
+    model = bmjax.create_model(name, num_classes=1000)
+    images = jnp.ones((2, 65, 50, 3))
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    assert num_params(variables["params"]) == RESNET_PARAMS[name]
+    _, new = jax.eval_shape(partial(model.apply, mutable=["intermediates"]), variables, images)
+    shapes = {key: value.shape for key, value in new["intermediates"].items()}
+    wide = 4 if model.bottleneck else 1
+    assert shapes == {
+        "stem": (2, 17, 13, 64),
+        "stage1": (2, 17, 13, 64 * wide),
+        "stage2": (2, 9, 7, 128 * wide),
+        "stage3": (2, 5, 4, 256 * wide),
+        "stage4": (2, 3, 2, 512 * wide),
+        "pre_logits": (2, 512 * wide),
+    }
+
+
+def test_every_name_is_tested():
+    tested = {"cnn", "cnn_tiny", "mlp", "resnet_tiny", *RESNET_PARAMS}
+    assert set(bmjax.list_models()) == tested
 
 
 @pytest.mark.parametrize(

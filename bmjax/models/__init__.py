@@ -9,15 +9,21 @@ from bmjax.errors import UserError, unknown_name
 from bmjax.models.cnn import CNN
 from bmjax.models.layers import num_params
 from bmjax.models.mlp import MLP
+from bmjax.models.resnet import RESNETS, ResNet
 
-__all__ = ["CNN", "MLP", "create_model", "list_models", "num_params"]
+__all__ = ["CNN", "MLP", "RESNETS", "ResNet", "create_model", "list_models", "num_params"]
 
 
 def _cnn_tiny(num_classes: int, **options: Any) -> CNN:
-    return CNN(num_classes, **{"features": (4, 8), **options})
+    return CNN(num_classes=num_classes, **{"features": (4, 8), **options})
 
 
-_MODELS: dict[str, Callable[..., nn.Module]] = {"cnn": CNN, "cnn_tiny": _cnn_tiny, "mlp": MLP}
+_MODELS: dict[str, Callable[..., nn.Module]] = {
+    "cnn": CNN,
+    "cnn_tiny": _cnn_tiny,
+    "mlp": MLP,
+    **RESNETS,
+}
 
 
 def list_models() -> list[str]:
@@ -29,13 +35,14 @@ def create_model(name: str, num_classes: int, **options: Any) -> nn.Module:
     """Returns the Linen module `name`.
 
     Every model maps images [batch, height, width, channels] to float32 logits
-    [batch, num_classes], and takes `train=True` for training mode.
+    [batch, num_classes], and takes `train=True` for training mode and `mask` [batch] for the
+    examples that count in the statistics of a batch.
 
     Args:
         name: one of `list_models()`.
         num_classes: number of logits, at least 1.
         **options: attributes of the module: `dtype` (of the computation), `hidden_sizes` of mlp,
-            `features` of cnn.
+            `features` of cnn, `norm` of ResNets.
 
     Raises:
         UserError: an unknown name, the nearest ones named, or an option it does not have.
@@ -45,6 +52,6 @@ def create_model(name: str, num_classes: int, **options: Any) -> nn.Module:
     if num_classes < 1:
         raise UserError(f"num_classes is {num_classes}, but it must be at least 1.")
     try:
-        return _MODELS[name](num_classes, **options)
+        return _MODELS[name](num_classes=num_classes, **options)
     except TypeError as error:
         raise UserError(f"model {name!r} does not take these options: {error}.") from error

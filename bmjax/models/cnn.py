@@ -25,13 +25,13 @@ class CNN(nn.Module):
     dtype: jnp.dtype | None = None
 
     @nn.compact
-    def __call__(self, images: Array, train: bool = False) -> Array:
+    def __call__(self, images: Array, train: bool = False, mask: Array | None = None) -> Array:
         """Maps [batch, height, width, channels] to logits [batch, num_classes].
 
         Raises:
             ValueError: the images are too small to be halved once per convolution.
         """
-        del train  # the same in both modes
+        del train, mask  # the same in both modes, and no example sees another
         smallest = 2 ** len(self.features)
         if min(images.shape[1:3]) < smallest:
             raise ValueError(

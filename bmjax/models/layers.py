@@ -1,11 +1,12 @@
-"""Convolution and pooling with the numbers and names of Linen's, lowered per backend.
+"""Convolution, pooling and normalisation, lowered per backend.
 
 XLA's convolution on CPU falls to a naive path inside a compiled loop, where the whole epoch
-lives; there a stride-1 convolution is lowered to one matmul per row of the kernel.
+lives; there a convolution is lowered to matmuls over slices of the image.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -15,54 +16,213 @@ from jax import Array, lax
 _NHWC = ("NHWC", "HWIO", "NHWC")
 
 
+def at_least_float32(dtype: Any) -> Any:
+    """Returns the type that sums and statistics of values of `dtype` are kept in."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
 class Conv(nn.Module):
-    """2-D convolution, stride 1; params `kernel` and `bias` as those of `flax.linen.Conv`.
+    """2-D convolution; params `kernel` and `bias` as those of `flax.linen.Conv`.
 
     Attributes:
         features: number of output channels.
         kernel_size: height and width of the kernel.
         padding: zeros added on each side, [[top, bottom], [left, right]].
+        stride: step between outputs, in both directions.
+        groups: parts that input and output channels are split into, each seeing only its own.
+        use_bias: whether a bias is added.
+        kernel_init: initializer of the kernel.
         dtype: of the computation; params are float32.
     """
 
     features: int
     kernel_size: tuple[int, int]
     padding: Sequence[tuple[int, int]]
+    stride: int = 1
+    groups: int = 1
+    use_bias: bool = True
+    kernel_init: Callable[..., Array] = nn.initializers.lecun_normal()
     dtype: jnp.dtype | None = None
 
     @nn.compact
     def __call__(self, images: Array) -> Array:
         """Maps [batch, height, width, channels] to [batch, height', width', features]."""
-        shape = (*self.kernel_size, images.shape[-1], self.features)
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
-        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
-        images, kernel, bias = nn.dtypes.promote_dtype(images, kernel, bias, dtype=self.dtype)
+        shape = (*self.kernel_size, images.shape[-1] // self.groups, self.features)
+        kernel = self.param("kernel", self.kernel_init, shape)
+        images, kernel = nn.dtypes.promote_dtype(images, kernel, dtype=self.dtype)
         padded = jnp.pad(images, ((0, 0), *self.padding, (0, 0)))
-        out = lax.platform_dependent(padded, kernel, cpu=_conv_by_matmul, default=_conv_by_xla)
-        return out + bias[None, None, None, :]
+        by_matmul = functools.partial(_conv_by_matmul, stride=self.stride, groups=self.groups)
+        by_xla = functools.partial(_conv_by_xla, stride=self.stride, groups=self.groups)
+        out = lax.platform_dependent(padded, kernel, cpu=by_matmul, default=by_xla)
+        if not self.use_bias:
+            return out
+        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
+        return out + bias.astype(out.dtype)[None, None, None, :]
 
 
-def _conv_by_xla(images: Array, kernel: Array) -> Array:
-    return lax.conv_general_dilated(images, kernel, (1, 1), "VALID", dimension_numbers=_NHWC)
+def _conv_by_xla(images: Array, kernel: Array, stride: int = 1, groups: int = 1) -> Array:
+    return lax.conv_general_dilated(
+        images,
+        kernel,
+        (stride, stride),
+        "VALID",
+        dimension_numbers=_NHWC,
+        feature_group_count=groups,
+    )
 
 
-def _conv_by_matmul(images: Array, kernel: Array) -> Array:
+def _conv_by_matmul(images: Array, kernel: Array, stride: int = 1, groups: int = 1) -> Array:
     rows, columns, channels, features = kernel.shape
-    height = images.shape[1] - rows + 1
-    width = images.shape[2] - columns + 1
-    # [batch, height + rows - 1, width, columns * channels]: each pixel with its right neighbours.
-    patches = jnp.concatenate([images[:, :, j : j + width] for j in range(columns)], axis=-1)
+    height = (images.shape[1] - rows) // stride + 1
+    width = (images.shape[2] - columns) // stride + 1
+
+    def along_rows(array: Array, i: int) -> Array:
+        return array[:, i : i + (height - 1) * stride + 1 : stride]
+
+    # [batch, padded height, width, columns, channels]: each pixel with its right neighbours.
+    shifted = [images[:, :, j : j + (width - 1) * stride + 1 : stride] for j in range(columns)]
+    if groups > 1:
+        patches = jnp.stack(shifted, axis=3)
+        return _grouped(jnp.stack([along_rows(patches, i) for i in range(rows)], 3), kernel, groups)
+    patches = jnp.concatenate(shifted, axis=-1)
     if channels < 8:
         # So few channels make thin matmuls: gather the rows as well and do a single one.
-        patches = jnp.concatenate([patches[:, i : i + height] for i in range(rows)], axis=-1)
+        patches = jnp.concatenate([along_rows(patches, i) for i in range(rows)], axis=-1)
         parts = [(patches, kernel.reshape(rows * columns * channels, features))]
     else:
         flat = kernel.reshape(rows, columns * channels, features)
-        parts = [(patches[:, i : i + height], flat[i]) for i in range(rows)]
+        parts = [(along_rows(patches, i), flat[i]) for i in range(rows)]
     # Sums stay in float32, those of the gradients too, so that bfloat16 is rounded to once, as by
     # XLA's convolution.
-    sums = [jnp.matmul(*part, preferred_element_type=jnp.float32) for part in parts]
+    wide = at_least_float32(images.dtype)
+    sums = [jnp.matmul(*part, preferred_element_type=wide) for part in parts]
     return functools.reduce(jnp.add, sums).astype(images.dtype)
+
+
+def _grouped(patches: Array, kernel: Array, groups: int) -> Array:
+    """Multiplies patches [batch, height, width, rows, columns, channels] group by group."""
+    *outer, rows, columns, _ = patches.shape
+    size, features = kernel.shape[2:]
+    split = patches.reshape(*outer, rows, columns, groups, size)
+    flat = kernel.reshape(rows, columns, size, groups, features // groups)
+    wide = at_least_float32(patches.dtype)
+    out = jnp.einsum("bhwijgc,ijcgf->bhwgf", split, flat, preferred_element_type=wide)
+    return out.reshape(*outer, features).astype(patches.dtype)
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation with PyTorch's conventions (Ioffe and Szegedy 2015).
+
+    In training mode the batch's mean and biased variance normalise, and the running ones move
+    by a tenth of the way to the batch's mean and its *unbiased* variance, as
+    `torch.nn.BatchNorm2d(momentum=0.1)` does; Flax's own uses the biased variance there. All
+    statistics are at least float32, by two passes over the values. Params `scale` and `bias`;
+    `batch_stats` are `mean`, `var` and `count`, the number of updates.
+
+    Attributes:
+        frozen: the running statistics normalise in training mode too, and stay as they are.
+        axis_name: under pmap, the axis of the devices that share a batch.
+        dtype: of the result.
+    """
+
+    frozen: bool = False
+    axis_name: str | None = None
+    dtype: jnp.dtype | None = None
+    momentum: float = 0.1
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self, values: Array, train: bool = False, mask: Array | None = None) -> Array:
+        """Normalises [batch, height, width, channels] per channel.
+
+        Args:
+            values: of any float type.
+            train: whether the batch's own statistics are used, and the running ones moved.
+            mask: [batch] bool, False for the examples that don't count; None: all count.
+        """
+        size = (values.shape[-1],)
+        scale = self.param("scale", nn.initializers.ones_init(), size)
+        bias = self.param("bias", nn.initializers.zeros_init(), size)
+        mean = self.variable("batch_stats", "mean", jnp.zeros, size)
+        var = self.variable("batch_stats", "var", jnp.ones, size)
+        count = self.variable("batch_stats", "count", jnp.zeros, (), jnp.int32)
+        wide = values.astype(at_least_float32(values.dtype))
+        use_mean, use_var = mean.value, var.value
+        if train and not self.frozen:
+            use_mean, use_var, number = self._statistics(wide, mask)
+            if not self.is_initializing():
+                unbiased = use_var * (number / jnp.maximum(number - 1, 1))
+                some = number > 0  # a part of a filled-up batch may hold nothing that counts
+                step = jnp.where(some, self.momentum, 0.0)
+                mean.value += step * (use_mean - mean.value)
+                var.value += step * (unbiased - var.value)
+                count.value += some.astype(jnp.int32)
+        factor = lax.rsqrt(use_var + self.epsilon) * scale
+        out = (wide - use_mean[None, None, None, :]) * factor[None, None, None, :]
+        return (out + bias[None, None, None, :]).astype(self.dtype or values.dtype)
+
+    def _statistics(self, values: Array, mask: Array | None) -> tuple[Array, Array, Array]:
+        """Returns mean, biased variance, and the number of values per channel."""
+        batch, height, width, _ = values.shape
+        axis_name = None if self.is_initializing() else self.axis_name
+        weights = jnp.ones(batch, values.dtype) if mask is None else mask.astype(values.dtype)
+        number = jnp.sum(weights) * height * width
+        number = lax.psum(number, axis_name) if axis_name else number
+
+        def average(terms: Array) -> Array:
+            kept = terms if mask is None else terms * weights[:, None, None, None]
+            total = jnp.sum(kept, axis=(0, 1, 2))
+            total = lax.psum(total, axis_name) if axis_name else total
+            return total / jnp.maximum(number, 1)
+
+        mean = average(values)
+        return mean, average((values - mean[None, None, None, :]) ** 2), number
+
+
+def make_norm(kind: str, **options: Any) -> Callable[..., Array]:
+    """Returns the normalisation `kind` as a layer called with `(values, train, mask)`.
+
+    Args:
+        kind: `batch`; `frozen`, batch normalisation by the running statistics in training mode
+            too; or `group`, groups of at least one channel, at most 32 groups (Wu and He 2018).
+        **options: `name`, `dtype` and `axis_name`.
+
+    Raises:
+        ValueError: another kind.
+    """
+    if kind in ("batch", "frozen"):
+        return BatchNorm(frozen=kind == "frozen", **options)
+    if kind != "group":
+        raise ValueError(f"norm is {kind!r}, but must be batch, frozen or group")
+    del options["axis_name"]  # each example has its own statistics
+
+    def group_norm(values: Array, train: bool = False, mask: Array | None = None) -> Array:
+        del train, mask
+        layer = nn.GroupNorm(min(32, values.shape[-1]), epsilon=1e-5, **options)
+        return layer(values)
+
+    return group_norm
+
+
+def max_pool_3x3(images: Array) -> Array:
+    """Maximum over 3x3 windows with stride 2 and padding 1, as in the stem of ResNets.
+
+    By maxima of shifted slices, whose gradient is much cheaper than that of a window reduction.
+    Where several pixels of a window are the maximum, they share the gradient.
+
+    Args:
+        images: [batch, height, width, channels].
+
+    Returns:
+        [batch, (height + 1) // 2, (width + 1) // 2, channels].
+    """
+    lowest = jnp.array(-jnp.inf, images.dtype)
+    padded = jnp.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=lowest)
+    height, width = (images.shape[1] - 1) // 2, (images.shape[2] - 1) // 2
+    rows = [padded[:, i : i + 2 * height + 1 : 2] for i in range(3)]
+    tall = functools.reduce(jnp.maximum, rows)
+    columns = [tall[:, :, j : j + 2 * width + 1 : 2] for j in range(3)]
+    return functools.reduce(jnp.maximum, columns)
 
 
 def max_pool_2x2(images: Array) -> Array:

@@ -25,9 +25,9 @@ class MLP(nn.Module):
     dtype: jnp.dtype | None = None
 
     @nn.compact
-    def __call__(self, images: Array, train: bool = False) -> Array:
+    def __call__(self, images: Array, train: bool = False, mask: Array | None = None) -> Array:
         """Maps [batch, height, width, channels] to logits [batch, num_classes]."""
-        del train  # the same in both modes
+        del train, mask  # the same in both modes, and no example sees another
         features = images.reshape(images.shape[0], -1)
         for number, size in enumerate(self.hidden_sizes, 1):
             layer = nn.Dense(size, dtype=self.dtype, name=f"dense{number}")

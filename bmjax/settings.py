@@ -1,0 +1,179 @@
+"""Settings read back, compared and checked: what `config` describes."""
+
+import dataclasses
+import math
+from typing import Any, get_args, get_type_hints
+
+from bmjax.config import BaseConfig, ConvertConfig, DistillConfig, EvaluateConfig
+from bmjax.errors import UserError
+
+# Fields that may differ between a run and its resumption: they change where and how it is
+# computed or shown, never what is computed.
+FREE_FIELDS = frozenset(
+    ["out", "teacher", "parallel", "devices", "resume", "save_minutes", "keep", "tensorboard"]
+)
+
+
+def flatten(config: Any) -> dict[str, Any]:
+    """Returns `{field: value}` of a nested config, the names as they are on the command line."""
+    flat: dict[str, Any] = {}
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        flat.update(flatten(value) if dataclasses.is_dataclass(value) else {item.name: value})
+    return flat
+
+
+def unflatten(cls: type, flat: dict[str, Any], where: str) -> Any:
+    """Builds the nested config `cls` from `flat`, the inverse of `flatten`.
+
+    Args:
+        cls: a config dataclass.
+        flat: values by field name; fields that are not there take their defaults.
+        where: what `flat` was read from, for the message.
+
+    Raises:
+        UserError: `flat` has a field that the config does not, or a value of another type.
+    """
+    default = cls()
+    known = flatten(default)
+    unknown = sorted(set(flat) - set(known))
+    if unknown:
+        raise UserError(
+            f"{where} has settings that this version does not know: {', '.join(unknown)}. "
+            "It was written by another version of bmjax; use that one, or start anew."
+        )
+    return _replace(default, flat, where)
+
+
+def _replace(config: Any, flat: dict[str, Any], where: str) -> Any:
+    changes: dict[str, Any] = {}
+    hints = get_type_hints(type(config))
+    for item in dataclasses.fields(config):
+        old = getattr(config, item.name)
+        if dataclasses.is_dataclass(old):
+            changes[item.name] = _replace(old, flat, where)
+        elif item.name in flat:
+            new = changes[item.name] = _same_type(item.name, old, flat[item.name], where)
+            choices = get_args(hints[item.name]) if isinstance(old, str) else ()
+            if choices and new not in choices:
+                raise UserError(
+                    f"{where}: {item.name} is {new!r}, but must be one of {', '.join(choices)}. "
+                    "Restore the file, or start anew."
+                )
+    return dataclasses.replace(config, **changes)
+
+
+def _same_type(name: str, old: Any, new: Any, where: str) -> Any:
+    if isinstance(old, tuple) and isinstance(new, list) and all(type(n) is int for n in new):
+        return tuple(new)
+    if isinstance(old, float) and type(new) is int:
+        return float(new)
+    if type(new) is not type(old):
+        raise UserError(
+            f"{where}: {name} is {new!r}, but it must be of type {type(old).__name__}. "
+            "Restore the file, or start anew."
+        )
+    return new
+
+
+def contradictions(saved: Any, asked: Any) -> list[str]:
+    """Lists `field: saved value, asked value` for all that a resumption must not change."""
+    before, after = flatten(saved), flatten(asked)
+    return [
+        f"{name} is {before[name]!r} in the run and {after[name]!r} now"
+        for name in before
+        if name not in FREE_FIELDS and before[name] != after[name]
+    ]
+
+
+def check_train(config: BaseConfig) -> None:
+    """Checks the ranges of all values that can be judged without looking at the data.
+
+    Raises:
+        UserError: the first value out of its range, with the range.
+    """
+    optim, views = config.optim, config.views
+    rules = [
+        ("epochs", config.epochs, config.epochs >= 0, "at least 0"),
+        ("batch-size", config.batch_size, config.batch_size >= 1, "at least 1"),
+        ("image-size", config.image_size, config.image_size >= 0, "at least 0"),
+        ("accumulate", config.accumulate, config.accumulate >= 1, "at least 1"),
+        ("label-smoothing", config.label_smoothing, 0 <= config.label_smoothing < 1, "in [0, 1)"),
+        ("ema-decay", config.ema_decay, 0 <= config.ema_decay < 1, "in [0, 1)"),
+        ("seed", config.seed, 0 <= config.seed < 2**32, "in [0, 2^32)"),
+        (
+            "hidden-sizes",
+            config.hidden_sizes,
+            all(size >= 1 for size in config.hidden_sizes),
+            "at least 1 each",
+        ),
+        ("learning-rate", optim.learning_rate, 0 < optim.learning_rate < math.inf, "positive"),
+        ("warmup-epochs", optim.warmup_epochs, 0 <= optim.warmup_epochs < math.inf, "at least 0"),
+        ("momentum", optim.momentum, 0 <= optim.momentum < 1, "in [0, 1)"),
+        ("weight-decay", optim.weight_decay, 0 <= optim.weight_decay < math.inf, "at least 0"),
+        ("clip-norm", optim.clip_norm, 0 <= optim.clip_norm < math.inf, "at least 0"),
+        ("shift", views.shift, 0 <= views.shift <= 1, "in [0, 1]"),
+        ("rotate", views.rotate, 0 <= views.rotate <= 180, "in [0, 180] degrees"),
+        ("scale", views.scale, 0 <= views.scale < 1, "in [0, 1)"),
+        ("devices", config.device.devices, config.device.devices >= 0, "at least 0"),
+        (
+            "save-minutes",
+            config.run.save_minutes,
+            0 <= config.run.save_minutes < math.inf,
+            "at least 0",
+        ),
+        ("keep", config.run.keep, config.run.keep >= 1, "at least 1"),
+    ]
+    _check(rules)
+    if config.batch_size % config.accumulate:
+        raise UserError(
+            f"--batch-size {config.batch_size} does not divide into --accumulate "
+            f"{config.accumulate} equal parts. Choose a multiple."
+        )
+
+
+def check_evaluate(config: EvaluateConfig) -> None:
+    """Checks the values that belong to evaluation; raises UserError as `check_train` does."""
+    rules = [
+        ("batch-size", config.batch_size, config.batch_size >= 1, "at least 1"),
+        ("image-size", config.image_size, config.image_size >= 0, "at least 0"),
+        ("devices", config.device.devices, config.device.devices >= 0, "at least 0"),
+    ]
+    _check(rules)
+
+
+def _check(rules: list[tuple[str, Any, bool, str]]) -> None:
+    for name, value, fits, range_ in rules:
+        if not fits:
+            raise UserError(f"--{name} is {value}, but it must be {range_}.")
+
+
+def check_distill(config: DistillConfig) -> None:
+    """Checks the values that belong to distillation.
+
+    Raises:
+        UserError: a temperature that is not positive, or alpha outside [0, 1].
+    """
+    if not 0 < config.temperature < math.inf:
+        raise UserError(
+            f"--temperature is {config.temperature}, but it must be positive (1 leaves the "
+            "softmax as it is; 2 to 8 are usual)."
+        )
+    if not 0 <= config.alpha <= 1:
+        raise UserError(
+            f"--alpha is {config.alpha}, but it must be in [0, 1]: 0 is cross entropy alone, "
+            "1 is distillation alone."
+        )
+    if config.teacher_epochs < 1:
+        raise UserError(f"--teacher-epochs is {config.teacher_epochs}, but it must be at least 1.")
+    check_train(config)
+
+
+def check_convert(config: ConvertConfig) -> None:
+    """Checks the values that belong to conversion; raises UserError as `check_train` does."""
+    _check(
+        [
+            ("image-size", config.image_size, config.image_size >= 0, "at least 0"),
+            ("resize-size", config.resize_size, config.resize_size >= 0, "at least 0"),
+        ]
+    )
