@@ -275,7 +275,6 @@ class _Session:
             self._display.advance(step, figures)
             if step == end_of_epoch:
                 self._end_epoch(state, step, figures)
-                totals = self._parallel.put(self._zeros)
             waited = time.monotonic() - saved_at > 60 * config.run.save_minutes
             due = step == end_of_epoch and step - saved_step >= save_every
             if step == self._total or due or waited or stop.signum:

@@ -18,7 +18,7 @@ from bmjax import losses
 from bmjax.config import AugmentConfig
 from bmjax.data import augment, loader, preprocess
 from bmjax.metrics import ClassificationSums
-from bmjax.parallel import Parallel
+from bmjax.parallel import AXIS, Parallel
 
 Batch = dict[str, Array]
 
@@ -113,7 +113,7 @@ def apply_train(
     variables = {"params": params, "batch_stats": batch_stats}
     # A module of one's own need not know of masks.
     known = inspect.signature(type(model).__call__).parameters
-    masked = {"mask": mask} if "mask" in known else {}
+    masked: dict[str, Any] = {"mask": mask} if "mask" in known else {}
     logits, new = model.apply(variables, images, train=True, mutable=["batch_stats"], **masked)
     return logits, new.get("batch_stats", {})
 
@@ -260,10 +260,10 @@ def make_train_steps(
     Returns:
         `steps(state, totals, loss_fn, arrays, until) -> (state, totals)`, which goes on to step
         `until` of the run, at most to the end of the epoch, as one compiled call whatever the
-        number of steps. `loss_fn` is a `Partial`; `totals` come from `zero_totals` and grow by
-        the step's sums. State and totals are donated. Where a loss is not finite it stops at
-        once, and `totals["bad_step"]` is that step's number, otherwise -1; so it is where the
-        last update of the call left params that are not finite.
+        number of steps. `loss_fn` is a `Partial`; `totals` come from `zero_totals`, begin anew
+        with each epoch, and grow by the step's sums. State and totals are donated. Where a loss
+        is not finite it stops at once, and `totals["bad_step"]` is that step's number, otherwise
+        -1; so it is where the last update of the call left params that are not finite.
     """
     axis_name = parallel.axis_name
 
@@ -275,6 +275,12 @@ def make_train_steps(
         order_key, view_key, _ = jax.random.split(state.key, 3)
         epoch = state.step // num_batches
         order = loader.epoch_order(order_key, epoch, num_examples, batch_size)
+        # Begun anew here, as copying zeros to the device takes longer than some whole steps.
+        begins = state.step == epoch * num_batches
+        totals = {
+            name: jnp.where(begins, -1 if name == "bad_step" else 0, total).astype(total.dtype)
+            for name, total in totals.items()
+        }
 
         def unfinished(carry: Any) -> Array:
             state, totals = carry
@@ -319,7 +325,9 @@ def zero_totals(loss_fn: LossFn, state: TrainState, arrays: dict[str, Any]) -> d
         "mask": jax.ShapeDtypeStruct((1,), jnp.bool_),
         "position": jax.ShapeDtypeStruct((1,), jnp.int32),
     }
-    _, (_, metrics) = jax.eval_shape(loss_fn, state.params, state.batch_stats, batch, state.key)
+    # Batch statistics add up along the devices' axis, which has to be there.
+    on_one = jax.vmap(loss_fn, (None, None, None, None), axis_name=AXIS, axis_size=1)
+    _, (_, metrics) = jax.eval_shape(on_one, state.params, state.batch_stats, batch, state.key)
     totals = {name: jnp.zeros(()) for name in ("count", "loss", *metrics)}
     return {**totals, "bad_step": jnp.full((), -1, jnp.int32)}
 

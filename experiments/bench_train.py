@@ -85,18 +85,22 @@ def bmjax_turn(dataset: Dataset, batch_size: int) -> Callable[[], float]:
     arrays = loader.as_arrays(dataset.train)
     parallel = Parallel("jit", jax.devices()[:1])
     steps = make_train_steps(parallel, optimizer, batch_size, AugmentConfig(augment=False))
-    zeros = zero_totals(loss_fn, state, arrays)
-    held = {"state": parallel.put(state), "loss_fn": parallel.put(Partial(loss_fn))}
+    held = {
+        "state": parallel.put(state),
+        "totals": parallel.put(zero_totals(loss_fn, state, arrays)),
+        "loss_fn": parallel.put(Partial(loss_fn)),
+    }
     on_device = parallel.put(arrays)
     batches = loader.num_batches(len(dataset.train), batch_size)
 
     def turn() -> float:
-        loss = 0.0
+        loss, done = 0.0, int(held["state"].step)
         for _ in range(EPOCHS_PER_TURN["bmjax"]):
-            until = (int(held["state"].step) // batches + 1) * batches
-            held["state"], totals = steps(
-                held["state"], parallel.put(zeros), held["loss_fn"], on_device, np.int32(until)
+            done += batches
+            held["state"], held["totals"] = steps(
+                held["state"], held["totals"], held["loss_fn"], on_device, np.int32(done)
             )
+            totals = parallel.get(held["totals"])  # as `fit` reads them
             loss = float(totals["loss"] / totals["count"])
         return loss
 

@@ -62,7 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--kills", type=int, default=20, help="number of kills (default: 20)")
     parser.add_argument("--model", default="mlp", help="(default: mlp)")
-    parser.add_argument("--epochs", type=int, default=1000, help="(default: 1000)")
+    parser.add_argument("--epochs", type=int, default=2000, help="(default: 2000)")
     parser.add_argument("--longest", type=float, default=9, help="latest kill, s (default: 9)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
     arguments = parser.parse_args()

@@ -194,7 +194,7 @@ def make_norm(kind: str, **options: Any) -> Callable[..., Array]:
         return BatchNorm(frozen=kind == "frozen", **options)
     if kind != "group":
         raise ValueError(f"norm is {kind!r}, but must be batch, frozen or group")
-    del options["axis_name"]  # each example has its own statistics
+    options.pop("axis_name", None)  # each example has its own statistics
 
     def group_norm(values: Array, train: bool = False, mask: Array | None = None) -> Array:
         del train, mask

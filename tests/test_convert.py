@@ -1,0 +1,136 @@
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import bmjax
+from bmjax import convert as command
+from bmjax.cli import main
+from bmjax.weights.certificate import Certificate, Row
+from bmjax.weights.files import read_state_dict
+from bmjax.weights.writing import write_state_dict
+from tests.test_weights_convert import draw
+
+
+@pytest.fixture
+def weights(tmp_path, monkeypatch):
+    """A torchvision file of five classes, in the folder that the command runs in."""
+    monkeypatch.chdir(tmp_path)
+    write_state_dict("tiny.pth", draw("resnet_tiny"))
+    return draw("resnet_tiny")
+
+
+def run(capsys, *words):
+    code: int | str | None = 0
+    try:
+        main(["convert", *words])
+    except SystemExit as leaving:
+        code = leaving.code
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_every_form_leads_to_every_other(capsys, tmp_path, weights):
+    model = ("--model", "resnet_tiny")
+    steps = [
+        ("tiny.pth", "--out", "a.safetensors", *model),
+        ("a.safetensors", "--out", "b.msgpack", *model),
+        ("b.msgpack", "--out", "run", "--image-size", "32", *model),
+        ("run", "--out", "deep/c.pt"),
+    ]
+    for words in steps:
+        code, out, err = run(capsys, *words)
+        assert (code, err) == (0, "")
+        assert out == f"resnet_tiny, 5 classes, 78,637 parameters, is in {words[2]}\n"
+    back = read_state_dict("deep/c.pt")
+    assert set(back) == set(weights)
+    for name, value in weights.items():
+        np.testing.assert_array_equal(back[name], value, err_msg=name)
+    made = {"tiny.pth", "a.safetensors", "b.msgpack", "run", "deep"}
+    assert {path.name for path in tmp_path.iterdir()} == made
+
+
+def test_a_run_predicts_by_torchvisions_preprocessing(capsys, weights):
+    names = ("ant", "bee", "cat", "dog", "elk")
+    words = ("tiny.pth", "--model", "resnet_tiny", "--image-size", "32", "--class-names", *names)
+    assert run(capsys, *words, "--out", "run")[0] == 0
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 70, 3)).astype(np.uint8)
+    Image.fromarray(pixels).save("photo.png")
+    main(["predict", "run", "photo.png", "--json"])
+    got = json.loads(capsys.readouterr().out)["probabilities"]
+
+    trained = bmjax.load_run("run")
+    assert trained.run.data["class_names"] == list(names)
+    # Shorter side 32 * 8 / 7, the longer one 37 * 70 / 50 rounded down; halves of pixels to even.
+    picture = Image.fromarray(pixels).resize((51, 37), Image.Resampling.BILINEAR)
+    image = np.asarray(picture.crop((10, 2, 42, 34)), np.float32) / 255
+    image = (image - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    logits = np.asarray(trained.model.apply(trained.variables, image[None].astype(np.float32)))[0]
+    expected = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+    np.testing.assert_allclose([got[name] for name in names], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("tiny.pth --out x.pth", "--model says which ResNet"),
+        ("tiny.pth --model mlp --out x.pth", "--model mlp is none"),
+        ("tiny.pth --model resnet18 --out x.pth", "give --model resnet_tiny"),
+        ("nowhere.pth --model resnet_tiny --out x.pth", "nowhere.pth"),
+        ("tiny.pth --model resnet_tiny --out x.h5", "ends in .h5"),
+        ("tiny.pth --model resnet_tiny --out tiny.pth", "exists already"),
+        (
+            "tiny.pth --model resnet_tiny --out x --class-names a b",
+            "2 names, but the weights have 5",
+        ),
+        ("bad.msgpack --model resnet_tiny --out x.pth", "cannot be read as Flax variables"),
+        ("imagenet-v1 --model resnet_tiny --out x.pth", "resnet_tiny"),
+        ("tiny.pth --model resnet_tiny --out x.pth --image-size -1", "must be at least 0"),
+    ],
+)
+def test_a_mistake_gets_one_line_and_writes_nothing(capsys, tmp_path, weights, words, message):
+    (tmp_path / "bad.msgpack").write_bytes(b"\x93\x01")
+    code, out, err = run(capsys, *words.split())
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    assert message in err
+    assert {path.name for path in tmp_path.iterdir()} == {"tiny.pth", "bad.msgpack"}
+
+
+def test_without_pytorch_the_certificate_says_how_to_get_it(capsys, tmp_path, weights, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "torch", None)
+    words = ("tiny.pth", "--model", "resnet_tiny", "--out", "x.pth", "--certify")
+    code, _, err = run(capsys, *words, "--image-size", "32")
+    assert code == 2
+    assert "pip install" in err
+    assert "bmjax[torch]" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.pth"]
+
+
+@pytest.mark.parametrize("relative", [1e-6, 1e-3])
+def test_only_what_passes_is_written(capsys, tmp_path, weights, monkeypatch, relative):
+    row = Row("real", "float32", "logits", "logits", relative, relative, 1e-4)
+    seen = {}
+
+    def certify(state_dict, model, images):
+        seen.update(images)
+        return Certificate(model, 5, (row,), {"torch": "0"})
+
+    monkeypatch.setattr(command, "certify", certify)
+    words = ("tiny.pth", "--model", "resnet_tiny", "--out", "x.pth", "--certify")
+    code, out, err = run(capsys, *words, "--image-size", "32")
+    passed = relative < 1e-4
+    assert code == (0 if passed else 1)
+    assert (tmp_path / "x.pth").exists() == passed
+    assert ("PASS" if passed else "FAIL") in out
+    assert ("was not written" in err) != passed
+    written = json.loads((tmp_path / "x.pth.certificate.json").read_text())
+    assert written["passed"] == passed
+    assert written["rows"][0]["relative"] == relative
+    assert (tmp_path / "x.pth.certificate.txt").read_text() in out
+    assert {name: batch.shape for name, batch in seen.items()} == {
+        "random": (4, 32, 32, 3),
+        "real": (4, 32, 32, 3),
+    }
+    assert np.std(seen["real"]) > 0.1
