@@ -4,11 +4,14 @@
 
 On two virtual cores of an AMD EPYC, Python 3.11, jax 0.10.2:
 
-    import jax 1.82 s; bmjax on top -0.005 s (median of 7; -0.205 to +0.027)
-    mlp: first step after 6.23 s at the first start (22 programs compiled), after 3.38 s at the
-    next (3.14 to 3.41; [0] compiled)
-    cnn: first step after 6.82 s at the first start (22 programs compiled), after 3.51 s at the
-    next (3.42 to 3.78; [0] compiled)
+    import jax 0.57 s; bmjax on top -0.037 s (median of 7; -0.076 to +0.075)
+    mlp: first step after 3.71 s at the first start (22 programs compiled), after 1.55 s at the
+        next (1.43 to 1.81; [0] compiled)
+    cnn: first step after 4.66 s at the first start (22 programs compiled), after 1.90 s at the
+        next (1.78 to 1.99; [0] compiled)
+
+with the packages' modules compiled to bytecode, as Python leaves them after the first start;
+where it may not (PYTHONDONTWRITEBYTECODE), importing takes 2 s more at every start.
 """
 
 import os

@@ -56,7 +56,7 @@ def test_a_wrong_name_is_answered_with_those_that_exist():
     with pytest.raises(UserError, match=r"weights of resnet18 'imagenet-v2'.*Known: imagenet-v1\."):
         published("resnet18", "imagenet-v2")
     for model in ("mlp", "cnn", "resnet_tiny"):
-        with pytest.raises(UserError, match=rf"for {model}.*resnet18, .*wide_resnet101_2.*--wei"):
+        with pytest.raises(UserError, match=rf"for {model}.*resnet18, .*wide_resnet101_2.*own"):
             published(model, "imagenet-v1")
 
 
@@ -244,7 +244,7 @@ def test_a_damaged_file_in_the_cache_is_downloaded_again(server, get):
 
 
 def test_a_file_with_another_hash_is_refused_and_removed(server, get):
-    with pytest.raises(UserError, match=rf"{server.url}/net.pth.*{PREFIX}, not 00000000.*--weigh"):
+    with pytest.raises(UserError, match=rf"{server.url}/net.pth.*{PREFIX}, not 00000000.*in place"):
         get(prefix="00000000")
     assert left(get) == set()
     assert len(server.requests) == 1
@@ -332,7 +332,9 @@ def test_a_part_that_is_too_long_is_downloaded_anew(server, get):
 
 def test_four_cut_tries_are_an_error_and_the_next_call_goes_on(server, get):
     server.plan = [Answer(cut=70_000)] * 4
-    with pytest.raises(UserError, match=rf"{server.url}/net.pth: the connection .*kept.*--weights"):
+    with pytest.raises(
+        UserError, match=rf"{server.url}/net.pth: the connection .*kept.*path in place"
+    ):
         get()
     assert len(server.requests) == 4
     assert left(get) == {"net.pth.part", "net.pth.part.etag"}
@@ -358,14 +360,14 @@ def test_a_busy_server_is_asked_again_and_a_missing_file_is_not(server, get):
     assert len(server.requests) == 3
     get.target.unlink()
     server.plan = [Answer(status=404)]
-    with pytest.raises(UserError, match=rf"{server.url}/net.pth: .*404 Not Found.*--weights FILE"):
+    with pytest.raises(UserError, match=rf"{server.url}/net.pth: .*404 Not Found.*path in place"):
         get()
     assert len(server.requests) == 4
 
 
 def test_no_server_is_said_at_once(server, get):
     url = "http://127.0.0.1:1/net.pth"  # a reserved port
-    with pytest.raises(UserError, match=rf"{url}: there is no connection .*refused.*--weights FI"):
+    with pytest.raises(UserError, match=rf"{url}: there is no connection .*refused.*path in place"):
         get(url)
     assert "trying again" not in get.said.getvalue()
 
@@ -375,7 +377,9 @@ def test_a_host_without_an_address_is_said(get, monkeypatch):
         raise OSError(-2, "Name or service not known")
 
     monkeypatch.setattr("socket.getaddrinfo", fail)
-    with pytest.raises(UserError, match=r"http://nowhere.invalid/a.pth: .*not known.*--weights FI"):
+    with pytest.raises(
+        UserError, match=r"http://nowhere.invalid/a.pth: .*not known.*path in place"
+    ):
         get("http://nowhere.invalid/a.pth")
 
 
@@ -383,14 +387,14 @@ def test_a_silent_server_is_said(server, get, monkeypatch):
     hold = threading.Event()
     server.plan = [Answer(cut=0, hold=hold) for _ in range(4)]
     monkeypatch.setattr(download_module, "_TIMEOUTS", (5.0, 0.05))
-    with pytest.raises(UserError, match=r"timed out.*--weights FILE"):
+    with pytest.raises(UserError, match=r"timed out.*path in place"):
         get()
     hold.set()
 
 
 def test_failed_encryption_is_said(server, get):
     url = server.url.replace("http:", "https:") + "/net.pth"
-    with pytest.raises(UserError, match=rf"{url}: .*TLS.*REQUESTS_CA_BUNDLE.*--weights FILE"):
+    with pytest.raises(UserError, match=rf"{url}: .*TLS.*REQUESTS_CA_BUNDLE.*path in place"):
         get(url)
 
 
@@ -399,14 +403,14 @@ def test_a_proxy_is_used_and_its_refusal_is_said(server, get, monkeypatch):
     monkeypatch.setenv("no_proxy", "")
     monkeypatch.setenv("http_proxy", server.url)
     monkeypatch.setenv("https_proxy", server.url)
-    with pytest.raises(UserError, match=r"https://a.invalid/net.pth: .*proxy .*403.*--weights FIL"):
+    with pytest.raises(UserError, match=r"https://a.invalid/net.pth: .*proxy .*403.*path in place"):
         get("https://a.invalid/net.pth")
     assert get("http://a.invalid/net.pth").read_bytes() == BODY
     assert server.paths == ["http://a.invalid/net.pth"]
 
 
 def test_an_address_that_is_none_is_said(server, get):
-    with pytest.raises(UserError, match=r"files/net.pth: Invalid URL.*No scheme.*--weights FILE"):
+    with pytest.raises(UserError, match=r"files/net.pth: Invalid URL.*No scheme.*path in place"):
         get("files/net.pth")
 
 

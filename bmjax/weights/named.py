@@ -34,7 +34,7 @@ def published(model: str, name: str) -> PublishedWeights:
     models = dict.fromkeys(weights.model for weights in PUBLISHED)
     raise UserError(
         f"no weights are published for {model}, so {name!r} does not exist. Choose one of "
-        f"{', '.join(models)}, or give a file of your own by --weights FILE."
+        f"{', '.join(models)}, or give a file of your own."
     )
 
 
