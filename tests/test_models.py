@@ -72,6 +72,21 @@ def test_resnets_have_the_published_number_of_params(name):
     }
 
 
+@pytest.mark.parametrize("norm", ["frozen", "group"])
+def test_the_normalisation_of_a_resnet_can_be_chosen(norm):
+    model = bmjax.create_model("resnet_tiny", num_classes=3, norm=norm)
+    images = np.random.default_rng(0).normal(2, 3, (4, 32, 32, 3)).astype(np.float32)
+    variables = jax.jit(model.init)(jax.random.key(0), images)
+    assert ("batch_stats" in variables) == (norm == "frozen")
+    apply = jax.jit(partial(model.apply, mutable=["batch_stats"]), static_argnames="train")
+    (evaluated, _), (trained, new) = (apply(variables, images, train=t) for t in (False, True))
+    # Neither looks at the batch: training mode gives the same, and no statistics move.
+    chex.assert_trees_all_close(trained, evaluated, rtol=1e-6)
+    chex.assert_trees_all_equal(new.get("batch_stats"), variables.get("batch_stats"))
+    alone, _ = apply(variables, images[:1], train=True)
+    np.testing.assert_allclose(alone[0], trained[0], rtol=1e-4, atol=1e-5)
+
+
 def test_every_name_is_tested():
     tested = {"cnn", "cnn_tiny", "mlp", "resnet_tiny", *RESNET_PARAMS}
     assert set(bmjax.list_models()) == tested
