@@ -11,19 +11,18 @@ DataLoader and `loss.item()` each step:
 bmjax holds uint8 on the device, normalises at every step, and reads its losses once per call.
 After a warm-up all take turns in one process, and the ratios are taken turn by turn.
 
-    uv run --extra torch python experiments/bench_train.py
+    uv run --extra torch python experiments/bench_train.py --turns 30
 
-On two virtual cores of an AMD EPYC (float32 matmul peak 190 GFLOP/s), jax 0.10.2, torch 2.15.0,
-torchvision 0.29.2, medians of 20 turns:
+On two virtual cores of an AMD EPYC, a busy machine, jax 0.10.2, torch 2.15.0, torchvision 0.29.2,
+medians of 30 turns:
 
-    bmjax       191,479 images/s (183,343 to 195,248)
-    script        9,844 images/s (9,081 to 10,261)
-    tensors      67,814 images/s (60,723 to 70,723)
-    bmjax / script     19.2 (17.9 to 21.1)
-    bmjax / tensors     2.8 (2.7 to 3.2)
+    bmjax       167,795 images/s (123,602 to 193,550)
+    script        7,488 images/s (4,196 to 9,177)
+    tensors      52,451 images/s (35,416 to 68,708)
+    bmjax / script     22.3 (16.0 to 36.4)
+    bmjax / tensors     3.2 (2.2 to 4.7)
 
-The network takes 454 kFLOP an image, so the matmul peak of this machine allows 418,000 images/s:
-bmjax runs at 46% of it.
+Another run, of 20 turns, gave 21.9 (18.8 to 32.0) and 3.0 (2.5 to 4.6).
 """
 
 import argparse

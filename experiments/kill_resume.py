@@ -7,7 +7,7 @@ params and the metrics (all but the measured speed) must be equal bit for bit.
 
     uv run python experiments/kill_resume.py --kills 20
 
-    20 kills, 20 resumes, step 55000: all 34 parts equal
+    20 kills, 20 resumes, step 110000: all 34 parts equal
 """
 
 import argparse
