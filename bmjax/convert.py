@@ -18,7 +18,7 @@ from bmjax.evaluate import load_run
 from bmjax.models import RESNETS, num_params
 from bmjax.runs import Run, create_run, make_folder
 from bmjax.settings import check_convert
-from bmjax.weights.certificate import Certificate, certify, write_certificate
+from bmjax.weights.certificate import Certificate, certificate_paths, certify, write_certificate
 from bmjax.weights.convert import from_torchvision, to_torchvision
 from bmjax.weights.files import read_state_dict
 from bmjax.weights.named import fetch, imagenet_classes, published
@@ -35,11 +35,15 @@ _CERTIFIED_IMAGES = 4
 
 @dataclass(frozen=True)
 class _Source:
-    """What is converted: variables, and what a run says of its images and classes."""
+    """What is converted: variables, and what a run says of its images and classes.
+
+    `state_dict` is what a torchvision file holds, and None for any other source.
+    """
 
     model: str
     variables: dict[str, Any]
     data: dict[str, Any]
+    state_dict: dict[str, np.ndarray] | None = None
 
 
 def convert(config: ConvertConfig, console: Console | None = None) -> dict[str, Any]:
@@ -60,6 +64,9 @@ def convert(config: ConvertConfig, console: Console | None = None) -> dict[str, 
     check_convert(config)
     out = Path(config.out)
     _check_out(out)
+    if config.certify:
+        for path in certificate_paths(out):
+            _check_free(path)
     if Path(config.path).is_dir() and not out.suffix:
         raise UserError(f"{config.path} is a run already. Give --out an ending such as .pth.")
     source = _read(config, console)
@@ -86,8 +93,12 @@ def _check_out(out: Path) -> None:
             f"--out {out} ends in {out.suffix}. Choose {', '.join(_TORCH_SUFFIXES)} for "
             f"torchvision, {_FLAX_SUFFIX} for Flax variables, or no ending for a run's folder."
         )
-    if out.exists():
-        raise UserError(f"{out} exists already. Choose another --out, or remove it.")
+    _check_free(out)
+
+
+def _check_free(path: Path) -> None:
+    if path.exists():
+        raise UserError(f"{path} exists already. Choose another --out, or remove it.")
 
 
 def _read(config: ConvertConfig, console: Console | None) -> _Source:
@@ -100,11 +111,12 @@ def _read(config: ConvertConfig, console: Console | None) -> _Source:
         raise UserError(f"{said}: a file of weights does not name its own. Known: {known}.")
     if path.suffix == _FLAX_SUFFIX:
         variables = _read_flax(path, config.model)
-    else:
-        if config.path in NAMES and not path.exists():
-            path = fetch(config.model, config.path, console)
-        variables = from_torchvision(path, config.model)
-    return _Source(config.model, variables, _describe(config, variables))
+        return _Source(config.model, variables, _describe(config, variables))
+    if config.path in NAMES and not path.exists():
+        path = fetch(config.model, config.path, console)
+    state_dict = read_state_dict(path)
+    variables = from_torchvision(state_dict, config.model, where=str(path))
+    return _Source(config.model, variables, _describe(config, variables), state_dict)
 
 
 def _from_run(config: ConvertConfig, path: Path) -> _Source:
@@ -166,13 +178,7 @@ def _describe(config: ConvertConfig, variables: dict[str, Any]) -> dict[str, Any
 
 
 def _certify(config: ConvertConfig, source: _Source) -> Certificate:
-    path = Path(config.path)
-    torchvision_file = path.is_file() and path.suffix != _FLAX_SUFFIX
-    state_dict = (
-        read_state_dict(path)
-        if torchvision_file
-        else to_torchvision(source.variables, source.model)
-    )
+    state_dict = source.state_dict or to_torchvision(source.variables, source.model)
     shape = source.data["image_shape"]
     random = np.random.default_rng(0).normal(size=(_CERTIFIED_IMAGES, *shape))
     mean, std = (np.array(source.data[name]) for name in ("mean", "std"))

@@ -134,3 +134,6 @@ def test_only_what_passes_is_written(capsys, tmp_path, weights, monkeypatch, rel
         "real": (4, 32, 32, 3),
     }
     assert np.std(seen["real"]) > 0.1
+    again = run(capsys, *words[:4], "x.pth", "--certify")
+    assert again[0] == 2
+    assert "exists already" in again[2]

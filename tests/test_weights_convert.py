@@ -194,7 +194,10 @@ def test_the_certificate_of_torchvisions_own_passes(model):
     from bmjax.weights.certificate import certify
 
     images = np.random.default_rng(0).normal(size=(4, 64, 64, 3)).astype(np.float32)
-    certificate = certify(draw(model), model, {"random": images})
+    state_dict = draw(model)
+    if model == "resnet18":  # as torchvision's own file of 2016
+        state_dict = {k: v for k, v in state_dict.items() if not k.endswith("num_batches_tracked")}
+    certificate = certify(state_dict, model, {"random": images})
     assert certificate.passed, certificate.as_table()
     assert {row.part for row in certificate.rows} == {
         "round trip",

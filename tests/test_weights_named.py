@@ -506,4 +506,6 @@ def test_a_terminal_shows_the_progress_and_a_file_does_not(server, get, monkeypa
     assert "300.0/300.0 kB" in shown.getvalue()
     get.target.unlink()
     get()
-    assert get.said.getvalue() == f"downloading {server.url}/net.pth to {get.target.parent}\n"
+    # Older versions of rich end what is no terminal with an empty line.
+    said = get.said.getvalue().rstrip("\n")
+    assert said == f"downloading {server.url}/net.pth to {get.target.parent}"

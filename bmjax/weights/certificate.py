@@ -170,7 +170,11 @@ def certify(
     torch = _torch()
     variables = from_torchvision(state_dict, model)
     num_classes = len(variables["params"]["head"]["bias"])
-    rows = _compare("", "", "round trip", to_torchvision(variables, model), state_dict, 0.0)
+    back = to_torchvision(variables, model)
+    # Files from before PyTorch counted lack these.
+    counts = {name: value for name, value in back.items() if name.endswith("num_batches_tracked")}
+    state_dict = {**counts, **state_dict}
+    rows = _compare("", "", "round trip", back, state_dict, 0.0)
     for name, batch in images.items():
         labels = np.arange(len(batch)) % num_classes
         theirs, ours = {}, {}
@@ -202,15 +206,17 @@ def _judge(images: str, ours: dict[Any, Results], theirs: dict[Any, Results]) ->
     return rows
 
 
-def write_certificate(certificate: Certificate, out: Path) -> tuple[Path, Path]:
-    """Writes `OUT.certificate.json` and `OUT.certificate.txt`; returns their paths."""
-    paths = (
-        out.with_name(f"{out.name}.certificate.json"),
-        out.with_name(f"{out.name}.certificate.txt"),
-    )
-    for path, text in zip(paths, (certificate.as_json(), certificate.as_table()), strict=True):
+def write_certificate(certificate: Certificate, out: Path) -> None:
+    """Writes every comparison as JSON, and a table of the worst; see `certificate_paths`."""
+    texts = (certificate.as_json(), certificate.as_table())
+    for path, text in zip(certificate_paths(out), texts, strict=True):
         write_atomically(path, text)
-    return paths
+
+
+def certificate_paths(out: Path) -> tuple[Path, Path]:
+    """Returns `OUT.certificate.json` and `OUT.certificate.txt`."""
+    names = (f"{out.name}.certificate.json", f"{out.name}.certificate.txt")
+    return out.with_name(names[0]), out.with_name(names[1])
 
 
 def _torch() -> Any:

@@ -66,6 +66,7 @@ def from_torchvision(
     num_classes: int | None = None,
     head: bool = True,
     norm: str = "batch",
+    where: str = "the state dict",
 ) -> dict[str, Any]:
     """Converts the weights of a torchvision ResNet to Flax variables, strictly.
 
@@ -81,6 +82,7 @@ def from_torchvision(
         head: whether the last layer is converted; without it, it may have any size or be absent,
             and the result has no `params/head`.
         norm: of the model, see `bmjax.models.ResNet`.
+        where: what messages call a state dict that is no file.
 
     Returns:
         `{"params": ..., "batch_stats": ...}` of float32 numpy arrays.
@@ -89,7 +91,6 @@ def from_torchvision(
         UserError: a file that cannot be read; an unknown model; or names and shapes other than
             the model's: all that is missing, unexpected or of another shape, in one message.
     """
-    where = "the state dict"
     if isinstance(source, str | Path):
         where, source = str(source), read_state_dict(source)
     arrays = {name: np.asarray(value) for name, value in source.items()}
