@@ -112,11 +112,16 @@ def _read(config: ConvertConfig, console: Console | None) -> _Source:
     if path.suffix == _FLAX_SUFFIX:
         variables = _read_flax(path, config.model)
         return _Source(config.model, variables, _describe(config, variables))
-    if config.path in NAMES and not path.exists():
+    if _is_published(config):
         path = fetch(config.model, config.path, console)
     state_dict = read_state_dict(path)
     variables = from_torchvision(state_dict, config.model, where=str(path))
     return _Source(config.model, variables, _describe(config, variables), state_dict)
+
+
+def _is_published(config: ConvertConfig) -> bool:
+    """Whether the source is a name; a file of that name goes first."""
+    return config.path in NAMES and not Path(config.path).exists()
 
 
 def _from_run(config: ConvertConfig, path: Path) -> _Source:
@@ -153,7 +158,7 @@ def _describe(config: ConvertConfig, variables: dict[str, Any]) -> dict[str, Any
     """Returns what a run keeps of its data, see `runs.Run`, for weights that came without."""
     num_classes = len(variables["params"]["head"]["bias"])
     size, resize, interpolation = _DEFAULT_SIZE, 0, "bilinear"
-    if config.path in NAMES and not Path(config.path).exists():
+    if _is_published(config):
         own = published(config.model, config.path)
         size, resize, interpolation = own.crop_size, own.resize_size, own.interpolation
     if config.image_size:

@@ -11,6 +11,13 @@ from bmjax.data import preprocess
 from bmjax.data.preprocess import EvaluationTransform, decode
 from bmjax.errors import UserError
 
+
+def read_image(path, shape):
+    """An image file as the input of a model that takes `shape`, as `predict` reads it."""
+    height, width, channels = shape
+    return preprocess.squash(height, width).apply(decode(path, channels))
+
+
 FIXTURES = Path(__file__).parent / "data" / "images"
 
 
@@ -311,7 +318,7 @@ def test_files_may_be_open_or_in_memory():
 def test_image_files_of_any_mode_are_read(tmp_path, mode, channels):
     path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
     Image.new(mode, (20, 10)).save(path)
-    pixels = preprocess.read_image(path, [8, 6, channels])
+    pixels = read_image(path, [8, 6, channels])
     assert pixels.shape == (8, 6, channels)
     assert pixels.dtype == np.uint8
 
@@ -319,7 +326,7 @@ def test_image_files_of_any_mode_are_read(tmp_path, mode, channels):
 def test_pictures_are_read_squashed_to_the_shape_of_a_model(tmp_path):
     path = tmp_path / "a.png"
     noise(40, 30).save(path)
-    got = preprocess.read_image(str(path), (8, 6, 3)).astype(int)
+    got = read_image(str(path), (8, 6, 3)).astype(int)
     assert np.abs(got - resample(np.asarray(noise(40, 30)), 8, 6, triangle)).max() <= 1
     batch = np.asarray(noise(40, 30))[None]
     expected = resample(batch[0], 7, 7, triangle)
@@ -329,11 +336,11 @@ def test_pictures_are_read_squashed_to_the_shape_of_a_model(tmp_path):
 def test_sixteen_bits_are_scaled_and_unknown_ranges_refused(tmp_path):
     ramp = np.linspace(0, 65535, 256).round().astype(np.uint16).reshape(16, 16)
     Image.fromarray(ramp).save(tmp_path / "a.png")
-    pixels = preprocess.read_image(tmp_path / "a.png", (16, 16, 1))[..., 0]
+    pixels = read_image(tmp_path / "a.png", (16, 16, 1))[..., 0]
     np.testing.assert_array_equal(pixels.ravel(), np.arange(256))
     Image.fromarray(ramp.astype(np.float32)).save(tmp_path / "b.tiff")
     with pytest.raises(UserError, match="floats, whose range is not known"):
-        preprocess.read_image(tmp_path / "b.tiff", (16, 16, 1))
+        read_image(tmp_path / "b.tiff", (16, 16, 1))
 
 
 @pytest.mark.parametrize("cut", [1, 2, 40, 900])

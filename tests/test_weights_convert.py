@@ -210,6 +210,14 @@ def test_the_certificate_of_torchvisions_own_passes(model):
     assert all(row.tolerance is not None for row in certificate.rows if row.precision == "float64")
 
 
+def test_a_model_that_torchvision_lacks_has_no_certificate():
+    pytest.importorskip("torchvision")
+    from bmjax.weights.certificate import certify
+
+    with pytest.raises(UserError, match="torchvision has no resnet_tiny"):
+        certify(draw("resnet_tiny"), "resnet_tiny", {})
+
+
 def test_a_certificate_fails_on_a_difference():
     from bmjax.weights.certificate import Certificate, Row, _compare
 

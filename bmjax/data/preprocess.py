@@ -1,6 +1,5 @@
 """From image files and pixel values to what a model takes."""
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -224,23 +223,6 @@ def _decode_path(path: Path, channels: int) -> Image.Image:
         raise UserError(f"{path} cannot be read ({error}). Check its permissions.") from error
 
 
-def read_image(path: str | Path, shape: Sequence[int]) -> np.ndarray:
-    """Reads an image file as the input of a model, squashed to its height and width.
-
-    Args:
-        path: see `decode`.
-        shape: height, width and channels (1 or 3).
-
-    Returns:
-        [height, width, channels] uint8.
-
-    Raises:
-        UserError: no such file, or not an image.
-    """
-    height, width, channels = shape
-    return squash(height, width).apply(decode(path, channels))
-
-
 def _to_8_bits(picture: Image.Image, name: Any) -> Image.Image:
     """Scales 16-bit gray to 8 bits, which Pillow would cut off at 255."""
     if picture.mode.startswith("I;16"):
@@ -259,7 +241,7 @@ def _orientation(picture: Image.Image) -> int:
     """Returns the EXIF orientation, 1 to 8, of a loaded picture; 1 where there is none."""
     try:
         return picture.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # the picture is sound though its EXIF block is not
+    except Exception:  # Pillow raises whatever a damaged block leads to; the picture is sound
         return 1
 
 

@@ -41,8 +41,6 @@ NOISE_FACTOR = 5.0
 _LARGEST_TOLERANCE = 0.1
 STAGES = ("stem", "stage1", "stage2", "stage3", "stage4", "pre_logits")
 _HOOKS = ("maxpool", "layer1", "layer2", "layer3", "layer4", "avgpool")
-# The tiny ResNet of the tests and its like have no namesake in torchvision.
-MakeReference = Callable[[str, int], Any]
 # Arrays by name, by part.
 Results = dict[str, Mapping[str, Any]]
 
@@ -142,7 +140,6 @@ def certify(
     state_dict: Mapping[str, np.ndarray],
     model: str,
     images: Mapping[str, np.ndarray],
-    make_reference: MakeReference | None = None,
 ) -> Certificate:
     """Compares bmjax with torchvision on the same weights and images, on the CPU.
 
@@ -160,14 +157,12 @@ def certify(
         state_dict: in torchvision's names.
         model: name of the ResNet.
         images: normalised batches [batch, height, width, 3] float32, by name.
-        make_reference: makes the PyTorch module of `(model, num_classes)`; by default
-            torchvision's.
 
     Raises:
-        UserError: PyTorch is missing, or the state dict does not fit.
+        UserError: PyTorch is missing, torchvision has no such model, or the state dict does not
+            fit.
     """
-    make_reference = make_reference or _from_torchvision
-    torch = _torch()
+    torch, make = _torch_and_maker(model)
     variables = from_torchvision(state_dict, model)
     num_classes = len(variables["params"]["head"]["bias"])
     back = to_torchvision(variables, model)
@@ -179,7 +174,7 @@ def certify(
         labels = np.arange(len(batch)) % num_classes
         theirs, ours = {}, {}
         for precision in (np.float32, np.float64):
-            net = make_reference(model, num_classes)
+            net = make(num_classes=num_classes)
             theirs[precision] = _torch_results(torch, net, state_dict, batch, labels, precision)
             ours[precision] = _jax_results(model, num_classes, variables, batch, labels, precision)
         rows += _judge(name, ours, theirs)
@@ -219,22 +214,19 @@ def certificate_paths(out: Path) -> tuple[Path, Path]:
     return out.with_name(names[0]), out.with_name(names[1])
 
 
-def _torch() -> Any:
+def _torch_and_maker(model: str) -> tuple[Any, Callable[..., Any]]:
+    """Returns the module torch, and what makes torchvision's model of that name."""
     try:
         import torch
-        import torchvision  # noqa: F401
+        import torchvision
     except ImportError as error:
         raise UserError(
             f"the certificate compares with torchvision, which is not installed ({error}). "
             'Install it with pip install "bmjax[torch]", or uv sync --extra torch.'
         ) from error
-    return torch
-
-
-def _from_torchvision(model: str, num_classes: int) -> Any:
-    import torchvision
-
-    return getattr(torchvision.models, model)(num_classes=num_classes)
+    if not hasattr(torchvision.models, model):
+        raise UserError(f"torchvision has no {model} to compare with. Leave out --certify.")
+    return torch, getattr(torchvision.models, model)
 
 
 def _compare(

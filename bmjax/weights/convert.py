@@ -95,15 +95,18 @@ def from_torchvision(
         where, source = str(source), read_state_dict(source)
     arrays = {name: np.asarray(value) for name, value in source.items()}
     if num_classes is None:
-        bias = arrays.get("fc.bias")
-        num_classes = 1000 if bias is None else max(1, bias.size)
-    expected = expected_arrays(model, num_classes, norm)
+        num_classes = _num_classes(arrays.get("fc.bias"))
     if not head:
         arrays = {name: value for name, value in arrays.items() if not name.startswith("fc.")}
-        expected = {path: leaf for path, leaf in expected.items() if not path.startswith(_HEAD)}
+    expected = _wanted(model, num_classes, head, norm)
     problems = _differences(arrays, expected)
     if problems:
-        fitting = [name for name in RESNETS if name != model and _fits(arrays, name, head, norm)]
+        own_classes = _num_classes(arrays.get("fc.bias"))
+        fitting = [
+            name
+            for name in RESNETS
+            if name != model and not _differences(arrays, _wanted(name, own_classes, head, norm))
+        ]
         hint = (
             f"It fits {' and '.join(fitting)}: give --model {fitting[0]}."
             if fitting
@@ -134,8 +137,7 @@ def to_torchvision(variables: Mapping[str, Any], model: str) -> dict[str, np.nda
         UserError: an unknown model, or variables that are not this model's, all differences named.
     """
     flat = _flatten(variables)
-    bias = flat.get(_HEAD + "bias")
-    num_classes = 1000 if bias is None else max(1, np.size(bias))
+    num_classes = _num_classes(flat.get(_HEAD + "bias"))
     norm = "batch" if any(path.endswith("/mean") for path in flat) else "group"
     expected = expected_arrays(model, num_classes, norm)
     shapes = {path: tuple(leaf.shape) for path, leaf in expected.items()}
@@ -176,12 +178,14 @@ def _torch_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     return (shape[3], shape[2], *shape[:2]) if len(shape) == 4 else shape[::-1]
 
 
-def _fits(arrays: Flat, model: str, head: bool, norm: str) -> bool:
-    bias = arrays.get("fc.bias")
-    expected = expected_arrays(model, 1000 if bias is None else max(1, bias.size), norm)
-    if not head:
-        expected = {path: leaf for path, leaf in expected.items() if not path.startswith(_HEAD)}
-    return not _differences(arrays, expected)
+def _num_classes(bias: Any) -> int:
+    """Returns the number of logits that the head's bias tells of; ImageNet's where it is absent."""
+    return 1000 if bias is None else max(1, np.size(bias))
+
+
+def _wanted(model: str, num_classes: int, head: bool, norm: str) -> Flat:
+    expected = expected_arrays(model, num_classes, norm)
+    return {path: leaf for path, leaf in expected.items() if head or not path.startswith(_HEAD)}
 
 
 def _differences(arrays: Flat, expected: Flat) -> list[str]:

@@ -2,18 +2,18 @@
 
 import json
 import math
-import os
 import pickle
 import re
 import struct
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
 from bmjax.errors import UserError
+from bmjax.runs import replacing
 from bmjax.weights.tensors import DTYPES, SAFETENSORS, STORAGES
 
 # The hash is PyTorch Hub's promise about the content: the first digits of the file's SHA-256.
@@ -62,7 +62,14 @@ def write_state_dict(path: str | Path, state_dict: Mapping[str, Any]) -> None:
     if not state_dict:
         raise UserError(f"{path} would hold nothing: the state dict has no arrays.")
     named = {name: _array(path, name, value) for name, value in state_dict.items()}
-    _write(path, lambda file: make(file, named))
+    try:
+        with replacing(path) as file:
+            make(file, named)
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}). Check that its folder exists, may be "
+            "written to and has room."
+        ) from error
 
 
 def _array(path: Path, name: Any, value: Any) -> np.ndarray:
@@ -76,24 +83,6 @@ def _array(path: Path, name: Any, value: Any) -> np.ndarray:
     if not printable or name in ("", "__metadata__"):  # safetensors has the second for itself
         raise UserError(f"{path}: {name!r} cannot name a tensor. Use a printable text.")
     return array
-
-
-def _write(path: Path, fill: Callable[[IO[bytes]], None]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("w+b") as file:
-            fill(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be written ({error.strerror}). Check that its folder exists, may be "
-            "written to and has room."
-        ) from error
-    finally:
-        if temporary.exists():
-            temporary.unlink()
 
 
 def _safetensors(file: IO[bytes], named: dict[str, np.ndarray]) -> None:
