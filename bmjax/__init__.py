@@ -7,8 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bmjax import distill, evaluate, losses, metrics
-    from bmjax.config import DistillConfig, TrainConfig
+    from bmjax import distill, evaluate, finetune, losses, metrics
+    from bmjax.config import DistillConfig, FinetuneConfig, TrainConfig
     from bmjax.data import load_dataset
     from bmjax.evaluate import load_run
     from bmjax.loop import fit
@@ -19,6 +19,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "DistillConfig": "bmjax.config",
+    "FinetuneConfig": "bmjax.config",
     "TrainConfig": "bmjax.config",
     "create_model": "bmjax.models",
     "fit": "bmjax.loop",
@@ -28,14 +29,16 @@ _HOMES = {
     "load_run": "bmjax.evaluate",
     "to_torchvision": "bmjax.weights.convert",
 }
-_MODULES = ("distill", "evaluate", "losses", "metrics")
+_MODULES = ("distill", "evaluate", "finetune", "losses", "metrics")
 
 __all__ = [
     "DistillConfig",
+    "FinetuneConfig",
     "TrainConfig",
     "create_model",
     "distill",
     "evaluate",
+    "finetune",
     "fit",
     "from_torchvision",
     "list_models",

@@ -19,11 +19,12 @@ from bmjax.config import (
     DistillConfig,
     DoctorConfig,
     EvaluateConfig,
+    FinetuneConfig,
     PredictConfig,
     TrainConfig,
 )
 from bmjax.errors import DivergenceError, StoppedError, UserError
-from bmjax.settings import check_distill, check_train
+from bmjax.settings import check_distill, check_finetune, check_train
 
 # Classes that a terminal has the width for.
 _LARGEST_MATRIX = 20
@@ -71,7 +72,7 @@ def parse(argv: list[str]) -> Any:
     With `--resume`, flags that are not given take the values of the run in `--out`.
     """
     config = _parse(argv, {})
-    if isinstance(config, TrainConfig | DistillConfig) and config.run.resume:
+    if isinstance(config, TrainConfig | FinetuneConfig | DistillConfig) and config.run.resume:
         config = _parse(argv, {type(config): _saved(config)})
     return config
 
@@ -79,6 +80,7 @@ def parse(argv: list[str]) -> Any:
 def _parse(argv: list[str], defaults: dict[type, Any]) -> Any:
     commands = {
         "train": TrainConfig,
+        "finetune": FinetuneConfig,
         "distill": DistillConfig,
         "evaluate": EvaluateConfig,
         "predict": PredictConfig,
@@ -110,7 +112,7 @@ def _one_line(kind: type) -> str:
     return " ".join((kind.__doc__ or "").partition("\n\n")[0].split())
 
 
-def _saved(config: TrainConfig | DistillConfig) -> Any:
+def _saved(config: TrainConfig | FinetuneConfig | DistillConfig) -> Any:
     import dataclasses
 
     from bmjax.runs import read_run
@@ -118,6 +120,11 @@ def _saved(config: TrainConfig | DistillConfig) -> Any:
     if isinstance(config, TrainConfig):
         path = Path(config.resolved().out)
         saved: Any = read_run(path).config
+    elif isinstance(config, FinetuneConfig):
+        from bmjax import finetune
+
+        path = Path(config.train_config().out)
+        saved = finetune.read_settings(path)
     else:
         from bmjax.distill import folder_of, read_settings
 
@@ -128,21 +135,46 @@ def _saved(config: TrainConfig | DistillConfig) -> Any:
 
 def _train(config: TrainConfig) -> None:
     check_train(config)
-    from bmjax.evaluate import evaluate
     from bmjax.loop import fit
 
     console = Console()
     config = config.resolved()
     fit(config, console=console)
-    test = evaluate(EvaluateConfig(config.out, device=config.device, batch_size=config.batch_size))
-    _show_warnings(test)
+    _show_result(config.out, config, console)
+
+
+def _show_result(out: str, config: TrainConfig | FinetuneConfig, console: Console) -> None:
+    """Measures a finished run on its test split; where there is none, on that for validation."""
+    from bmjax.evaluate import evaluate_finished
+
+    result = evaluate_finished(out, config)
+    _show_warnings(result)
+    best = ", params of the best epoch" if result["checkpoint"] == "best" else ""
     console.print(
-        f"test accuracy {test['accuracy']:.2%} on {test['examples']} images, calibration error "
-        f"{test['expected_calibration_error']:.2%}",
+        f"{result['split']} accuracy {result['accuracy']:.2%} on {result['examples']} images, "
+        f"calibration error {result['expected_calibration_error']:.2%}{best}",
         highlight=False,
         soft_wrap=True,
     )
-    console.print(f"the run is in {config.out}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"the run is in {out}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _finetune(config: FinetuneConfig) -> None:
+    check_finetune(config)
+    from bmjax.finetune import finetune
+
+    console = Console()
+    result = finetune(config, console)
+    finding = result["finding"]
+    if finding is None:
+        _show_result(result["out"], config, console)
+        return
+    for line in (
+        f"learning rate {finding.suggestion:.2g}: a tenth of the one with the lowest loss; the "
+        f"loss falls fastest at {finding.steepest:.2g}",
+        f"the plot is {result['out']}-learning-rates.png",
+    ):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _distill(config: DistillConfig) -> None:
@@ -152,7 +184,8 @@ def _distill(config: DistillConfig) -> None:
     console = Console()
     result = distill(config, console)
     table = Table()
-    for heading in ("model", "parameters", "test accuracy", "calibration error", "images/s"):
+    accuracy = f"{result['split']} accuracy"
+    for heading in ("model", "parameters", accuracy, "calibration error", "images/s"):
         table.add_column(heading, justify="left" if heading == "model" else "right")
     for row in result["rows"]:
         table.add_row(
@@ -169,7 +202,7 @@ def _distill(config: DistillConfig) -> None:
         verb = "beats" if gain > 0 else "does not beat"
         console.print(
             f"the distilled {config.student} {verb} the one trained alone on the same views for "
-            f"the same {result['steps']:,} steps: {gain:+.1f} points of test accuracy",
+            f"the same {result['steps']:,} steps: {gain:+.1f} points of {accuracy}",
             highlight=False,
             soft_wrap=True,
         )
@@ -288,6 +321,7 @@ def _show_warnings(result: dict[str, Any]) -> None:
 
 _COMMANDS: dict[type, Callable[[Any], None]] = {
     TrainConfig: _train,
+    FinetuneConfig: _finetune,
     DistillConfig: _distill,
     EvaluateConfig: _evaluate,
     PredictConfig: _predict,

@@ -45,24 +45,44 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Random views of the training images; each amount is drawn uniformly per image.
+    """Random views of the training images; each amount is drawn per image, uniformly if not said.
 
     Attributes:
+        crop: Least share of the image's area that a random resized crop takes, in (0, 1], with
+            sides in a ratio of 3/4 to 4/3; 1 resizes nothing.
+        flip: Probability of a flip left to right.
         shift: Largest shift as a share of the image's side, each way.
         rotate: Largest rotation in degrees, each way.
         scale: Largest change of size: 0.12 gives factors from 0.88 to 1.12.
+        policy: Further changes of shape and colour: TrivialAugment, one of 14 at a random
+            strength; RandAugment, two of 14 at strength 9 of 30.
+        erase: Probability that a random rectangle is erased.
+        mixup: Alpha of mixup's Beta distribution; 0 turns it off. With cutmix on too, each batch
+            takes one of the two.
+        cutmix: Alpha of CutMix's Beta distribution; 0 turns it off.
         augment: Train on random views, not on the images as they are.
     """
 
+    crop: float = 1.0
+    flip: float = 0.0
     shift: float = 0.1
     rotate: float = 12.0
     scale: float = 0.12
+    policy: Literal["none", "trivial", "rand"] = "none"
+    erase: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
     augment: bool = True
 
     @property
-    def active(self) -> bool:
-        """Whether any amount is above 0."""
-        return self.augment and bool(self.shift or self.rotate or self.scale)
+    def affine(self) -> bool:
+        """Whether images are shifted, rotated or scaled."""
+        return bool(self.shift or self.rotate or self.scale)
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed with others of their batch."""
+        return self.augment and bool(self.mixup or self.cutmix)
 
 
 @dataclass(frozen=True)
@@ -72,10 +92,13 @@ class DeviceConfig:
     Attributes:
         parallel: How several devices share a batch; both give the same numbers.
         devices: Number of devices; 0 takes all. More than a CPU has become virtual ones.
+        memory_gib: Most GiB that decoded images may take; a larger folder is read again and again
+            while training, to the same result.
     """
 
     parallel: Literal["jit", "pmap"] = "jit"
     devices: int = 0
+    memory_gib: float = 4.0
 
 
 @dataclass(frozen=True)
@@ -101,8 +124,12 @@ class BaseConfig:
     """What training and distillation have in common.
 
     Attributes:
-        data: Dataset: mnist5k, or npz:PATH with arrays image and label (or train_image, ...).
-        image_size: Side in pixels that images are resized to; 0 keeps the dataset's own.
+        data: Dataset: mnist5k; folder:PATH with a folder of images per class, in train,
+            validation and test or not; tfds:NAME, prepared in array_record; or npz:PATH with
+            arrays image and label (or train_image, ...).
+        image_size: Side in pixels of the images that the model takes; 0 keeps the dataset's own,
+            or takes 224 where images have different sizes.
+        split_seed: Seed by which a validation split is cut from train, where there is none.
         hidden_sizes: Widths of the hidden layers where the model is mlp; none given: 128 64.
         norm: Normalisation of a ResNet: batch; frozen, by the running statistics in training
             too; or group, which sees one example at a time.
@@ -112,6 +139,9 @@ class BaseConfig:
         accumulate: Parts that a batch is split into, one after the other, to save memory; the
             update is that of the whole batch.
         label_smoothing: Share of the target spread evenly over the classes, in [0, 1).
+        class_weights: Weights of the classes in the loss; balanced: in inverse proportion to how
+            many training examples they have.
+        patience: Epochs without a better validation accuracy after which training ends; 0: never.
         precision: Precision of the computation; params, statistics and losses are float32
             always.
         ema_decay: Decay of the running average of the params that is evaluated instead;
@@ -122,12 +152,15 @@ class BaseConfig:
 
     data: str = "mnist5k"
     image_size: int = 0
+    split_seed: int = 0
     hidden_sizes: tuple[int, ...] = ()
     norm: Literal["batch", "frozen", "group"] = "batch"
     epochs: int = 0
     batch_size: int = 64
     accumulate: int = 1
     label_smoothing: float = 0.0
+    class_weights: Literal["none", "balanced"] = "none"
+    patience: int = 0
     precision: Literal["float32", "bfloat16"] = "float32"
     ema_decay: float = 0.0
     seed: int = 0
@@ -157,6 +190,63 @@ class TrainConfig(BaseConfig):
             epochs=self.epochs or DEFAULT_EPOCHS.get(self.model, 20),
             out=self.out or f"runs/{self.model}",
         )
+
+
+def _finetune_optim() -> OptimConfig:
+    return OptimConfig(optimizer="adamw", learning_rate=1e-3, weight_decay=0.05)
+
+
+def _finetune_views() -> AugmentConfig:
+    return AugmentConfig(crop=0.6, flip=0.5, shift=0.0, rotate=0.0, scale=0.0)
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(BaseConfig):
+    """Fine-tune pretrained weights: a new head of the data's classes, then all of the model.
+
+    Attributes:
+        data: Dataset: folder:PATH with a folder of images per class, in train, validation and
+            test or not; tfds:NAME, prepared in array_record; npz:PATH; or mnist5k.
+        model: Name of the ResNet that the weights are of; a run knows its own, and needs none.
+        weights: What to begin with: a torchvision checkpoint (.pth, .pt or .safetensors), Flax
+            variables (.msgpack), a run's folder, or imagenet-v1 or imagenet-v2 for torchvision's
+            published weights.
+        image_size: Side in pixels of the images that the model takes; 0 takes that of published
+            weights or of a run, or 224.
+        epochs: Passes over the training split, at least 1.
+        head: How the last layer begins: by a linear probe, the best logistic regression on the
+            features of the weights as they are; random; or kept, where the weights have the
+            data's classes.
+        head_epochs: First epochs in which the head alone learns.
+        freeze: What stays as it is: backbone (all but the head), stem, stage1, stage2, ..., or
+            regular expressions that match whole paths of params. Its normalisations use their
+            running statistics, and it costs no gradient and no memory of the optimizer.
+        layer_decay: Factor of the learning rate from each stage to the one before it, in (0, 1].
+        out: Folder of the run; none given: runs/finetuned-MODEL.
+        probe_only: Stop after the linear probe; the run holds the weights with that head.
+        find_learning_rate: Train nothing; try growing learning rates, and write the loss by
+            learning rate and a plot of it next to --out.
+    """
+
+    data: str = ""
+    epochs: int = 12
+    label_smoothing: float = 0.1
+    model: str = ""
+    weights: str = ""
+    head: Literal["probe", "random", "keep"] = "probe"
+    head_epochs: int = 0
+    freeze: tuple[str, ...] = ()
+    layer_decay: float = 1.0
+    probe_only: bool = False
+    find_learning_rate: bool = False
+    optim: OptimConfig = field(default_factory=_finetune_optim)
+    views: AugmentConfig = field(default_factory=_finetune_views)
+
+    def train_config(self) -> TrainConfig:
+        """Returns the settings of the training itself."""
+        common = {item.name: getattr(self, item.name) for item in dataclasses.fields(BaseConfig)}
+        out = self.out or "-".join(["runs/finetuned", *filter(None, [self.model])])
+        return dataclasses.replace(TrainConfig(**common, model=self.model), out=out).resolved()
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ from rich.console import Console
 from bmjax import losses
 from bmjax.config import DistillConfig, EvaluateConfig, TrainConfig
 from bmjax.data import Dataset, load_dataset, preprocess
+from bmjax.data.sources import Source
 from bmjax.errors import StoppedError, UserError
-from bmjax.evaluate import TrainedRun, check_fits, load_run, measure
-from bmjax.loop import MakeLoss, check_possible, fit
+from bmjax.evaluate import TrainedRun, check_fits, load_for, load_run, measure
+from bmjax.loop import fit
 from bmjax.models import num_params
 from bmjax.parallel import request_devices
 from bmjax.runs import (
@@ -30,7 +32,8 @@ from bmjax.runs import (
     write_atomically,
 )
 from bmjax.settings import check_distill, contradictions, flatten, unflatten
-from bmjax.train import Batch, LossFn, apply_train, predict_logits
+from bmjax.setup import MakeLoss, check_possible, class_weights
+from bmjax.train import Batch, LossFn, apply_train, label_loss, predict_logits
 
 DEFAULT_OUT = "runs/distill"
 # What the teacher of a tour has in common with the student; it keeps its own optimizer.
@@ -44,6 +47,7 @@ def distillation_loss(
     temperature: float,
     alpha: float,
     label_smoothing: float = 0.0,
+    weights: Sequence[float] | None = None,
 ) -> LossFn:
     """Returns the loss `alpha * distillation + (1 - alpha) * cross_entropy` per example.
 
@@ -58,6 +62,7 @@ def distillation_loss(
         temperature: T of both softmaxes, positive.
         alpha: weight of the distillation loss (which has its factor T^2), in [0, 1].
         label_smoothing: of the cross entropy.
+        weights: a factor of the cross entropy per class; None: 1.
     """
     dtype = getattr(model, "dtype", None) or jnp.float32
     ask_teacher = partial(predict_logits, teacher.model, teacher.statistics)
@@ -70,7 +75,7 @@ def distillation_loss(
         images = preprocess.normalize(batch["image"], statistics, dtype)
         logits, batch_stats = apply_train(model, params, batch_stats, images, batch["mask"])
         divergence = losses.distillation(logits, teacher_logits, temperature)
-        entropy = losses.cross_entropy(logits, batch["label"], label_smoothing)
+        entropy = label_loss(logits, batch, label_smoothing, weights)
         predicted = jnp.argmax(logits, axis=-1)
         metrics = {
             "accuracy": (predicted == batch["label"]).astype(jnp.float32),
@@ -92,7 +97,7 @@ def distill(config: DistillConfig, console: Console | None = None) -> dict[str, 
 
     Returns:
         `rows`, the table: `role` (teacher, alone, distilled), `model`, `parameters`,
-        `accuracy`, `expected_calibration_error`, `loss` on the test split and
+        `accuracy`, `expected_calibration_error`, `loss` on `split` and
         `inference_images_per_second`; `steps` of the student; `folder`; and after a tour
         `gain_points`, by how many points of accuracy the distilled student beats the other.
 
@@ -114,8 +119,15 @@ def distill(config: DistillConfig, console: Console | None = None) -> dict[str, 
 
 def _distill(config: DistillConfig, out: Path, console: Console) -> dict[str, Any]:
     teacher = load_run(config.teacher) if config.teacher else None
-    dataset = load_dataset(config.data, config.image_size)
-    if teacher is not None:
+    memory_gib, seed = config.device.memory_gib, config.split_seed
+    if teacher is None:
+        dataset = load_dataset(
+            config.data, config.image_size, split_seed=seed, memory_gib=memory_gib
+        )
+    else:
+        dataset = load_for(
+            teacher, config.data, config.image_size, memory_gib=memory_gib, split_seed=seed
+        )
         check_fits(teacher, dataset)
         return _finish(config, dataset, [_distil(config, teacher, out, dataset, console)], teacher)
     teacher_config = dataclasses.replace(
@@ -220,9 +232,17 @@ def _distil(
         "alpha": config.alpha,
     }
 
+    weights = class_weights(dataset) if config.class_weights == "balanced" else None
+
     def make_loss(model: nn.Module, statistics: dict[str, Any]) -> LossFn:
         return distillation_loss(
-            model, statistics, teacher, config.temperature, config.alpha, config.label_smoothing
+            model,
+            statistics,
+            teacher,
+            config.temperature,
+            config.alpha,
+            config.label_smoothing,
+            weights,
         )
 
     title = f"{config.student} distilled"
@@ -233,24 +253,33 @@ def _distil(
 def _finish(
     config: DistillConfig, dataset: Dataset, students: list[Path], teacher: TrainedRun
 ) -> dict[str, Any]:
-    """Measures teacher and students on the test split, which nothing before has looked at."""
+    """Measures teacher and students on the test split, which nothing before has looked at.
+
+    A folder without one is measured on its validation split; no params were chosen by it.
+    """
     roles = ("alone", "distilled")[-len(students) :]
+    split = "test" if len(dataset.test) else "validation"
     trained = [load_run(path) for path in students]
     rows = [
-        _row(role, run, dataset, config)
+        _row(role, run, dataset.split(split), config)
         for role, run in zip(("teacher", *roles), (teacher, *trained), strict=True)
     ]
-    result: dict[str, Any] = {"rows": rows, "steps": trained[-1].step, "folder": config.out}
+    result: dict[str, Any] = {
+        "rows": rows,
+        "split": split,
+        "steps": trained[-1].step,
+        "folder": config.out,
+    }
     if len(students) == 2:
         result["gain_points"] = 100 * (rows[2]["accuracy"] - rows[1]["accuracy"])
     write_atomically(Path(config.out) / "results.json", json.dumps(result, indent=2) + "\n")
     return result
 
 
-def _row(role: str, run: TrainedRun, dataset: Dataset, config: DistillConfig) -> dict[str, Any]:
+def _row(role: str, run: TrainedRun, source: Source, config: DistillConfig) -> dict[str, Any]:
     # On as many devices as the batch of the training divides over.
     how = EvaluateConfig(str(run.run.path), batch_size=config.batch_size, device=config.device)
-    metrics = measure(run, dataset.test, how)
+    metrics = measure(run, source, how)
     names = ("accuracy", "expected_calibration_error", "loss", "inference_images_per_second")
     return {
         "role": role,

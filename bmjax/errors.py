@@ -17,12 +17,13 @@ class StoppedError(RuntimeError):
 
     Attributes:
         progress: what was reached.
+        go_on: the command that goes on from there; empty where nothing is left to do.
         exit_code: 128 plus the number of the signal (143 for SIGTERM, 130 for Ctrl-C).
     """
 
     def __init__(self, progress: str, go_on: str, exit_code: int):
         super().__init__(f"{progress}. Go on with: {go_on}" if go_on else progress)
-        self.progress, self.exit_code = progress, exit_code
+        self.progress, self.go_on, self.exit_code = progress, go_on, exit_code
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:

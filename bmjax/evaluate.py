@@ -1,12 +1,13 @@
 """A trained run: reading it, measuring it, predicting with it."""
 
+import dataclasses
 import statistics as stats
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -15,19 +16,24 @@ import numpy as np
 
 from bmjax import checkpoint
 from bmjax.cache import use_compilation_cache
-from bmjax.config import EvaluateConfig, PredictConfig
-from bmjax.data import ArraySource, Dataset, load_dataset, loader, preprocess
-from bmjax.data.sources import resized
+from bmjax.compiled import evaluate_split, make_evaluate
+from bmjax.config import BaseConfig, EvaluateConfig, PredictConfig
+from bmjax.data import Dataset, load_dataset, loader, preprocess
+from bmjax.data.sources import SPLITS, Source, with_channels
 from bmjax.errors import UserError
-from bmjax.loop import build_model
 from bmjax.metrics import summarize
 from bmjax.models import num_params
 from bmjax.parallel import make_parallel, request_devices
 from bmjax.runs import Run, read_run
 from bmjax.settings import check_evaluate
-from bmjax.train import make_evaluate, predict_logits
+from bmjax.setup import build_model
+from bmjax.train import predict_logits
 
 _SPEED_SECONDS = 0.5
+
+
+class NoSplitError(UserError):
+    """A dataset has no example in the split that was asked for."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,15 +138,17 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     name = config.data or own.data
     if not name:
         raise UserError(f"the weights in {config.path} came without data. Name some by --data.")
-    dataset = load_dataset(name, config.image_size or (0 if config.data else own.image_size))
-    height, width, _ = trained.run.data["image_shape"]
-    if config.data and not config.image_size and height == width:
-        dataset = resized(dataset, height)
+    splits = SPLITS if config.split == "all" else (config.split,)
+    dataset = load_for(trained, name, config.image_size, splits, config.device.memory_gib)
     check_fits(trained, dataset)
-    warnings = list(trained.warnings)
+    warnings = [*trained.warnings, *dataset.warnings]
     if not config.data and dataset.fingerprint() != trained.run.data["fingerprint"]:
         warnings.append(f"{name} is not what the run was trained on: its content has changed")
     source = dataset.split(config.split)
+    if not len(source):
+        raise NoSplitError(
+            f"{name} has no {config.split} split. Choose another --split, such as validation."
+        )
     return {
         "model": own.model,
         "parameters": num_params(trained.variables["params"]),
@@ -151,6 +159,62 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "class_names": list(dataset.class_names),
         "warnings": warnings,
     }
+
+
+def evaluate_finished(out: str, config: BaseConfig) -> dict[str, Any]:
+    """Measures a run at its end: on its test split, or where there is none that for validation.
+
+    Args:
+        out: the run's folder.
+        config: its settings; with patience, the params of the best epoch are measured.
+
+    Returns:
+        As `evaluate`, and `checkpoint`, which params: `latest` or `best`.
+    """
+    which: Literal["latest", "best"] = "best" if config.patience else "latest"
+    asked = EvaluateConfig(
+        out, checkpoint=which, device=config.device, batch_size=config.batch_size
+    )
+    try:
+        result = evaluate(asked)
+    except NoSplitError:
+        result = evaluate(dataclasses.replace(asked, split="validation"))
+    return {**result, "checkpoint": which}
+
+
+def load_for(
+    trained: TrainedRun,
+    name: str,
+    image_size: int = 0,
+    splits: Sequence[str] = SPLITS,
+    memory_gib: float = 4.0,
+    split_seed: int | None = None,
+) -> Dataset:
+    """Loads a dataset as a run takes images.
+
+    Args:
+        trained: the run.
+        name: see `load_dataset`; the run's own is split as it was for the run.
+        image_size: side in pixels; 0 takes the run's.
+        splits: those that are needed; of a folder, no other is read.
+        memory_gib: see `load_dataset`.
+        split_seed: see `load_dataset`; None: the run's for its own data, 0 for others.
+    """
+    own, data = trained.run.config, trained.run.data
+    height, width, channels = data["image_shape"]
+    fitting = image_size or (height if height == width else 0)
+    if split_seed is None:
+        split_seed = own.split_seed if name == own.data else 0
+    dataset = load_dataset(
+        name,
+        own.image_size if name == own.data and not image_size else fitting,
+        transform=None if image_size else trained.transform,
+        split_seed=split_seed,
+        memory_gib=memory_gib,
+        splits=splits,
+        channels=channels,
+    )
+    return with_channels(dataset, channels)
 
 
 def check_fits(trained: TrainedRun, dataset: Dataset) -> None:
@@ -176,7 +240,7 @@ def check_fits(trained: TrainedRun, dataset: Dataset) -> None:
         )
 
 
-def measure(trained: TrainedRun, source: ArraySource, config: EvaluateConfig) -> dict[str, Any]:
+def measure(trained: TrainedRun, source: Source, config: EvaluateConfig) -> dict[str, Any]:
     """Returns the metrics over a split and the speed of inference."""
     parallel = make_parallel(config.device)
     # Padding is masked, so the batch may grow to what divides over the devices.
@@ -184,19 +248,20 @@ def measure(trained: TrainedRun, source: ArraySource, config: EvaluateConfig) ->
     run_evaluate = make_evaluate(
         parallel, trained.model, trained.statistics, trained.num_classes, batch_size
     )
-    variables = parallel.put(trained.variables)
-    sums = run_evaluate(variables, parallel.put(loader.as_arrays(source)))
+    feed = loader.Feed(source, parallel.put, batch_size)
+    sums = evaluate_split(run_evaluate, parallel.put(trained.variables), feed)
     return {
         **summarize(parallel.get(sums)),
         "inference_images_per_second": _speed(trained, source, config.batch_size),
     }
 
 
-def _speed(trained: TrainedRun, source: ArraySource, batch_size: int) -> float:
+def _speed(trained: TrainedRun, source: Source, batch_size: int) -> float:
     """Times forward passes over one batch on one device; returns the median images/s."""
     predict = jax.jit(partial(_from_pixels, trained.model, trained.statistics))
     variables = jax.device_put(trained.variables)
-    images = jax.device_put(source.images[:batch_size])
+    number = min(batch_size, len(source))
+    images = jax.device_put(np.stack([source[index]["image"] for index in range(number)]))
     predict(variables, images).block_until_ready()
     seconds: list[float] = []
     while sum(seconds) < _SPEED_SECONDS or len(seconds) < 5:

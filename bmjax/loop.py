@@ -7,40 +7,38 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 from rich.console import Console
 
 from bmjax import checkpoint
 from bmjax.cache import use_compilation_cache
+from bmjax.compiled import evaluate_split, make_evaluate, make_train_steps, zero_totals
 from bmjax.config import TrainConfig
-from bmjax.data import Dataset, load_dataset, loader, preprocess
-from bmjax.errors import DivergenceError, StoppedError, UserError, unknown_name
+from bmjax.data import Dataset, load_dataset, loader
+from bmjax.errors import DivergenceError, StoppedError
 from bmjax.metrics import summarize
-from bmjax.models import RESNETS, create_model, list_models
-from bmjax.optim import learning_rate_schedule, make_optimizer
-from bmjax.parallel import Parallel, check_divides, make_parallel, request_devices
+from bmjax.parallel import Parallel, make_parallel, request_devices
 from bmjax.runs import Run, check_same, create_run, lock_folder, read_run, refuse_existing
 from bmjax.settings import check_train
+from bmjax.setup import (
+    MakeLoss,
+    Phase,
+    Start,
+    build_model,
+    check_possible,
+    describe,
+    epoch_orders,
+    make_losses,
+    make_phases,
+)
 from bmjax.signals import Stop, noting_signals
 from bmjax.tracking import Display, EventFiles, MetricsFile
-from bmjax.train import (
-    LossFn,
-    TrainState,
-    classification_loss,
-    create_state,
-    make_evaluate,
-    make_train_steps,
-    zero_totals,
-)
+from bmjax.train import TrainState
 
 # A compiled call lasts about so long: after it the bar moves and a signal is answered.
 _CALL_SECONDS = 0.5
-
-MakeLoss = Callable[[nn.Module, dict[str, Any]], LossFn]
 
 
 def fit(
@@ -50,17 +48,19 @@ def fit(
     extra: dict[str, Any] | None = None,
     console: Console | None = None,
     title: str = "",
+    start: Start | None = None,
 ) -> tuple[TrainState, list[dict[str, Any]]]:
-    """Trains a model from scratch, or goes on with a run, into the folder `config.out`.
+    """Trains a model, or goes on with a run, into the folder `config.out`.
 
     Args:
         config: everything the run depends on.
         dataset: used instead of `config.data`, which then only names it.
         make_loss: `make_loss(model, statistics)` returns the loss function; by default it is
-            `classification_loss` with the config's label smoothing.
+            `classification_loss` with the config's label smoothing and class weights.
         extra: settings of `make_loss`, kept in `config.json` and compared at a resumption.
         console: where progress is shown; by default standard output.
         title: stands before every line of progress; by default the model's name.
+        start: what it begins with; by default random params.
 
     Returns:
         The state after the last step, on the device, and the records of `metrics.jsonl`.
@@ -81,12 +81,15 @@ def fit(
     use_compilation_cache()
     parallel = make_parallel(config.device)
     if dataset is None:
-        dataset = load_dataset(config.data, config.image_size)
-    run = Run(path, config, describe(dataset), extra or {})
+        dataset = load_data(config)
+    run = Run(path, config, describe(dataset, start.statistics if start else None), extra or {})
     if saved is not None:
         check_same(saved, run)
     check_possible(config, dataset)
-    session = _Session(run, dataset, parallel, make_loss, console or Console(), title)
+    console = console or Console()
+    for line in dataset.warnings:
+        console.print(f"warning: {line}", highlight=False, markup=False, soft_wrap=True)
+    session = _Session(run, dataset, parallel, make_loss, console, title, start)
     with noting_signals() as stop, lock_folder(path):
         if saved is None:
             create_run(run)
@@ -100,58 +103,14 @@ def fit(
     return result
 
 
-def describe(dataset: Dataset) -> dict[str, Any]:
-    """Returns what a run keeps of its dataset; see `runs.Run`."""
-    return {
-        "name": dataset.name,
-        "fingerprint": dataset.fingerprint(),
-        "class_names": list(dataset.class_names),
-        "image_shape": dataset.image_shape,
-        **preprocess.pixel_statistics(dataset.train.images),
-    }
-
-
-def check_possible(config: TrainConfig, dataset: Dataset) -> None:
-    """Checks all that can be wrong with a run before anything of it is trained or written.
-
-    Raises:
-        UserError: settings out of range, or a model that cannot take the images.
-    """
-    check_train(config)
-    check_divides(make_parallel(config.device), config.batch_size, config.accumulate)
-    model = build_model(config, dataset.num_classes)
-    try:
-        jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *dataset.image_shape)))
-    except ValueError as error:
-        raise UserError(f"{config.model} cannot take these images: {error}") from error
-
-
-def build_model(config: TrainConfig, num_classes: int, axis_name: str | None = None) -> nn.Module:
-    """Returns the Linen module that the config asks for.
-
-    Args:
-        config: of the run.
-        num_classes: number of logits.
-        axis_name: under pmap, the axis along which batch statistics add up.
-
-    Raises:
-        UserError: an unknown name, or an option for a model that does not have it.
-    """
-    if config.model not in list_models():
-        raise unknown_name("model", config.model, list_models())
-    options: dict[str, Any] = {}
-    if config.precision == "bfloat16":
-        options["dtype"] = jnp.bfloat16
-    if config.hidden_sizes:
-        if config.model != "mlp":
-            raise UserError(f"--hidden-sizes belongs to mlp, but --model is {config.model}.")
-        options["hidden_sizes"] = config.hidden_sizes
-    if config.norm != "batch":
-        if config.model not in RESNETS:
-            raise UserError(f"--norm belongs to ResNets, but --model is {config.model}.")
-        options["norm"] = config.norm
-    model = create_model(config.model, num_classes, **options)
-    return model.clone(axis_name=axis_name) if hasattr(model, "axis_name") else model
+def load_data(config: TrainConfig) -> Dataset:
+    """Loads the data that a run is trained on."""
+    return load_dataset(
+        config.data,
+        config.image_size,
+        split_seed=config.split_seed,
+        memory_gib=config.device.memory_gib,
+    )
 
 
 @dataclasses.dataclass
@@ -172,39 +131,27 @@ class _Session:
         make_loss: MakeLoss | None,
         console: Console,
         title: str,
+        start: Start | None,
     ):
         config = run.config
         self._run, self._config, self._parallel = run, config, parallel
         self._console, self._title = console, title or config.model
-        model = build_model(config, dataset.num_classes, parallel.axis_name)
-        statistics = {"mean": run.data["mean"], "std": run.data["std"]}
-        loss_fn = (
-            make_loss(model, statistics)
-            if make_loss
-            else classification_loss(model, statistics, config.label_smoothing)
-        )
+        self._statistics = {"mean": run.data["mean"], "std": run.data["std"]}
+        self._make_loss = make_losses(config, dataset, make_loss)
         self._num_batches = loader.num_batches(len(dataset.train), config.batch_size)
         self._total = config.epochs * self._num_batches
-        self._schedule = learning_rate_schedule(config.optim, self._total, self._num_batches)
-        optimizer = make_optimizer(config.optim, self._schedule)
-        self._fresh = create_state(
-            model, optimizer, dataset.image_shape, config.seed, config.ema_decay > 0
+        model = build_model(config, dataset.num_classes, parallel.axis_name)
+        self._phases = make_phases(config, model, dataset.image_shape, self._num_batches, start)
+        self._image_shape = dataset.image_shape
+        fresh = self._phases[0].fresh
+        self._zeros = zero_totals(
+            self._make_loss(model, self._statistics), fresh, dataset.image_shape
         )
-        train = loader.as_arrays(dataset.train)
-        self._zeros = zero_totals(loss_fn, self._fresh, train)
-        self._loss_fn = parallel.put(loss_fn if isinstance(loss_fn, Partial) else Partial(loss_fn))
-        self._train = parallel.put(train)
-        self._validation = parallel.put(loader.as_arrays(dataset.validation))
-        self._steps = make_train_steps(
-            parallel,
-            optimizer,
-            config.batch_size,
-            config.views,
-            config.accumulate,
-            config.ema_decay,
-        )
+        orders = epoch_orders(self._phases[0], dataset, config)
+        self._train = loader.Feed(dataset.train, parallel.put, config.batch_size, orders, wide=True)
+        self._validation = loader.Feed(dataset.validation, parallel.put, config.batch_size)
         self._evaluate = make_evaluate(
-            parallel, model, statistics, dataset.num_classes, config.batch_size
+            parallel, model, self._statistics, dataset.num_classes, config.batch_size
         )
         self._best = _Best()
 
@@ -221,7 +168,7 @@ class _Session:
             self._title, self._config.epochs, self._num_batches, start, self._console
         )
         try:
-            state = self._loop(state, totals, start, stop)
+            state, step = self._loop(state, totals, start, stop)
             self._writer.wait()
         finally:
             self._display.close()
@@ -229,25 +176,30 @@ class _Session:
             self._metrics.close()
             if self._events:
                 self._events.close()
-        return self._on_one_device(state), self._metrics.records
+        return self._on_one_device(state, step), self._metrics.records
 
-    def _on_one_device(self, state: TrainState) -> TrainState:
+    def _on_one_device(self, state: TrainState, step: int) -> TrainState:
         # By way of the names, which turn the raw data of the key back into a key.
         host = checkpoint.to_named(self._parallel.get(state))
-        return jax.device_put(checkpoint.from_named(host, self._fresh, "the state"))
+        like = self._phase_of(step).fresh
+        return jax.device_put(checkpoint.from_named(host, like, "the state"))
+
+    def _phase_of(self, step: int) -> Phase:
+        """Returns the phase that a saved step belongs to: at a border, the one that it ends."""
+        return next(phase for phase in self._phases if step <= phase.last)
 
     def _restore(self) -> tuple[Any, Any, int]:
         folder = self._run.checkpoints
         step, said = checkpoint.newest_sound(folder, set_aside=True)
         for line in said:
             self._console.print(f"warning: {line}", highlight=False, markup=False, soft_wrap=True)
-        state, totals = self._fresh, self._zeros
+        state, totals = self._phases[0].fresh, self._zeros
         if said:
             where = f"the one at step {step}" if step is not None else "the start"
             self._console.print(f"going on from {where}", highlight=False)
         if step is not None:
             read = checkpoint.read(folder, step, ("state", "best"))
-            like = {"state": state, "totals": totals}
+            like = {"state": self._phase_of(step).fresh, "totals": totals}
             restored = checkpoint.from_named(
                 read["state"], like, f"checkpoint {folder / str(step)}"
             )
@@ -257,48 +209,93 @@ class _Session:
                 self._best = _Best(meta["best_accuracy"], meta["best_epoch"], read["best"])
         return self._parallel.put(state), self._parallel.put(totals), step or 0
 
-    def _loop(self, state: Any, totals: Any, start: int, stop: Stop) -> Any:
+    def _loop(self, state: Any, totals: Any, start: int, stop: Stop) -> tuple[Any, int]:
+        step = start
+        self._saved_step, self._saved_at = start, time.monotonic()
+        for phase in self._phases:
+            if step < phase.last and not self._gave_up(step):
+                if step == phase.first > 0:
+                    state = self._parallel.put(phase.enter(self._on_one_device(state, step)))
+                state, totals, step = self._run_phase(phase, state, totals, step, stop)
+        return state, step
+
+    def _run_phase(
+        self, phase: Phase, state: Any, totals: Any, step: int, stop: Stop
+    ) -> tuple[Any, Any, int]:
         config = self._config
-        step, saved_step = start, start
-        saved_at = time.monotonic()
-        save_every = math.ceil(config.epochs / 10) * self._num_batches
+        steps, loss_fn = self._compiled(phase)
         calls = _Calls()
-        while step < self._total:
-            end_of_epoch = (step // self._num_batches + 1) * self._num_batches
-            until = min(end_of_epoch, step + calls.steps_that_fit())
+        while step < phase.last and not self._gave_up(step):
+            arrays, end = self._train.at(step)
+            until = min(end, step + calls.steps_that_fit())
             begin = time.monotonic()
-            state, totals = self._steps(state, totals, self._loss_fn, self._train, np.int32(until))
-            figures = self._read_totals(totals)
+            state, totals = steps(state, totals, loss_fn, arrays, np.int32(until))
+            self._train.read_ahead()
+            figures = self._read_totals(totals, phase)
             calls.add(until - step, time.monotonic() - begin)
             step = until
             figures["examples_per_second"] = calls.steps_per_second() * config.batch_size
             self._display.advance(step, figures)
-            if step == end_of_epoch:
-                self._end_epoch(state, step, figures)
-            waited = time.monotonic() - saved_at > 60 * config.run.save_minutes
-            due = step == end_of_epoch and step - saved_step >= save_every
-            if step == self._total or due or waited or stop.signum:
-                self._save(step, state, totals)
-                saved_step, saved_at = step, time.monotonic()
-            if stop.signum and step < self._total:
-                self._writer.wait()
-                raise StoppedError(
-                    f"stopped by {stop.name} at step {step} of {self._total}; a checkpoint is "
-                    "saved",
-                    f"bmjax train --resume --out {self._run.path}",
-                    128 + stop.signum,
-                )
-        return state
+            if step % self._num_batches == 0:
+                self._end_epoch(state, step, figures, phase)
+            stopped = bool(stop.signum)  # read once: it may come between two readings
+            self._save_if_due(step, state, totals, stopped)
+            if stopped and not self._ends(step):
+                self._stop(step, stop)
+        return state, totals, step
 
-    def _read_totals(self, totals: Any) -> dict[str, float]:
+    def _compiled(self, phase: Phase) -> tuple[Callable[..., Any], Any]:
+        config, mean = self._config, self._statistics["mean"]
+        axis_name = self._parallel.axis_name
+        view = loader.make_view(config.views, self._image_shape[:2], mean, axis_name)
+        steps = make_train_steps(
+            self._parallel,
+            phase.optimizer,
+            config.batch_size,
+            view,
+            config.accumulate,
+            config.ema_decay,
+            phase.trained,
+        )
+        loss_fn = self._make_loss(phase.model, self._statistics)
+        loss_fn = loss_fn if isinstance(loss_fn, Partial) else Partial(loss_fn)
+        return steps, self._parallel.put(loss_fn)
+
+    def _gave_up(self, step: int) -> bool:
+        """Whether an epoch ended that was the last of too many without a better one."""
+        epoch, rest = divmod(step, self._num_batches)
+        patience = self._config.patience
+        return bool(patience) and rest == 0 and epoch - self._best.epoch >= patience
+
+    def _ends(self, step: int) -> bool:
+        return step == self._total or self._gave_up(step)
+
+    def _save_if_due(self, step: int, state: Any, totals: Any, stopped: bool) -> None:
+        config = self._config
+        save_every = math.ceil(config.epochs / 10) * self._num_batches
+        due = step % self._num_batches == 0 and step - self._saved_step >= save_every
+        waited = time.monotonic() - self._saved_at > 60 * config.run.save_minutes
+        if self._ends(step) or due or waited or stopped:
+            self._save(step, state, totals)
+            self._saved_step, self._saved_at = step, time.monotonic()
+
+    def _stop(self, step: int, stop: Stop) -> None:
+        self._writer.wait()
+        raise StoppedError(
+            f"stopped by {stop.name} at step {step} of {self._total}; a checkpoint is saved",
+            f"bmjax train --resume --out {self._run.path}",
+            128 + stop.signum,
+        )
+
+    def _read_totals(self, totals: Any, phase: Phase) -> dict[str, float]:
         values = self._parallel.get(totals)
         bad = int(values.pop("bad_step"))
         if bad >= 0:
-            self._diverged(bad)
+            self._diverged(bad, phase)
         count = max(float(values.pop("count")), 1.0)
         return {name: float(value) / count for name, value in values.items()}
 
-    def _diverged(self, step: int) -> None:
+    def _diverged(self, step: int, phase: Phase) -> None:
         self._writer.wait()
         good, _ = checkpoint.newest_sound(self._run.checkpoints)
         kept = (
@@ -308,29 +305,27 @@ class _Session:
         )
         raise DivergenceError(
             f"the loss is not finite at step {step} (learning rate "
-            f"{float(self._schedule(step)):.3g}); {kept}. A lower --learning-rate, a longer "
+            f"{phase.learning_rate(step):.3g}); {kept}. A lower --learning-rate, a longer "
             "--warmup-epochs or --clip-norm 1 usually helps."
         )
 
-    def _end_epoch(self, state: Any, step: int, figures: dict[str, float]) -> None:
+    def _end_epoch(self, state: Any, step: int, figures: dict[str, float], phase: Phase) -> None:
         epoch = step // self._num_batches
-        rate = float(self._schedule(step - 1))
+        rate = phase.learning_rate(step - 1)
         place = {"step": step, "epoch": epoch}
         self._record({**place, "split": "train", **figures, "learning_rate": rate})
-        metrics = summarize(self._parallel_sums(state))
+        sums = evaluate_split(self._evaluate, state.variables, self._validation)
+        metrics = summarize(self._parallel.get(sums))
         names = ("loss", "accuracy", "top5_accuracy", "expected_calibration_error")
         values = {name: metrics[name] for name in names}
         if not math.isfinite(values["loss"]):
-            self._diverged(step - 1)
+            self._diverged(step - 1, phase)
         self._record({**place, "split": "validation", **values})
         # Of equals the later one: it has seen more.
         if values["accuracy"] >= self._best.accuracy:
             variables = checkpoint.to_named(self._parallel.get(state.variables))
             self._best = _Best(values["accuracy"], epoch, variables)
         self._display.epoch(epoch, {**figures, "validation_accuracy": values["accuracy"]})
-
-    def _parallel_sums(self, state: Any) -> Any:
-        return self._parallel.get(self._evaluate(state.variables, self._validation))
 
     def _record(self, record: dict[str, Any]) -> None:
         self._metrics.write(record)

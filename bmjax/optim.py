@@ -34,7 +34,7 @@ def match_rules(tree: Any, rules: Sequence[tuple[str, Any]], may_be_unused: bool
     unmatched: list[str] = []
 
     def value_of(path: Any, _: Any) -> Any:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        name = path_of(path)
         for pattern, value in rules:
             if re.fullmatch(pattern, name):
                 used.add(pattern)
@@ -48,9 +48,103 @@ def match_rules(tree: Any, rules: Sequence[tuple[str, Any]], may_be_unused: bool
     unused = [pattern for pattern, _ in rules if pattern not in used]
     if unused and not may_be_unused:
         paths = jax.tree_util.tree_leaves_with_path(tree)
-        names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
+        names = [path_of(path) for path, _ in paths]
         raise UserError(f"the rules {unused} match none of the params {', '.join(names)}.")
     return values
+
+
+def path_of(path: Any) -> str:
+    """Writes the path of a leaf as `layer/kernel`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def trainable_mask(params: Any, freeze: Sequence[str]) -> Any:
+    """Returns True for every leaf that is trained, False for the frozen ones.
+
+    Args:
+        params: a tree of params.
+        freeze: what is frozen: `backbone` (all but the head), `stem`, `stage1`, `stage2`, ..., or
+            regular expressions that match a whole path, such as `stage1_block1/.*/kernel`.
+
+    Raises:
+        UserError: a rule that is no regular expression or matches nothing, or nothing is left to
+            train.
+    """
+    named = [path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    frozen: set[str] = set()
+    for rule in freeze:
+        pattern = _frozen_pattern(rule)
+        try:
+            matched = [name for name in named if re.fullmatch(pattern, name)]
+        except re.error as error:
+            raise UserError(
+                f"--freeze {rule!r} is no regular expression ({error}). Give backbone, stem, "
+                "stage1 and so on, or an expression that matches whole paths of params."
+            ) from error
+        if not matched:
+            raise UserError(
+                f"--freeze {rule!r} matches none of the params. Give backbone, stem, stage1 and so "
+                f"on, or an expression that matches some of the paths {', '.join(named)}."
+            )
+        frozen.update(matched)
+    if len(frozen) == len(named):
+        raise UserError(
+            f"--freeze {' '.join(freeze)} leaves nothing to train. Freeze less; backbone is all "
+            "but the head."
+        )
+    return jax.tree_util.tree_map_with_path(lambda path, _: path_of(path) not in frozen, params)
+
+
+def _frozen_pattern(rule: str) -> str:
+    if rule == "backbone":
+        return r"(?!head/).*"
+    if rule == "stem":
+        return r"stem_[^/]*/.*"
+    return rf"{rule}_block\d+/.*" if re.fullmatch(r"stage\d+", rule) else rule
+
+
+def frozen_layers(mask: Any) -> frozenset[str]:
+    """Returns the paths of the layers that `mask` leaves nothing to train of."""
+    trained: dict[str, bool] = {}
+    for path, value in jax.tree_util.tree_leaves_with_path(mask):
+        layer = path_of(path).rpartition("/")[0]
+        trained[layer] = trained.get(layer, False) or value
+    return frozenset(layer for layer, any_trained in trained.items() if not any_trained)
+
+
+def select(params: Any, mask: Any) -> Any:
+    """Returns the tree with None in the place of every leaf where `mask` is False."""
+    return jax.tree.map(lambda leaf, kept: leaf if kept else None, params, mask)
+
+
+def merge(selected: Any, params: Any) -> Any:
+    """Puts what `select` left, as it is now, back in its place in the whole tree."""
+    return jax.tree.map(
+        lambda new, old: old if new is None else new, selected, params, is_leaf=lambda x: x is None
+    )
+
+
+def depth_scales(params: Any, layer_decay: float) -> Any:
+    """Returns by what each leaf's learning rate is multiplied: `layer_decay ** depth`.
+
+    The depth of the head is 0, that of the last stage 1, and so on down to the stem (Howard and
+    Ruder 2018, there by a factor of 1 / 2.6).
+
+    Args:
+        params: a tree of params of a ResNet, or of a model without stages, whose leaves all have
+            depth 0.
+        layer_decay: in (0, 1].
+    """
+    names = [path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    stages = [int(match[1]) for name in names if (match := re.match(r"stage(\d+)_", name))]
+
+    def scale(path: Any, _: Any) -> float:
+        name = path_of(path)
+        if match := re.match(r"stage(\d+)_", name):
+            return float(layer_decay ** (max(stages) - int(match[1]) + 1))
+        return float(layer_decay ** (max(stages) + 1)) if name.startswith("stem_") else 1.0
+
+    return jax.tree_util.tree_map_with_path(scale, params)
 
 
 def decay_mask(params: Any) -> Any:
@@ -95,7 +189,9 @@ def learning_rate_schedule(
     return schedule
 
 
-def make_optimizer(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+def make_optimizer(
+    config: OptimConfig, schedule: optax.Schedule, scales: Any = None
+) -> optax.GradientTransformation:
     """Returns the optimizer: clipping first, then the update rule with its weight decay.
 
     adamw and lion decay the params themselves, by learning rate times weight decay (Loshchilov
@@ -105,6 +201,7 @@ def make_optimizer(config: OptimConfig, schedule: optax.Schedule) -> optax.Gradi
     Args:
         config: which rule, with its settings.
         schedule: learning rate by step.
+        scales: what the learning rate of each leaf is multiplied by, see `depth_scales`; None: 1.
     """
     decay = optax.add_decayed_weights(config.weight_decay, decay_mask)
     rate = optax.scale_by_learning_rate(schedule)
@@ -115,4 +212,7 @@ def make_optimizer(config: OptimConfig, schedule: optax.Schedule) -> optax.Gradi
         "lion": [optax.scale_by_lion(), decay, rate],
     }
     clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
-    return optax.chain(*clip, *rules[config.optimizer])
+    if scales is None:
+        return optax.chain(*clip, *rules[config.optimizer])
+    multiply = optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, scales))
+    return optax.chain(*clip, *rules[config.optimizer], multiply)

@@ -171,8 +171,8 @@ def _check_form(config: Any, data: dict[str, Any], extra: Any) -> None:
 def check_same(saved: Run, asked: Run) -> None:
     """Raises UserError where a resumption contradicts the run, with each field and both values."""
     differing = contradictions(saved.config, asked.config)
-    # Where the teacher lies may change; its fingerprint says whether it is the same.
-    for name in sorted({*saved.extra, *asked.extra} - {"teacher"}):
+    # Where the teacher or the weights lie may change; their fingerprint says if they are the same.
+    for name in sorted({*saved.extra, *asked.extra} - {"teacher", "weights"}):
         before, after = saved.extra.get(name), asked.extra.get(name)
         if before != after:
             differing.append(f"{name} is {before!r} in the run and {after!r} now")

@@ -4,13 +4,30 @@ import dataclasses
 import math
 from typing import Any, get_args, get_type_hints
 
-from bmjax.config import BaseConfig, ConvertConfig, DistillConfig, EvaluateConfig
+from bmjax.config import (
+    BaseConfig,
+    ConvertConfig,
+    DistillConfig,
+    EvaluateConfig,
+    FinetuneConfig,
+)
 from bmjax.errors import UserError
 
 # Fields that may differ between a run and its resumption: they change where and how it is
 # computed or shown, never what is computed.
 FREE_FIELDS = frozenset(
-    ["out", "teacher", "parallel", "devices", "resume", "save_minutes", "keep", "tensorboard"]
+    [
+        "out",
+        "teacher",
+        "weights",
+        "parallel",
+        "devices",
+        "memory_gib",
+        "resume",
+        "save_minutes",
+        "keep",
+        "tensorboard",
+    ]
 )
 
 
@@ -64,8 +81,11 @@ def _replace(config: Any, flat: dict[str, Any], where: str) -> Any:
 
 
 def _same_type(name: str, old: Any, new: Any, where: str) -> Any:
-    if isinstance(old, tuple) and isinstance(new, list) and all(type(n) is int for n in new):
-        return tuple(new)
+    if isinstance(old, tuple) and isinstance(new, list):
+        # Of an empty default, nothing tells whether it holds numbers or words.
+        kinds = {type(item) for item in new}
+        if kinds <= {int} or kinds <= {str}:
+            return tuple(new)
     if isinstance(old, float) and type(new) is int:
         return float(new)
     if type(new) is not type(old):
@@ -112,10 +132,18 @@ def check_train(config: BaseConfig) -> None:
         ("momentum", optim.momentum, 0 <= optim.momentum < 1, "in [0, 1)"),
         ("weight-decay", optim.weight_decay, 0 <= optim.weight_decay < math.inf, "at least 0"),
         ("clip-norm", optim.clip_norm, 0 <= optim.clip_norm < math.inf, "at least 0"),
+        ("crop", views.crop, 0 < views.crop <= 1, "in (0, 1]"),
+        ("flip", views.flip, 0 <= views.flip <= 1, "in [0, 1]"),
+        ("erase", views.erase, 0 <= views.erase <= 1, "in [0, 1]"),
+        ("mixup", views.mixup, 0 <= views.mixup < math.inf, "at least 0"),
+        ("cutmix", views.cutmix, 0 <= views.cutmix < math.inf, "at least 0"),
         ("shift", views.shift, 0 <= views.shift <= 1, "in [0, 1]"),
         ("rotate", views.rotate, 0 <= views.rotate <= 180, "in [0, 180] degrees"),
         ("scale", views.scale, 0 <= views.scale < 1, "in [0, 1)"),
         ("devices", config.device.devices, config.device.devices >= 0, "at least 0"),
+        ("memory-gib", config.device.memory_gib, config.device.memory_gib >= 0, "at least 0"),
+        ("split-seed", config.split_seed, 0 <= config.split_seed < 2**32, "in [0, 2^32)"),
+        ("patience", config.patience, config.patience >= 0, "at least 0"),
         (
             "save-minutes",
             config.run.save_minutes,
@@ -167,6 +195,38 @@ def check_distill(config: DistillConfig) -> None:
     if config.teacher_epochs < 1:
         raise UserError(f"--teacher-epochs is {config.teacher_epochs}, but it must be at least 1.")
     check_train(config)
+
+
+def check_finetune(config: FinetuneConfig) -> None:
+    """Checks the values that belong to fine-tuning.
+
+    Raises:
+        UserError: neither weights nor data, a value out of its range, or flags that contradict
+            each other.
+    """
+    if not config.weights:
+        raise UserError(
+            "--weights says what to begin with: a torchvision checkpoint, a run's folder, or "
+            "imagenet-v1 or imagenet-v2 for torchvision's published weights."
+        )
+    if not config.data:
+        raise UserError(
+            "--data says what to fine-tune on, such as folder:PATH with a folder of images per "
+            "class."
+        )
+    check_train(config)
+    epochs, head_epochs = config.epochs, config.head_epochs
+    _check(
+        [
+            ("epochs", epochs, epochs >= 1, "at least 1"),
+            ("head-epochs", head_epochs, 0 <= head_epochs <= epochs, f"0 to {epochs}"),
+            ("layer-decay", config.layer_decay, 0 < config.layer_decay <= 1, "in (0, 1]"),
+        ]
+    )
+    if config.probe_only and config.head != "probe":
+        raise UserError(f"--probe-only is a linear probe, but --head is {config.head}.")
+    if config.probe_only and config.find_learning_rate:
+        raise UserError("--probe-only needs no learning rate: leave out --find-learning-rate.")
 
 
 def check_convert(config: ConvertConfig) -> None:

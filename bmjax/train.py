@@ -1,9 +1,8 @@
-"""The training step: one pure function, and the compiled loops around it."""
+"""The training step: one pure function of a state and a batch."""
 
 import dataclasses
 import inspect
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Sequence
 from typing import Any, Protocol, cast
 
 import flax.linen as nn
@@ -12,13 +11,10 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 from jax import Array, lax
-from jax.tree_util import Partial
 
 from bmjax import losses
-from bmjax.config import AugmentConfig
-from bmjax.data import augment, loader, preprocess
-from bmjax.metrics import ClassificationSums
-from bmjax.parallel import AXIS, Parallel
+from bmjax.data import preprocess
+from bmjax.optim import merge, select
 
 Batch = dict[str, Array]
 
@@ -70,6 +66,8 @@ def create_state(
     image_shape: tuple[int, int, int],
     seed: int,
     ema: bool = False,
+    variables: Any = None,
+    trained: Any = None,
 ) -> TrainState:
     """Returns the state before the first step.
 
@@ -79,6 +77,8 @@ def create_state(
         image_shape: height, width and channels of an image.
         seed: of the initial params, and of all that is random later.
         ema: whether a running average of the params is kept.
+        variables: `params` and `batch_stats` to begin with; None draws them.
+        trained: see `train_step`.
 
     Raises:
         ValueError: images that the model cannot take.
@@ -87,19 +87,24 @@ def create_state(
 
     # In one compiled call; piece by piece it would compile dozens of tiny programs.
     @jax.jit
-    def create(init_key: Array, run_key: Array) -> TrainState:
-        variables = model.init(init_key, jnp.zeros((1, *image_shape)))
+    def create(init_key: Array, run_key: Array, variables: Any) -> TrainState:
+        if variables is None:
+            variables = model.init(init_key, jnp.zeros((1, *image_shape)))
         params = variables["params"]
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
             batch_stats=variables.get("batch_stats", {}),
-            opt_state=optimizer.init(params),
+            opt_state=optimizer.init(_trained(params, trained)),
             key=run_key,
             ema_params=params if ema else None,
         )
 
-    return create(init_key, run_key)
+    return create(init_key, run_key, variables)
+
+
+def _trained(params: Any, trained: Any) -> Any:
+    return params if trained is None else select(params, trained)
 
 
 def apply_train(
@@ -137,10 +142,43 @@ def predict_logits(
     return cast(Array, logits)
 
 
+def label_loss(
+    logits: Array,
+    batch: Batch,
+    label_smoothing: float = 0.0,
+    class_weights: Sequence[float] | None = None,
+) -> Array:
+    """Returns the cross entropy with the labels of a batch, mixed where its images are.
+
+    Args:
+        logits: [batch, classes].
+        batch: has `label`, and after `mixing.mix` `other_label` and the own label's `share`.
+        label_smoothing: in [0, 1).
+        class_weights: a factor per class; None: 1. The mean over a batch is not divided by their
+            sum, as PyTorch's `cross_entropy(weight=...)` would.
+
+    Returns:
+        [batch] float32.
+    """
+    weights = None if class_weights is None else jnp.asarray(class_weights, jnp.float32)
+
+    def entropy(labels: Array) -> Array:
+        loss = losses.cross_entropy(logits, labels, label_smoothing)
+        return loss if weights is None else weights[labels] * loss
+
+    if "share" not in batch:
+        return entropy(batch["label"])
+    share = batch["share"]
+    return share * entropy(batch["label"]) + (1 - share) * entropy(batch["other_label"])
+
+
 def classification_loss(
-    model: nn.Module, statistics: dict[str, Any], label_smoothing: float = 0.0
+    model: nn.Module,
+    statistics: dict[str, Any],
+    label_smoothing: float = 0.0,
+    class_weights: Sequence[float] | None = None,
 ) -> LossFn:
-    """Returns the loss function of plain training: cross entropy, with accuracy as a metric."""
+    """Returns the loss function of plain training: `label_loss`, with accuracy as a metric."""
     dtype = getattr(model, "dtype", None) or jnp.float32
 
     def loss_fn(
@@ -149,7 +187,7 @@ def classification_loss(
         del key  # nothing is random beyond the view
         images = preprocess.normalize(batch["image"], statistics, dtype)
         logits, batch_stats = apply_train(model, params, batch_stats, images, batch["mask"])
-        loss = losses.cross_entropy(logits, batch["label"], label_smoothing)
+        loss = label_loss(logits, batch, label_smoothing, class_weights)
         hit = (jnp.argmax(logits, axis=-1) == batch["label"]).astype(jnp.float32)
         return loss, (batch_stats, {"accuracy": hit})
 
@@ -164,6 +202,7 @@ def train_step(
     accumulate: int = 1,
     ema_decay: float = 0.0,
     axis_name: str | None = None,
+    trained: Any = None,
 ) -> tuple[TrainState, dict[str, Array]]:
     """Does one update on the masked mean of the loss.
 
@@ -179,6 +218,8 @@ def train_step(
             the whole batch's.
         ema_decay: see above; used where the state has an average.
         axis_name: under pmap, the axis to add up along.
+        trained: a tree as that of the params with True for every leaf to be trained; None: all.
+            Of the others there is neither gradient nor state of the optimizer.
 
     Returns:
         The state after the step, and sums over the examples: `loss`, the metrics of the loss
@@ -187,27 +228,29 @@ def train_step(
     key = jax.random.fold_in(jax.random.split(state.key, 3)[2], state.step)
 
     def summed_loss(
-        params: Any, batch_stats: Any, batch: Batch, key: Array
+        moving: Any, batch_stats: Any, batch: Batch, key: Array
     ) -> tuple[Array, tuple[Any, dict[str, Array]]]:
+        params = moving if trained is None else merge(moving, state.params)
         loss, (batch_stats, metrics) = loss_fn(params, batch_stats, batch, key)
         values = {"loss": loss, **metrics, "count": jnp.ones_like(loss)}
         sums = {name: _masked_sum(value, batch["mask"]) for name, value in values.items()}
         return sums["loss"], (batch_stats, sums)
 
+    moving = _trained(state.params, trained)
     gradient = jax.grad(summed_loss, has_aux=True)
     if accumulate == 1:
-        grads, (batch_stats, sums) = gradient(state.params, state.batch_stats, batch, key)
+        grads, (batch_stats, sums) = gradient(moving, state.batch_stats, batch, key)
     else:
 
         def add_part(carry: Any, part: Any) -> tuple[Any, None]:
             totals, batch_stats = carry
             part_batch, part_key = part
-            grads, (batch_stats, sums) = gradient(state.params, batch_stats, part_batch, part_key)
+            grads, (batch_stats, sums) = gradient(moving, batch_stats, part_batch, part_key)
             return (jax.tree.map(jnp.add, totals, (grads, sums)), batch_stats), None
 
         parts = (_split(batch, accumulate), jax.random.split(key, accumulate))
         one = jax.tree.map(lambda leaf: leaf[0], parts)
-        shapes = jax.eval_shape(gradient, state.params, state.batch_stats, *one)
+        shapes = jax.eval_shape(gradient, moving, state.batch_stats, *one)
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
         start = ((zeros[0], zeros[1][1]), state.batch_stats)
         ((grads, sums), batch_stats), _ = lax.scan(add_part, start, parts)
@@ -216,13 +259,16 @@ def train_step(
     scale = 1 / sums["count"]
     grads = jax.tree.map(lambda leaf: leaf * scale, grads)
 
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    updates, opt_state = optimizer.update(grads, state.opt_state, moving)
+    moved = optax.apply_updates(moving, updates)
+    params = moved if trained is None else merge(moved, state.params)
     ema_params = state.ema_params
     if ema_params is not None:
         done = state.step.astype(jnp.float32)
         decay = jnp.minimum(ema_decay, (1 + done) / (10 + done))
-        ema_params = optax.incremental_update(params, ema_params, 1 - decay)
+        averaged = _trained(ema_params, trained)
+        averaged = optax.incremental_update(moved, averaged, 1 - decay)
+        ema_params = averaged if trained is None else merge(averaged, ema_params)
     new = dataclasses.replace(
         state,
         step=state.step + 1,
@@ -245,120 +291,3 @@ def _split(batch: Batch, parts: int) -> Batch:
         return jnp.swapaxes(leaf.reshape(-1, parts, *leaf.shape[1:]), 0, 1)
 
     return jax.tree.map(split, batch)
-
-
-def make_train_steps(
-    parallel: Parallel,
-    optimizer: optax.GradientTransformation,
-    batch_size: int,
-    views: AugmentConfig,
-    accumulate: int = 1,
-    ema_decay: float = 0.0,
-) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
-    """Compiles training over data that lies on the device.
-
-    Returns:
-        `steps(state, totals, loss_fn, arrays, until) -> (state, totals)`, which goes on to step
-        `until` of the run, at most to the end of the epoch, as one compiled call whatever the
-        number of steps. `loss_fn` is a `Partial`; `totals` come from `zero_totals`, begin anew
-        with each epoch, and grow by the step's sums. State and totals are donated. Where a loss
-        is not finite it stops at once, and `totals["bad_step"]` is that step's number, otherwise
-        -1; so it is where the last update of the call left params that are not finite.
-    """
-    axis_name = parallel.axis_name
-
-    def steps(
-        state: TrainState, totals: dict[str, Array], loss_fn: Partial, arrays: Any, until: Array
-    ) -> tuple[TrainState, dict[str, Array]]:
-        num_examples = len(arrays["label"])
-        num_batches = loader.num_batches(num_examples, batch_size)
-        order_key, view_key, _ = jax.random.split(state.key, 3)
-        epoch = state.step // num_batches
-        order = loader.epoch_order(order_key, epoch, num_examples, batch_size)
-        # Begun anew here, as copying zeros to the device takes longer than some whole steps.
-        begins = state.step == epoch * num_batches
-        totals = {
-            name: jnp.where(begins, -1 if name == "bad_step" else 0, total).astype(total.dtype)
-            for name, total in totals.items()
-        }
-
-        def unfinished(carry: Any) -> Array:
-            state, totals = carry
-            return (state.step < until) & (totals["bad_step"] < 0)
-
-        def one_step(carry: Any) -> Any:
-            state, totals = carry
-            index = state.step - epoch * num_batches
-            batch = loader.take_batch(arrays, order, index, batch_size, axis_name)
-            batch = parallel.divide(batch)
-            if views.active:
-                step_key = jax.random.fold_in(view_key, state.step)
-                keys = augment.example_keys(step_key, batch["position"])
-                batch["image"] = augment.random_affine(keys, batch["image"], views)
-            new, sums = train_step(
-                state, batch, loss_fn, optimizer, accumulate, ema_decay, axis_name
-            )
-            bad = jnp.where(jnp.isfinite(sums["loss"]), -1, state.step)
-            totals = {
-                name: bad if name == "bad_step" else totals[name] + sums[name] for name in totals
-            }
-            return new, totals
-
-        state, totals = lax.while_loop(unfinished, one_step, (state, totals))
-        # The losses are those before the updates: the last update is judged by its params.
-        sound = jnp.all(
-            jnp.stack([jnp.all(jnp.isfinite(p)) for p in jax.tree.leaves(state.params)])
-        )
-        broken = (totals["bad_step"] < 0) & ~sound
-        totals["bad_step"] = jnp.where(broken, state.step - 1, totals["bad_step"])
-        return state, totals
-
-    return parallel.compile(steps, held=4, donated=(0, 1))
-
-
-def zero_totals(loss_fn: LossFn, state: TrainState, arrays: dict[str, Any]) -> dict[str, Array]:
-    """Returns the totals before the first example, with a name for each metric of the loss."""
-    shape = (1, *arrays["image"].shape[1:])
-    batch = {
-        "image": jax.ShapeDtypeStruct(shape, jnp.float32),
-        "label": jax.ShapeDtypeStruct((1,), jnp.int32),
-        "mask": jax.ShapeDtypeStruct((1,), jnp.bool_),
-        "position": jax.ShapeDtypeStruct((1,), jnp.int32),
-    }
-    # Batch statistics add up along the devices' axis, which has to be there.
-    on_one = jax.vmap(loss_fn, (None, None, None, None), axis_name=AXIS, axis_size=1)
-    _, (_, metrics) = jax.eval_shape(on_one, state.params, state.batch_stats, batch, state.key)
-    totals = {name: jnp.zeros(()) for name in ("count", "loss", *metrics)}
-    return {**totals, "bad_step": jnp.full((), -1, jnp.int32)}
-
-
-def make_evaluate(
-    parallel: Parallel,
-    model: nn.Module,
-    statistics: dict[str, Any],
-    num_classes: int,
-    batch_size: int,
-) -> Callable[[Any, Any], ClassificationSums]:
-    """Compiles evaluation over a split that lies on the device, each example exactly once.
-
-    Returns:
-        `evaluate(variables, arrays) -> ClassificationSums`.
-    """
-    axis_name = parallel.axis_name
-    predict = partial(predict_logits, model, statistics)
-
-    def evaluate(variables: Any, arrays: Any) -> ClassificationSums:
-        num_examples = len(arrays["label"])
-        order = loader.natural_order(num_examples, batch_size)
-
-        def add_batch(index: Array, sums: ClassificationSums) -> ClassificationSums:
-            batch = loader.take_batch(arrays, order, index, batch_size, axis_name)
-            batch = parallel.divide(batch)
-            logits = predict(variables, batch["image"])
-            part = ClassificationSums.of_batch(logits, batch["label"], batch["mask"])
-            return sums + (lax.psum(part, axis_name) if axis_name else part)
-
-        zeros = ClassificationSums.zeros(num_classes)
-        return lax.fori_loop(0, loader.num_batches(num_examples, batch_size), add_batch, zeros)
-
-    return parallel.compile(evaluate, held=2)

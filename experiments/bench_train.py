@@ -40,11 +40,13 @@ from PIL import Image
 from torchvision import transforms
 
 from bmjax import create_model, load_dataset
+from bmjax.compiled import make_train_steps, zero_totals
 from bmjax.config import AugmentConfig, OptimConfig
 from bmjax.data import Dataset, loader, preprocess
+from bmjax.data.sources import all_images
 from bmjax.optim import make_optimizer
 from bmjax.parallel import Parallel
-from bmjax.train import classification_loss, create_state, make_train_steps, zero_totals
+from bmjax.train import classification_loss, create_state
 
 LEARNING_RATE = 0.02
 # One epoch of bmjax is over in milliseconds: a turn takes several, to be timed well.
@@ -55,9 +57,9 @@ class Digits(torch.utils.data.Dataset):
     """Items made when they are asked for, the way torchvision's MNIST makes them."""
 
     def __init__(self, dataset: Dataset):
-        self.images = torch.tensor(dataset.train.images[..., 0])
+        self.images = torch.tensor(all_images(dataset.train)[..., 0])
         self.labels = torch.tensor(dataset.train.labels).long()
-        statistics_ = preprocess.pixel_statistics(dataset.train.images)
+        statistics_ = preprocess.pixel_statistics(all_images(dataset.train))
         self.transform = transforms.Compose(
             [
                 transforms.ToTensor(),
@@ -76,17 +78,20 @@ class Digits(torch.utils.data.Dataset):
 def bmjax_turn(dataset: Dataset, batch_size: int) -> Callable[[], float]:
     """Returns a function that trains one turn with bmjax and gives the mean loss."""
     model = create_model("mlp", dataset.num_classes)
-    statistics_ = preprocess.pixel_statistics(dataset.train.images)
+    statistics_ = preprocess.pixel_statistics(all_images(dataset.train))
     config = OptimConfig(optimizer="sgd", nesterov=False, weight_decay=0.0)
     optimizer = make_optimizer(config, lambda _: LEARNING_RATE)
     state = create_state(model, optimizer, dataset.image_shape, seed=0)
     loss_fn = classification_loss(model, statistics_)
-    arrays = loader.as_arrays(dataset.train)
+    arrays = {"image": all_images(dataset.train), "label": dataset.train.labels}
     parallel = Parallel("jit", jax.devices()[:1])
-    steps = make_train_steps(parallel, optimizer, batch_size, AugmentConfig(augment=False))
+    view = loader.make_view(
+        AugmentConfig(augment=False), dataset.image_shape[:2], statistics_["mean"]
+    )
+    steps = make_train_steps(parallel, optimizer, batch_size, view)
     held = {
         "state": parallel.put(state),
-        "totals": parallel.put(zero_totals(loss_fn, state, arrays)),
+        "totals": parallel.put(zero_totals(loss_fn, state, dataset.image_shape)),
         "loss_fn": parallel.put(Partial(loss_fn)),
     }
     on_device = parallel.put(arrays)

@@ -23,6 +23,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 from bmjax.cache import use_compilation_cache  # noqa: E402
 from bmjax.config import AugmentConfig, DeviceConfig, RunConfig, TrainConfig  # noqa: E402
 from bmjax.data import ArraySource, Dataset  # noqa: E402
+from bmjax.data.sources import all_images  # noqa: E402
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -71,7 +72,7 @@ def shapes_npz(tmp_path: Path, shapes: Dataset) -> Path:
     path = tmp_path / "shapes.npz"
     arrays: dict[str, Any] = {}
     for name in ("train", "validation", "test"):
-        arrays[f"{name}_image"] = shapes.split(name).images
+        arrays[f"{name}_image"] = all_images(shapes.split(name))
         arrays[f"{name}_label"] = shapes.split(name).labels
     np.savez(path, **arrays)
     return path

@@ -51,6 +51,7 @@ def test_every_form_leads_to_every_other(capsys, tmp_path, weights):
     assert {path.name for path in tmp_path.iterdir()} == made
 
 
+@pytest.mark.slow
 def test_a_run_predicts_by_torchvisions_preprocessing(capsys, weights):
     names = ("ant", "bee", "cat", "dog", "elk")
     words = ("tiny.pth", "--model", "resnet_tiny", "--image-size", "32", "--class-names", *names)

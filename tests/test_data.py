@@ -10,7 +10,7 @@ import pytest
 
 from bmjax import load_dataset
 from bmjax.data import loader, preprocess
-from bmjax.data.sources import stratified_split
+from bmjax.data.sources import all_images, stratified_split
 from bmjax.errors import UserError
 
 
@@ -138,13 +138,13 @@ def test_npz_keeps_the_splits_it_has(tmp_path):
     )
     dataset = load_dataset(name)
     assert [len(dataset.split(part)) for part in ("train", "validation", "test")] == [54, 6, 9]
-    np.testing.assert_array_equal(dataset.test.images[..., 0], images(9))
+    np.testing.assert_array_equal(all_images(dataset.test)[..., 0], images(9))
     assert dataset.class_names == ("ant", "bee", "cow")
 
 
 def test_image_size_resizes_every_split(tmp_path):
     dataset = load_dataset(save(tmp_path / "a.npz", image=images(), label=labels()), image_size=9)
-    assert {dataset.split(part).images.shape[1:] for part in ("train", "test")} == {(9, 9, 1)}
+    assert {all_images(dataset.split(part)).shape[1:] for part in ("train", "test")} == {(9, 9, 1)}
 
 
 @pytest.mark.parametrize(

@@ -98,8 +98,10 @@ def config_of(tmp_path, **changes) -> DistillConfig:
 @pytest.fixture
 def as_data(monkeypatch, shapes):
     from bmjax import distill as module
+    from bmjax import evaluate
 
-    monkeypatch.setattr(module, "load_dataset", lambda name, image_size: shapes)
+    for place in (module, evaluate):
+        monkeypatch.setattr(place, "load_dataset", lambda name, image_size, **_: shapes)
 
 
 def test_the_tour_compares_equals(tmp_path, quiet, as_data):
@@ -122,6 +124,7 @@ def test_the_tour_compares_equals(tmp_path, quiet, as_data):
     assert {load_run(tmp_path / "tour" / name).step for name in ("alone", "distilled")} == {18}
 
 
+@pytest.mark.slow
 def test_a_tour_that_was_stopped_goes_on(tmp_path, quiet, as_data, monkeypatch):
     from bmjax import distill as module
 
@@ -160,9 +163,11 @@ def test_a_given_teacher_trains_one_student(teacher, tmp_path, quiet, as_data):
 
 def test_misuse_is_named_and_nothing_is_written(teacher, tmp_path, quiet, shapes, monkeypatch):
     from bmjax import distill as module
+    from bmjax import evaluate
 
     two = Dataset("two", shapes.train, shapes.validation, shapes.test, ("a", "b"))
-    monkeypatch.setattr(module, "load_dataset", lambda name, image_size: two)
+    for place in (module, evaluate):
+        monkeypatch.setattr(place, "load_dataset", lambda name, image_size, **_: two)
     base = config_of(tmp_path)
     cases = [
         (dataclasses.replace(base, temperature=0.0), "--temperature is 0.0"),

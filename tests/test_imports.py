@@ -20,9 +20,12 @@ LAYERS = [
     {"losses", "models", "data", "optim", "parallel", "tracking"},
     {"metrics", "checkpoint", "weights"},
     {"train"},
-    {"loop"},
+    {"compiled"},
+    {"setup"},
+    {"loop", "finder"},
     {"evaluate"},
-    {"distill", "convert", "doctor"},
+    {"pretrained", "probe"},
+    {"distill", "convert", "doctor", "finetune"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

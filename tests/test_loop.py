@@ -16,6 +16,7 @@ import pytest
 
 from bmjax import checkpoint
 from bmjax.config import DeviceConfig, OptimConfig, RunConfig
+from bmjax.data import ArraySource, Dataset
 from bmjax.data.sources import resized
 from bmjax.errors import DivergenceError, StoppedError, UserError
 from bmjax.loop import fit
@@ -169,7 +170,7 @@ def test_divergence_names_step_learning_rate_and_checkpoint(small, shapes, quiet
 
 
 def test_divergence_later_keeps_the_last_good_checkpoint(small, shapes, quiet, monkeypatch):
-    from bmjax import loop as module
+    from bmjax import setup as module
 
     schedule = module.learning_rate_schedule
 
@@ -319,3 +320,54 @@ def wait_for_progress(out, process, timeout=60):
         time.sleep(0.02)
     process.kill()
     raise AssertionError(f"no progress: {process.poll()}, {process.communicate()[0]}")
+
+
+class Read:
+    """A split that is not in memory: each image is asked for anew."""
+
+    def __init__(self, source):
+        self._source, self.labels = source, source.labels
+
+    def __len__(self):
+        return len(self._source)
+
+    def __getitem__(self, index):
+        return self._source[index]
+
+    def wide_image(self, index):
+        return self._source.wide_image(index)
+
+    def __repr__(self):
+        return "Read()"
+
+
+@pytest.mark.parametrize("parallel", ["jit", pytest.param("pmap", marks=pytest.mark.slow)])
+def test_data_read_window_by_window_give_the_run_of_data_in_memory(
+    small, shapes, quiet, tmp_path, monkeypatch, parallel
+):
+    from bmjax.data import loader
+
+    # Seven windows of at most two batches of 16 an epoch, and images with a margin of 2.
+    monkeypatch.setattr(loader, "_WINDOW_BYTES", 2 * 16 * 12 * 12)
+    wide = shapes.train.images
+    train = ArraySource(wide[:, 1:-1, 1:-1], shapes.train.labels, wide)
+    val = ArraySource(shapes.validation.images[:, 1:-1, 1:-1], shapes.validation.labels)
+    test = ArraySource(shapes.test.images[:, 1:-1, 1:-1], shapes.test.labels)
+    whole = dataclasses.replace(shapes, train=train, validation=val, test=test)
+    read = dataclasses.replace(whole, train=Read(train), validation=Read(val))
+    monkeypatch.setattr(Dataset, "fingerprint", lambda self: "same")
+    monkeypatch.setattr(Dataset, "image_shape", (10, 10, 1))
+    devices = DeviceConfig(parallel=parallel, devices=2)
+    config = dataclasses.replace(small, epochs=2, device=devices)
+    one, _ = fit(config, whole, console=quiet)
+    config = dataclasses.replace(config, out=str(tmp_path / "read"))
+
+    from bmjax import loop as module
+
+    with monkeypatch.context() as patch:  # stopped inside a window of the second epoch
+        patch.setattr(module._Session, "run_all", stopping(module._Session.run_all, 9))
+        patch.setattr(module, "_CALL_SECONDS", 1e-9)
+        with pytest.raises(StoppedError):
+            fit(config, read, console=quiet)
+    other, _ = fit(resumed(config), read, console=quiet)
+    chex.assert_trees_all_equal(on_host(one), on_host(other))

@@ -7,7 +7,17 @@ import pytest
 
 from bmjax.config import OptimConfig
 from bmjax.errors import UserError
-from bmjax.optim import decay_mask, learning_rate_schedule, make_optimizer, match_rules
+from bmjax.optim import (
+    decay_mask,
+    depth_scales,
+    frozen_layers,
+    learning_rate_schedule,
+    make_optimizer,
+    match_rules,
+    merge,
+    select,
+    trainable_mask,
+)
 
 PARAMS = {
     "conv1": {
@@ -103,3 +113,95 @@ def test_rules_are_strict_both_ways():
     values = match_rules(PARAMS, [("conv1/.*", 1), (".*", 2)])
     assert values["conv1"]["bias"] == 1
     assert values["norm"]["bias"] == 2
+
+
+RESNET_PARAMS = {
+    "stem_conv": {"kernel": np.ones(2, np.float32)},
+    "stem_norm": {"scale": np.ones(2, np.float32), "bias": np.ones(2, np.float32)},
+    "stage1_block1": {
+        "conv1": {"kernel": np.ones(2, np.float32)},
+        "norm1": {"scale": np.ones(2, np.float32)},
+    },
+    "stage2_block1": {
+        "conv1": {"kernel": np.ones(2, np.float32)},
+        "norm1": {"scale": np.ones(2, np.float32)},
+    },
+    "head": {"kernel": np.ones(2, np.float32), "bias": np.ones(2, np.float32)},
+}
+
+
+@pytest.mark.parametrize(
+    ("freeze", "frozen"),
+    [
+        ((), set()),
+        (("stem",), {"stem_conv/kernel", "stem_norm/scale", "stem_norm/bias"}),
+        (("stage1",), {"stage1_block1/conv1/kernel", "stage1_block1/norm1/scale"}),
+        (
+            (r".*norm\d?/scale", "head/bias"),
+            {
+                "stem_norm/scale",
+                "stage1_block1/norm1/scale",
+                "stage2_block1/norm1/scale",
+                "head/bias",
+            },
+        ),
+    ],
+)
+def test_what_is_frozen_is_named_by_stage_or_expression(freeze, frozen):
+    mask = trainable_mask(RESNET_PARAMS, freeze)
+    leaves = jax.tree_util.tree_leaves_with_path(mask)
+    named = {jax.tree_util.keystr(path, simple=True, separator="/"): kept for path, kept in leaves}
+    assert {name for name, kept in named.items() if not kept} == frozen
+
+
+def test_backbone_is_all_but_the_head():
+    mask = trainable_mask(RESNET_PARAMS, ["backbone"])
+    assert mask["head"] == {"kernel": True, "bias": True}
+    assert sum(jax.tree.leaves(mask)) == 2
+    assert frozen_layers(mask) == {
+        "stem_conv",
+        "stem_norm",
+        "stage1_block1/conv1",
+        "stage1_block1/norm1",
+        "stage2_block1/conv1",
+        "stage2_block1/norm1",
+    }
+
+
+def test_a_layer_with_something_to_train_is_not_frozen():
+    mask = trainable_mask(RESNET_PARAMS, ["stem_norm/bias", "stage1_block1/norm1/.*"])
+    assert frozen_layers(mask) == {"stage1_block1/norm1"}
+
+
+def test_select_leaves_no_leaf_where_the_mask_is_false_and_merge_puts_them_back():
+    mask = trainable_mask(RESNET_PARAMS, ["backbone"])
+    selected = select(RESNET_PARAMS, mask)
+    assert len(jax.tree.leaves(selected)) == 2
+    doubled = jax.tree.map(lambda leaf: 2 * leaf, selected)
+    merged = merge(doubled, RESNET_PARAMS)
+    chex.assert_trees_all_equal(
+        merged["head"], jax.tree.map(lambda x: 2 * x, RESNET_PARAMS["head"])
+    )
+    chex.assert_trees_all_equal(merged["stem_conv"], RESNET_PARAMS["stem_conv"])
+
+
+def test_the_learning_rate_falls_by_a_factor_from_stage_to_stage():
+    scales = depth_scales(RESNET_PARAMS, 0.5)
+    assert scales["head"] == {"kernel": 1.0, "bias": 1.0}
+    assert scales["stage2_block1"]["conv1"]["kernel"] == 0.5
+    assert scales["stage1_block1"]["norm1"]["scale"] == 0.25
+    assert scales["stem_conv"]["kernel"] == 0.125
+
+
+def test_scaled_steps_are_the_usual_ones_times_the_scale():
+    config = OptimConfig(optimizer="adamw", learning_rate=0.1, weight_decay=0.3)
+    grads = jax.tree.map(lambda leaf: leaf * 0.7, RESNET_PARAMS)
+    updates = []
+    for scales in (None, depth_scales(RESNET_PARAMS, 0.5)):
+        optimizer = make_optimizer(config, lambda step: 0.1, scales)
+        state = optimizer.init(RESNET_PARAMS)
+        updates.append(optimizer.update(grads, state, RESNET_PARAMS)[0])
+    usual, scaled = updates
+    chex.assert_trees_all_close(scaled["head"], usual["head"])
+    expected = jax.tree.map(lambda leaf: leaf * 0.125, usual["stem_conv"])
+    chex.assert_trees_all_close(scaled["stem_conv"], expected, rtol=1e-6)

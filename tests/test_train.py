@@ -10,20 +10,20 @@ import optax
 import pytest
 from jax.tree_util import Partial
 
+from bmjax.compiled import make_evaluate, make_train_steps, zero_totals
 from bmjax.config import AugmentConfig, DeviceConfig
 from bmjax.data import loader, preprocess
 from bmjax.errors import UserError
 from bmjax.metrics import summarize
 from bmjax.models import create_model
+from bmjax.optim import trainable_mask
 from bmjax.parallel import Parallel, check_divides, make_parallel
 from bmjax.train import (
     classification_loss,
     create_state,
-    make_evaluate,
-    make_train_steps,
+    label_loss,
     predict_logits,
     train_step,
-    zero_totals,
 )
 
 VIEWS = AugmentConfig()
@@ -37,12 +37,17 @@ def set_up(dataset, model=None, optimizer=None, ema=False):
     return model, optimizer, statistics, state, classification_loss(model, statistics)
 
 
+def view(views, parallel=None):
+    axis_name = parallel.axis_name if parallel else None
+    return loader.make_view(views, (12, 12), [0.5], axis_name)
+
+
 def run_steps(dataset, parallel, until=9, accumulate=1, views=VIEWS, model=None):
     """Trains for an epoch and a half, in calls of uneven length, and evaluates."""
     model, optimizer, statistics, state, loss_fn = set_up(dataset, model)
     arrays = loader.as_arrays(dataset.train)
-    steps = make_train_steps(parallel, optimizer, 16, views, accumulate)
-    totals = parallel.put(zero_totals(loss_fn, state, arrays))
+    steps = make_train_steps(parallel, optimizer, 16, view(views, parallel), accumulate)
+    totals = parallel.put(zero_totals(loss_fn, state, arrays["image"].shape[1:]))
     state, loss_fn, arrays = (parallel.put(tree) for tree in (state, Partial(loss_fn), arrays))
     for end in (1, 4, 6, until):
         state, totals = steps(state, totals, loss_fn, arrays, np.int32(end))
@@ -94,8 +99,8 @@ def test_the_length_of_the_calls_changes_nothing(shapes, on_one_device):
     parallel = Parallel("jit", jax.devices()[:1])
     _, optimizer, _, state, loss_fn = set_up(shapes)
     arrays = loader.as_arrays(shapes.train)
-    steps = make_train_steps(parallel, optimizer, 16, VIEWS)
-    totals = parallel.put(zero_totals(loss_fn, state, arrays))
+    steps = make_train_steps(parallel, optimizer, 16, view(VIEWS))
+    totals = parallel.put(zero_totals(loss_fn, state, arrays["image"].shape[1:]))
     state, loss_fn, arrays = (parallel.put(tree) for tree in (state, Partial(loss_fn), arrays))
     for end in range(1, 10):
         state, totals = steps(state, totals, loss_fn, arrays, np.int32(end))
@@ -106,9 +111,9 @@ def test_nothing_is_traced_again_after_the_first_call(shapes):
     parallel = Parallel("jit", jax.devices()[:1])
     _, optimizer, _, state, loss_fn = set_up(shapes)
     arrays = loader.as_arrays(shapes.train)
-    zeros = zero_totals(loss_fn, state, arrays)
+    zeros = zero_totals(loss_fn, state, arrays["image"].shape[1:])
     counted = chex.assert_max_traces(loss_fn, n=1)
-    steps = make_train_steps(parallel, optimizer, 16, VIEWS)
+    steps = make_train_steps(parallel, optimizer, 16, view(VIEWS))
     state, totals, arrays = (parallel.put(tree) for tree in (state, zeros, arrays))
     partial = Partial(counted)
     for end in (1, 3, 6, 7, 12):
@@ -211,8 +216,8 @@ def test_a_loss_that_is_not_finite_stops_the_loop_at_its_step(shapes):
     parallel = Parallel("jit", jax.devices()[:1])
     _, optimizer, _, state, loss_fn = set_up(shapes, optimizer=optax.sgd(1e20))
     arrays = loader.as_arrays(shapes.train)
-    totals = parallel.put(zero_totals(loss_fn, state, arrays))
-    steps = make_train_steps(parallel, optimizer, 16, VIEWS)
+    totals = parallel.put(zero_totals(loss_fn, state, arrays["image"].shape[1:]))
+    steps = make_train_steps(parallel, optimizer, 16, view(VIEWS))
     state, loss_fn, arrays = (parallel.put(tree) for tree in (state, Partial(loss_fn), arrays))
     state, totals = steps(state, totals, loss_fn, arrays, np.int32(6))
     bad = int(totals["bad_step"])
@@ -242,3 +247,34 @@ def test_devices_that_do_not_fit_are_named():
         check_divides(make_parallel(DeviceConfig()), 12)
     with pytest.raises(UserError, match="Choose a multiple of 16"):
         check_divides(make_parallel(DeviceConfig()), 24, accumulate=2)
+
+
+def test_a_frozen_leaf_has_no_gradient_and_the_others_have_theirs(shapes):
+    model, optimizer, _, state, loss_fn = set_up(shapes, optimizer=optax.sgd(0.1))
+    arrays = jax.tree.map(jnp.asarray, loader.as_arrays(shapes.train))
+    batch = loader.take_batch(arrays, loader.natural_order(90, 16), jnp.array(0), 16)
+    mask = trainable_mask(state.params, ["conv1/.*"])
+    some = create_state(
+        model, optimizer, shapes.image_shape, seed=0, variables=state.variables, trained=mask
+    )
+    whole, _ = train_step(state, batch, loss_fn, optimizer)
+    for accumulate in (1, 2):
+        part, _ = train_step(some, batch, loss_fn, optimizer, accumulate, trained=mask)
+        chex.assert_trees_all_equal(part.params["conv1"], state.params["conv1"])
+        for name in ("conv2", "head"):
+            chex.assert_trees_all_close(part.params[name], whole.params[name], rtol=2e-5)
+
+
+def test_class_weights_and_mixed_labels_weigh_the_cross_entropy():
+    logits = jnp.array([[2.0, 0.0, -1.0], [0.0, 1.0, 0.0]])
+    batch = {"label": jnp.array([0, 1])}
+    entropies = -np.array(jax.nn.log_softmax(logits))
+    weighted = label_loss(logits, batch, class_weights=(0.5, 2.0, 9.0))
+    np.testing.assert_allclose(weighted, [0.5 * entropies[0, 0], 2 * entropies[1, 1]], rtol=1e-6)
+    mixed = {**batch, "other_label": jnp.array([2, 2]), "share": jnp.array([0.75, 1.0])}
+    expected = [
+        0.75 * 0.5 * entropies[0, 0] + 0.25 * 9 * entropies[0, 2],
+        2 * entropies[1, 1],
+    ]
+    weighted = label_loss(logits, mixed, class_weights=(0.5, 2.0, 9.0))
+    np.testing.assert_allclose(weighted, expected, rtol=1e-6)

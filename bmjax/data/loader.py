@@ -1,9 +1,12 @@
 """Batches out of data that lies on the device.
 
-A split is put there once, as uint8. The order of an epoch is a permutation drawn from the run's
-key, and batch `i` is a slice of it; the last one is padded and masked.
+A split is put there once, as uint8; of one that does not fit into memory, one window of batches
+after the other. The order of an epoch is a permutation drawn from the run's key, and batch `i` is
+a slice of it; the last one is padded and masked. Windows hold examples in that same order, so a
+run is the same to the bit either way.
 """
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -11,7 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from bmjax.data.sources import ArraySource
+from bmjax.config import AugmentConfig
+from bmjax.data.augment import center_crop, random_views
+from bmjax.data.mixing import mix
+from bmjax.data.sources import ArraySource, Source
+
+# Of images in one window, so that the next ones are decoded while it is trained on.
+_WINDOW_BYTES = 64 * 2**20
 
 
 def num_batches(num_examples: int, batch_size: int) -> int:
@@ -19,9 +28,119 @@ def num_batches(num_examples: int, batch_size: int) -> int:
     return -(-num_examples // batch_size)
 
 
-def as_arrays(source: ArraySource) -> dict[str, np.ndarray]:
-    """Returns `image` [examples, height, width, channels] uint8 and `label` [examples] int32."""
-    return {"image": source.images, "label": source.labels}
+def as_arrays(source: ArraySource, wide: bool = False) -> dict[str, np.ndarray]:
+    """Returns `image` [examples, height, width, channels] uint8 and `label` [examples] int32.
+
+    Args:
+        source: a split in memory.
+        wide: whether the images come with their margin, where they have one.
+    """
+    images = source.wide if wide and source.wide is not None else source.images
+    return {"image": images, "label": source.labels}
+
+
+class Feed:
+    """Gives a split to the device: as a whole, or window after window, decoded ahead.
+
+    Args:
+        source: the split.
+        put: copies a tree of arrays to the devices.
+        batch_size: over all devices.
+        draw_order: `draw_order(epoch)` returns the order of an epoch, see `epoch_order`; None for
+            the natural one.
+        wide: whether the images come with their margin.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        put: Callable[[Any], Any],
+        batch_size: int,
+        draw_order: Callable[[int], np.ndarray] | None = None,
+        wide: bool = False,
+    ):
+        self._source, self._put, self._batch_size, self._wide = source, put, batch_size, wide
+        self._draw_order = draw_order
+        self.num_batches = num_batches(len(source), batch_size)
+        self._whole = put(as_arrays(source, wide)) if isinstance(source, ArraySource) else None
+        self._windows: Iterator[dict[str, np.ndarray]] = iter(())
+        # The window in use with the steps it begins and ends at, and the one after it.
+        self._window, self._first, self._end = None, 0, 0
+        self._ahead: Any = None
+
+    def at(self, step: int) -> tuple[Any, int]:
+        """Returns arrays for `take_batch` that hold the batch of `step`, and the step they end at.
+
+        Args:
+            step: of the run, counted over all epochs.
+        """
+        end_of_epoch = (step // self.num_batches + 1) * self.num_batches
+        if self._whole is not None:
+            return self._whole, end_of_epoch
+        if not self._first <= step < self._end:
+            if step != self._end or step % self.num_batches == 0:
+                self._begin(step)
+            self._window = self._read(step) if self._ahead is None else self._ahead
+            self._ahead = None
+            self._first, self._end = step, min(step + self._batches_in_window(), end_of_epoch)
+        return self._window, self._end
+
+    def read_ahead(self) -> None:
+        """Puts the next window on its way to the device, while that one is busy."""
+        if self._whole is None and self._ahead is None and self._end % self.num_batches:
+            self._ahead = self._read(self._end)
+
+    def _batches_in_window(self) -> int:
+        image = self._source.wide_image(0) if self._wide else self._source[0]["image"]
+        return max(1, min(self.num_batches, _WINDOW_BYTES // (image.size * self._batch_size)))
+
+    def _begin(self, step: int) -> None:
+        from bmjax.data.stream import windows
+
+        epoch, index = divmod(step, self.num_batches)
+        order = np.arange(len(self._source), dtype=np.int32)
+        if self._draw_order is not None:
+            order = self._draw_order(epoch)[: len(self._source)]
+        size = self._batches_in_window() * self._batch_size
+        start = index * self._batch_size
+        self._windows = windows(self._source, order, size, wide=self._wide, start=start)
+        self._ahead = None
+
+    def _read(self, step: int) -> Any:
+        window = next(self._windows)
+        rest = len(self._source) - step % self.num_batches * self._batch_size
+        scalars = {
+            "first": step,
+            "count": min(len(window["label"]), rest),
+            "num_batches": self.num_batches,
+        }
+        return self._put({**window, **{name: np.int32(value) for name, value in scalars.items()}})
+
+
+def make_view(
+    config: AugmentConfig, size: tuple[int, int], mean: Any, axis_name: str | None = None
+) -> Callable[[Array, dict[str, Array]], dict[str, Array]]:
+    """Returns what makes of a batch the one that is trained on: `view(key, batch) -> batch`.
+
+    Args:
+        config: the random views, and whether images are mixed.
+        size: height and width that the model takes.
+        mean: of the pixels per channel, in [0, 1], which erased rectangles are filled with.
+        axis_name: under pmap, the axis that the batch is divided along.
+    """
+
+    def view(key: Array, batch: dict[str, Array]) -> dict[str, Array]:
+        images = batch["image"]
+        if not config.augment:
+            return {**batch, "image": center_crop(images, size)}
+        fill = jnp.asarray(mean, jnp.float32)
+        images = random_views(key, images, batch["position"], config, size, fill)
+        batch = {**batch, "image": images}
+        # Examples fold in their positions, which are far smaller.
+        mixing_key = jax.random.fold_in(key, 2**31)
+        return mix(mixing_key, batch, config, axis_name) if config.mixes else batch
+
+    return view
 
 
 def epoch_order(key: Array, epoch: Array, num_examples: int, batch_size: int) -> Array:
@@ -64,9 +183,9 @@ def take_batch(
     """Takes batch `index` out of the split, or this device's part of it.
 
     Args:
-        arrays: the split on the device.
-        order: the order of the epoch.
-        index: scalar integer, the number of the batch in the epoch.
+        arrays: the split on the device, or a window of it with `count`, the examples in it.
+        order: the order of the epoch, or of the window.
+        index: scalar integer, the number of the batch in the epoch, or in the window.
         batch_size: over all devices.
         axis_name: under pmap, the axis that the batch is divided along.
 
@@ -82,6 +201,6 @@ def take_batch(
     return {
         "image": arrays["image"][rows].astype(jnp.float32) / 255,
         "label": arrays["label"][rows],
-        "mask": index * batch_size + position < len(arrays["label"]),
+        "mask": index * batch_size + position < arrays.get("count", len(arrays["label"])),
         "position": position,
     }

@@ -37,7 +37,8 @@ def load() -> Dataset:
         # Damaged in the cache; it is made anew from what never changes.
         shutil.rmtree(folder, ignore_errors=True)
         parts = _read(prepare_once(folder, _prepare))
-    return Dataset("mnist5k", **parts, class_names=tuple(map(str, range(10))))
+    train, validation, test = (parts[name] for name in SPLITS)
+    return Dataset("mnist5k", train, validation, test, tuple(map(str, range(10))))
 
 
 def _read(folder: Path) -> dict[str, ArraySource]:

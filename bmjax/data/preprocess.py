@@ -159,6 +159,11 @@ def squash(height: int, width: int) -> EvaluationTransform:
     return EvaluationTransform((height, width), (height, width))
 
 
+def margin_transform(size: int, interpolation: str = "bilinear") -> EvaluationTransform:
+    """Returns the usual transform for images of `size` pixels: 8/7 of it, then the middle."""
+    return EvaluationTransform(round(size * 8 / 7), size, interpolation)
+
+
 def resize_all(images: np.ndarray, size: int) -> np.ndarray:
     """Resizes [examples, height, width, channels] uint8 to `size` by `size`, as `squash` does."""
     transform = squash(size, size)

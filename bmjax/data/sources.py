@@ -1,11 +1,12 @@
 """What a dataset is, and where one comes from."""
 
 import hashlib
+import json
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from zipfile import BadZipFile, is_zipfile
 
 import numpy as np
@@ -16,17 +17,42 @@ from bmjax.errors import UserError, unknown_name
 SPLITS = ("train", "validation", "test")
 
 
+class Source(Protocol):
+    """Labelled images with random access; in memory, or read when they are asked for."""
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Of all examples: [examples] int32."""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels that every `image` has."""
+
+    def __len__(self) -> int:
+        """Returns the number of examples."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Returns `image`, uint8 [height, width, channels] as for evaluation, and `label`."""
+
+    def wide_image(self, index: int) -> np.ndarray:
+        """Returns the image with the margin that random views are cut from, where it has one."""
+
+
 @dataclass(frozen=True, eq=False)
 class ArraySource:
-    """Examples in memory, with random access.
+    """Examples in memory.
 
     Attributes:
-        images: [examples, height, width, channels] uint8.
+        images: [examples, height, width, channels] uint8, as a model is evaluated on them.
         labels: [examples] int32.
+        wide: the same images with the margin that random views are cut from, [examples, larger
+            height, larger width, channels] uint8; None where there is no margin. `images` may be
+            a view of its middle.
     """
 
     images: np.ndarray
     labels: np.ndarray
+    wide: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -37,6 +63,16 @@ class ArraySource:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[index] for index in range(len(self)))
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of every image."""
+        height, width, channels = self.images.shape[1:]
+        return height, width, channels
+
+    def wide_image(self, index: int) -> np.ndarray:
+        """Returns the image with its margin, where there is one."""
+        return (self.images if self.wide is None else self.wide)[index]
+
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
@@ -46,13 +82,20 @@ class Dataset:
         name: what `load_dataset` was given.
         train, validation, test: random access, `[i] -> {"image": uint8 HWC, "label": int}`.
         class_names: one per class, in order of the labels.
+        transform: how image files became these images; None where they came as arrays.
+        content: returns a digest of the image files, which may have to be read for it; None where
+            the images themselves are the content.
+        warnings: one line for each thing the user should know, such as files left out.
     """
 
     name: str
-    train: ArraySource
-    validation: ArraySource
-    test: ArraySource
+    train: Source
+    validation: Source
+    test: Source
     class_names: tuple[str, ...]
+    transform: preprocess.EvaluationTransform | None = None
+    content: Callable[[], str] | None = None
+    warnings: tuple[str, ...] = ()
 
     @property
     def num_classes(self) -> int:
@@ -62,43 +105,94 @@ class Dataset:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Height, width and channels of every image."""
-        height, width, channels = self.train.images.shape[1:]
-        return height, width, channels
+        return self.train.image_shape
 
-    def split(self, name: str) -> ArraySource:
+    def split(self, name: str) -> Source:
         """Returns the split `name`: train, validation, test, or all of them as one."""
         if name == "all":
-            parts = [self.split(part) for part in SPLITS]
-            return ArraySource(
-                np.concatenate([part.images for part in parts]),
-                np.concatenate([part.labels for part in parts]),
-            )
+            return _joined([self.split(part) for part in SPLITS])
         if name not in SPLITS:
             raise unknown_name("split", name, (*SPLITS, "all"))
-        return getattr(self, name)
+        source: Source = getattr(self, name)
+        return source
 
     def fingerprint(self) -> str:
-        """Returns the SHA-256 of all images and labels, in order, as 64 hexadecimal digits."""
+        """Returns a SHA-256, as 64 hexadecimal digits, that changes with the images and labels.
+
+        Of arrays, it is that of all images and labels in order. Of files, it is that of their
+        `content`, the transform and the number of channels: the same whether they are in memory
+        and whichever splits are loaded.
+        """
         digest = hashlib.sha256()
+        if self.content is not None:
+            settings = self.transform.to_dict() if self.transform else None
+            made = {"content": self.content(), "transform": settings, "shape": self.image_shape}
+            return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
         for name in SPLITS:
-            source = self.split(name)
-            digest.update(f"{name} {source.images.shape}".encode())
-            digest.update(np.ascontiguousarray(source.images).tobytes())
-            digest.update(source.labels.astype("<i4").tobytes())
+            images = all_images(self.split(name))
+            digest.update(f"{name} {images.shape}".encode())
+            digest.update(np.ascontiguousarray(images).tobytes())
+            digest.update(self.split(name).labels.astype("<i4").tobytes())
         return digest.hexdigest()
 
 
-def load_dataset(name: str, image_size: int = 0) -> Dataset:
+def all_images(source: Source) -> np.ndarray:
+    """Returns all images of a split: [examples, height, width, channels] uint8."""
+    if isinstance(source, ArraySource):
+        return source.images
+    return np.stack([source[index]["image"] for index in range(len(source))])
+
+
+def _joined(parts: list[Source]) -> Source:
+    labels = np.concatenate([part.labels for part in parts])
+    if all(isinstance(part, ArraySource) for part in parts):
+        return ArraySource(np.concatenate([all_images(part) for part in parts]), labels)
+    from bmjax.data.files import JoinedSource
+
+    return JoinedSource(tuple(parts), labels)
+
+
+def load_dataset(
+    name: str,
+    image_size: int = 0,
+    *,
+    transform: preprocess.EvaluationTransform | None = None,
+    split_seed: int = 0,
+    memory_gib: float = 4.0,
+    splits: Sequence[str] = SPLITS,
+    channels: int = 3,
+) -> Dataset:
     """Loads a dataset, preparing it in the cache folder first where that is needed.
 
     Args:
-        name: `mnist5k`, or `npz:PATH`.
-        image_size: side in pixels that every image is resized to; 0 keeps its own.
+        name: `mnist5k`, `npz:PATH`, `folder:PATH` or `tfds:NAME`. All that follows but
+            `image_size` is for the last two and is ignored for the others.
+        image_size: side in pixels that every image is resized to; 0 keeps its own. Pictures of
+            folders and TFDS are not squashed but resized to 8/7 of it and cut; 0 there keeps
+            pictures that all have one size of at most 512 pixels, and makes 224 pixels of others.
+        transform: what every picture goes through, in place of what `image_size` says.
+        split_seed: of the examples that become a split the data does not have.
+        memory_gib: GiB of decoded images up to which they are kept in memory; more are decoded
+            when they are asked for.
+        splits: of train, validation and test those that will be used; no other is decoded.
+        channels: 1 for gray, 3 for RGB.
 
     Raises:
-        UserError: an unknown name, a missing file, or data that is no labelled images.
+        UserError: an unknown name, a missing file, data that is no labelled images, or a setting
+            out of range.
     """
     kind, colon, path = name.partition(":")
+    if kind in ("folder", "tfds") and path:
+        from bmjax.data.prepare import Options
+
+        options = Options(image_size, transform, split_seed, memory_gib, tuple(splits), channels)
+        if kind == "folder":
+            from bmjax.data import folder
+
+            return folder.load(path, options)
+        from bmjax.data import tfds
+
+        return tfds.load(path, options)
     if name == "mnist5k":
         from bmjax.data import mnist5k
 
@@ -106,7 +200,7 @@ def load_dataset(name: str, image_size: int = 0) -> Dataset:
     elif kind == "npz" and colon:
         dataset = _load_npz(Path(path).expanduser(), name)
     else:
-        raise unknown_name("dataset", name, ["mnist5k", "npz:PATH"])
+        raise unknown_name("dataset", name, ["mnist5k", "npz:PATH", "folder:PATH", "tfds:NAME"])
     return resized(dataset, image_size) if image_size else dataset
 
 
@@ -114,13 +208,27 @@ def resized(dataset: Dataset, size: int) -> Dataset:
     """Returns the dataset with every image resized to `size` by `size` pixels."""
     if dataset.image_shape[:2] == (size, size):
         return dataset
-    parts = {
-        name: ArraySource(
-            preprocess.resize_all(dataset.split(name).images, size), dataset.split(name).labels
-        )
-        for name in SPLITS
-    }
-    return Dataset(dataset.name, **parts, class_names=dataset.class_names)
+
+    def resize(source: Source) -> ArraySource:
+        return ArraySource(preprocess.resize_all(all_images(source), size), source.labels)
+
+    train, validation, test = (resize(dataset.split(name)) for name in SPLITS)
+    return Dataset(dataset.name, train, validation, test, dataset.class_names)
+
+
+def with_channels(dataset: Dataset, channels: int) -> Dataset:
+    """Returns the dataset with gray images repeated in three channels, where those are asked for.
+
+    Other differences in the number of channels are left as they are.
+    """
+    if dataset.image_shape[2] != 1 or channels != 3:
+        return dataset
+
+    def repeat(source: Source) -> ArraySource:
+        return ArraySource(np.repeat(all_images(source), 3, axis=-1), source.labels)
+
+    train, validation, test = (repeat(dataset.split(name)) for name in SPLITS)
+    return replace(dataset, train=train, validation=validation, test=test)
 
 
 def stratified_split(
@@ -167,7 +275,8 @@ def _load_npz(path: Path, name: str) -> Dataset:
     }
     for part in set(SPLITS) - set(parts):
         parts[part] = _source(arrays, f"{part}_image", f"{part}_label", path)
-    return Dataset(name, **parts, class_names=_check_parts(parts, arrays, path))
+    class_names = _check_parts(parts, arrays, path)
+    return Dataset(name, parts["train"], parts["validation"], parts["test"], class_names)
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:

@@ -25,6 +25,7 @@ class _Layers(nn.Module):
     norm: str = "batch"
     dtype: jnp.dtype | None = None
     axis_name: str | None = None
+    frozen_layers: frozenset[str] = frozenset()
 
     def _conv(self, name: str, features: int, size: int, stride: int = 1, groups: int = 1) -> Conv:
         side = (size // 2, size // 2)
@@ -41,7 +42,9 @@ class _Layers(nn.Module):
         )
 
     def _normalize(self, name: str, values: Array, train: bool, mask: Array | None) -> Array:
-        layer = make_norm(self.norm, name=name, dtype=self.dtype, axis_name=self.axis_name)
+        frozen = self.norm == "batch" and "/".join((*self.path, name)) in self.frozen_layers
+        kind = "frozen" if frozen else self.norm
+        layer = make_norm(kind, name=name, dtype=self.dtype, axis_name=self.axis_name)
         return layer(values, train, mask)
 
 
@@ -101,6 +104,7 @@ class Block(_Layers):
                 norm=self.norm,
                 dtype=self.dtype,
                 axis_name=self.axis_name,
+                frozen_layers=self.frozen_layers,
                 name="downsample",
             )
             values = shortcut(values, train, mask)
@@ -122,6 +126,8 @@ class ResNet(_Layers):
         width: channels of the stem; the stages have 1, 2, 4, 8 times as many.
         norm: `batch`, `frozen` (running statistics in training mode too) or `group`.
         axis_name: under pmap, the axis of the devices that share a batch.
+        frozen_layers: paths of layers that are not trained, such as `stage1_block1/norm1`: the
+            batch normalisations among them use their running statistics in training mode too.
         dtype: of the computation; params, statistics and logits are float32.
     """
 
@@ -166,6 +172,7 @@ class ResNet(_Layers):
             norm=self.norm,
             dtype=self.dtype,
             axis_name=self.axis_name,
+            frozen_layers=self.frozen_layers,
         )
 
 

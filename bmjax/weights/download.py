@@ -28,7 +28,8 @@ _CHUNK_BYTES = 64 * 1024  # the most that is lost when a connection breaks off
 _WORTH_ANOTHER_TRY = {408, 429, 500, 502, 503, 504}
 _WAY_AROUND = (
     "Behind a proxy set HTTPS_PROXY. Without a connection download the file elsewhere and give "
-    "its path in place of the name, or set BMJAX_WEIGHTS_URL to the folder of a mirror."
+    "its path in place of the name (--weights FILE), or set BMJAX_WEIGHTS_URL to the folder of a "
+    "mirror."
 )
 
 

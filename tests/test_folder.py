@@ -1,0 +1,655 @@
+import copy
+import io
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from bmjax import load_dataset
+from bmjax.data import folder, prepare
+from bmjax.data.files import DecodingError, Encoded, View
+from bmjax.data.preprocess import EvaluationTransform, decode
+from bmjax.data.sources import SPLITS, ArraySource
+from bmjax.errors import UserError
+
+
+def picture(seed=0, size=(9, 7), mode="RGB"):
+    """Smooth, as photographs are, so that JPEG files have something to keep."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (3, 4, 3)).astype(np.uint8)
+    return Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).convert(mode)
+
+
+def encode(seed=0, size=(9, 7), kind="JPEG", **settings):
+    file = io.BytesIO()
+    picture(seed, size).save(file, kind, **settings)
+    return file.getvalue()
+
+
+def write(path, data=None, **settings):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(encode(**settings) if data is None else data)
+
+
+def write_class(folder, num, seed=0, **settings):
+    for index in range(num):
+        write(folder / f"{index:03}.jpg", seed=1000 * seed + index, **settings)
+
+
+@pytest.fixture
+def split(tmp_path):
+    """Three classes in all three splits."""
+    for seed, (part, num) in enumerate((("train", 6), ("validation", 2), ("test", 3))):
+        for number, name in enumerate(("ant", "bee", "cow")):
+            write_class(tmp_path / "data" / part / name, num, 10 * seed + number)
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def plain(tmp_path):
+    """Classes of 20, 10, 3, 2 and 1 images, without splits."""
+    for number, (name, num) in enumerate({"a": 20, "b": 10, "c": 3, "d": 2, "e": 1}.items()):
+        write_class(tmp_path / "plain" / name, num, number)
+    return tmp_path / "plain"
+
+
+def load(path, *args, **settings):
+    return load_dataset(f"folder:{path}", *args, **settings)
+
+
+def lengths(dataset):
+    return [len(dataset.split(name)) for name in SPLITS]
+
+
+def counts(dataset):
+    """Examples of each class, for each split."""
+    return [
+        np.bincount(dataset.split(name).labels, minlength=dataset.num_classes).tolist()
+        for name in SPLITS
+    ]
+
+
+def names_of(dataset):
+    """The files of each split; of a streamed dataset."""
+    return {name: list(dataset.split(name).encoded.keys) for name in SPLITS}
+
+
+def note_calls(monkeypatch, method):
+    """Returns a list that the keys go to of all images that a method of Encoded is called for."""
+    keys = []
+    original = getattr(Encoded, method)
+
+    def noting(self, index, view):
+        keys.append(self.keys[index])
+        return original(self, index, view)
+
+    monkeypatch.setattr(Encoded, method, noting)
+    return keys
+
+
+def test_splits_and_classes_are_folders(split):
+    dataset = load(split)
+    assert dataset.name == f"folder:{split}"
+    assert dataset.class_names == ("ant", "bee", "cow")
+    assert counts(dataset) == [[6] * 3, [2] * 3, [3] * 3]
+    assert dataset.image_shape == (7, 9, 3)
+    assert dataset.train.labels.dtype == np.int32
+    example = dataset.test[4]
+    assert example["label"] == 1
+    assert isinstance(example["label"], int)
+    expected = np.array(decode(split / "test" / "bee" / "001.jpg"))
+    np.testing.assert_array_equal(example["image"], expected)
+    assert dataset.warnings == ()
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "Validation"])
+def test_other_names_of_validation(split, name):
+    (split / "validation").rename(split / name)
+    assert lengths(load(split)) == [18, 6, 9]
+
+
+def test_without_split_folders_each_class_is_cut(plain):
+    dataset = load(plain)
+    train, validation, test = counts(dataset)
+    assert train == [14, 7, 1, 1, 1]
+    assert validation == [2, 1, 1, 1, 0]
+    assert test == [4, 2, 1, 0, 0]
+    files = names_of(load(plain, memory_gib=0))
+    assert len({name for part in files.values() for name in part}) == 36
+
+
+def test_a_missing_validation_split_is_cut_from_train(split):
+    before = sorted(names_of(load(split, memory_gib=0))["train"])
+    shutil.rmtree(split / "validation")
+    dataset = load(split, memory_gib=0)
+    assert counts(dataset) == [[5] * 3, [1] * 3, [3] * 3]
+    files = names_of(dataset)
+    assert sorted(files["train"] + files["validation"]) == before
+
+
+def test_a_missing_test_split_stays_empty(split):
+    shutil.rmtree(split / "test")
+    for dataset in (load(split, 6), load(split, 6, memory_gib=0)):
+        assert lengths(dataset) == [18, 6, 0]
+        assert isinstance(dataset.test, ArraySource)
+        assert dataset.test.images.shape == (0, 6, 6, 3)
+        assert dataset.test.labels.shape == (0,)
+        assert len(dataset.split("all")) == 24
+
+
+def test_the_cut_depends_on_names_and_seed_alone(plain, monkeypatch):
+    first = names_of(load(plain, memory_gib=0))
+    scandir = os.scandir
+
+    class Reversed:
+        def __init__(self, path):
+            self.entries = reversed(list(scandir(path)))
+
+        def __enter__(self):
+            return self.entries
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setattr(folder.os, "scandir", Reversed)
+    assert names_of(load(plain, memory_gib=0)) == first
+    other = names_of(load(plain, memory_gib=0, split_seed=1))
+    assert other["validation"] != first["validation"]
+    # By hand: the first two of class a in the order of SHA-256 of "0:a/...".
+    assert first["validation"][:2] == ["a/002.jpg", "a/017.jpg"]
+
+
+def test_images_may_lie_deeper_and_behind_links(split):
+    write_class(split / "train" / "ant" / "2019" / "May", 2)
+    (split / "train" / "ant" / "again").symlink_to("..")
+    os.rename(split / "train" / "cow", split.parent / "cow")
+    (split / "train" / "cow").symlink_to(split.parent / "cow")
+    train = load(split, memory_gib=0).train
+    assert np.bincount(train.labels).tolist() == [8 + 12, 6, 6]
+    assert "train/ant/2019/May/000.jpg" in train.encoded.keys
+
+
+def test_what_systems_leave_behind_is_skipped(split):
+    write(split / "train" / "ant" / ".DS_Store", b"x")
+    write(split / "train" / "ant" / "Thumbs.db", b"x")
+    write(split / "train" / "ant" / "._001.jpg", b"x")
+    write(split / "train" / ".ipynb_checkpoints" / "a.jpg", b"x")
+    write(split / "__MACOSX" / "train" / "a.jpg", b"x")
+    write(split / "train" / "labels.csv", b"x")
+    write(split / "README.md", b"x")
+    dataset = load(split)
+    assert lengths(dataset) == [18, 6, 9]
+    assert dataset.warnings == ()
+
+
+def test_every_format_that_pillow_reads_counts(split):
+    for suffix, kind in ((".PNG", "PNG"), (".webp", "WEBP"), (".bmp", "BMP"), (".Jpeg", "JPEG")):
+        write(split / "train" / "ant" / f"x{suffix}", kind=kind)
+    assert counts(load(split))[0] == [10, 6, 6]
+
+
+def test_classes_are_ordered_by_code_point(tmp_path):
+    for name in ("b", "a10", "a9", "É", "Z"):
+        write_class(tmp_path / name, 2)
+    assert load(tmp_path).class_names == ("Z", "a10", "a9", "b", "É")
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    for name in ("bus", "train", "tram"):
+        write_class(tmp_path / name, 4)
+    assert load(tmp_path).class_names == ("bus", "train", "tram")
+
+
+def test_the_size_of_the_images(split):
+    assert load(split).transform == EvaluationTransform(0, (7, 9))
+    assert load(split, 14).transform == EvaluationTransform(16, 14)
+    own = EvaluationTransform((5, 6), (4, 6), "bicubic")
+    dataset = load(split, 14, transform=own)
+    assert dataset.transform == own
+    assert dataset.image_shape == (4, 6, 3)
+    np.testing.assert_array_equal(
+        dataset.train[0]["image"], own.apply(decode(split / "train" / "ant" / "000.jpg"))
+    )
+    assert load(split, channels=1).image_shape == (7, 9, 1)
+    # One that differs, in a split that is not asked for.
+    write(split / "test" / "ant" / "000.jpg", size=(9, 8))
+    assert load(split, splits=("train",)).transform == EvaluationTransform(256, 224)
+
+
+def test_a_common_size_is_that_of_upright_images_and_not_too_large(tmp_path):
+    exif = Image.Exif()
+    exif[274] = 6
+    for name in ("a", "b"):
+        for index in range(4):
+            turned = index % 2
+            settings = {"size": (7, 9), "exif": exif} if turned else {"size": (9, 7)}
+            write(tmp_path / "turned" / name / f"{index}.jpg", **settings)
+            write(tmp_path / "large" / name / f"{index}.png", size=(513, 3), kind="PNG")
+    assert load(tmp_path / "turned").transform == EvaluationTransform(0, (7, 9))
+    assert load(tmp_path / "large", splits=()).transform == EvaluationTransform(256, 224)
+
+
+SIZES = [(9, 7), (7, 9), (20, 20), (33, 21), (21, 34), (50, 13), (11, 40), (5, 5), (8, 16), (17, 8)]
+
+
+@pytest.mark.parametrize("resize", [8, 9, 13, 16])
+@pytest.mark.parametrize("crop", [7, 6, (5, 8), (8, 3), 1])
+def test_images_are_the_middle_of_wide_ones(resize, crop):
+    transform = EvaluationTransform(resize, crop)
+    view = View(transform, 3)
+    for seed, size in enumerate(SIZES):
+        wide = view.wide(picture(seed, size))
+        assert wide.shape == view.wide_shape
+        if resize > max(transform.shape):
+            assert wide.shape == (resize, resize, 3)
+        np.testing.assert_array_equal(view.middle(wide), transform.apply(picture(seed, size)))
+
+
+@pytest.mark.parametrize(
+    ("resize", "crop"), [(0, (7, 9)), ((20, 20), 10), (8, 8), (8, 12), (8, (4, 9))]
+)
+def test_without_a_margin_there_is_no_wide_image(split, resize, crop):
+    transform = EvaluationTransform(resize, crop)
+    train = load(split, transform=transform).train
+    assert train.wide is None
+    expected = transform.apply(decode(split / "train" / "ant" / "000.jpg"))
+    np.testing.assert_array_equal(train[0]["image"], expected)
+    streamed = load(split, transform=transform, memory_gib=0).train
+    np.testing.assert_array_equal(streamed.wide_image(0), expected)
+
+
+def test_in_memory_images_are_views_of_wide_ones(split):
+    train = load(split, 14).train
+    assert train.wide.shape == (18, 16, 16, 3)
+    assert np.shares_memory(train.images, train.wide)
+    np.testing.assert_array_equal(train.images, train.wide[:, 1:15, 1:15])
+    expected = EvaluationTransform(16, 14).apply(decode(split / "train" / "bee" / "000.jpg"))
+    np.testing.assert_array_equal(train.images[6], expected)
+
+
+def test_streamed_sources_give_what_memory_holds(split):
+    kept, streamed = load(split, 14), load(split, 14, memory_gib=0)
+    assert kept.fingerprint() == streamed.fingerprint()
+    for name in (*SPLITS, "all"):
+        array, source = kept.split(name), streamed.split(name)
+        assert not isinstance(source, ArraySource)
+        np.testing.assert_array_equal(array.labels, source.labels)
+        assert array.image_shape == source.image_shape == (14, 14, 3)
+        for index in (0, 1, len(array) - 1, -1):
+            np.testing.assert_array_equal(array[index]["image"], source[index]["image"])
+            assert array[index]["label"] == source[index]["label"]
+            if name != "all":
+                np.testing.assert_array_equal(array.wide_image(index), source.wide_image(index))
+    with pytest.raises(IndexError):
+        streamed.train[18]
+    assert len(list(streamed.train)) == 18
+
+
+def test_a_streamed_source_can_be_sent_to_another_process(split):
+    train = load(split, 14, memory_gib=0).train
+    again = pickle.loads(pickle.dumps(train))
+    assert repr(again) == repr(train) == repr(load(split, 14, memory_gib=0).train)
+    assert repr(train) != repr(load(split, 13, memory_gib=0).train)
+    assert repr(train) != repr(load(split, 14, memory_gib=0).test)
+    np.testing.assert_array_equal(again[3]["image"], train[3]["image"])
+
+
+def test_memory_is_kept_to(split):
+    # 18 + 6 + 9 images of 16 x 16 pixels with their margins.
+    limit = 33 * 16 * 16 * 3 / 2**30
+    assert isinstance(load(split, 14, memory_gib=limit).train, ArraySource)
+    assert not isinstance(load(split, 14, memory_gib=limit * 0.999).train, ArraySource)
+    less = load(split, 14, memory_gib=limit * 0.3, splits=("test",))
+    assert isinstance(less.test, ArraySource)
+
+
+def test_only_the_splits_asked_for_are_decoded(split, monkeypatch):
+    whole = load(split, 14)
+    opened = note_calls(monkeypatch, "wide")
+    dataset = load(split, 14, splits=("test",))
+    assert len(opened) == 9
+    assert all(name.startswith("test/") for name in opened)
+    assert dataset.image_shape == (14, 14, 3)
+    assert dataset.fingerprint() == whole.fingerprint()
+    for missing in (dataset.train, copy.deepcopy(pickle.loads(pickle.dumps(dataset.train)))):
+        for use in (len, list, lambda source: source[0], lambda source: source.labels):
+            with pytest.raises(UserError, match="train split was not loaded"):
+                use(missing)
+        with pytest.raises(UserError, match="Name it in the splits"):
+            _ = missing.images
+        with pytest.raises(UserError, match="not loaded"):
+            missing.wide_image(0)
+    with pytest.raises(UserError, match="not loaded"):
+        dataset.split("all")
+
+
+def test_the_fingerprint_is_of_content(split, tmp_path, monkeypatch):
+    first = load(split).fingerprint()
+    shutil.copytree(split, tmp_path / "moved")
+    os.utime(tmp_path / "moved" / "train" / "ant" / "000.jpg", (0, 0))
+    assert load(tmp_path / "moved").fingerprint() == first
+    seen = {first}
+
+    def differs():
+        count = len(seen)
+        seen.add(load(split).fingerprint())
+        return len(seen) == count + 1
+
+    assert load(split, 8).fingerprint() not in seen
+    assert load(split, channels=1).fingerprint() not in seen
+    cubic = EvaluationTransform(0, (7, 9), "bicubic")
+    assert load(split, transform=cubic).fingerprint() not in seen
+    path = split / "train" / "ant" / "000.jpg"
+    data = path.read_bytes()
+    path.write_bytes(data[:-2] + b"\0" + data[-2:])
+    assert differs()
+    path.rename(split / "train" / "bee" / "999.jpg")
+    assert differs()
+    write(path.parent.parent / "bee" / "999.jpg", data=data)
+    assert differs()
+    # Where it would take too long to read them, sizes stand for bytes.
+    monkeypatch.setattr(folder, "_READ_BYTES", 100)
+    assert differs()
+    write(split / "train" / "bee" / "999.jpg", seed=5)
+    same_size = len(encode(seed=5)) == len(data)
+    assert differs() != same_size
+    changed = bytearray(encode(seed=5))
+    changed[-10] ^= 1
+    write(split / "train" / "bee" / "999.jpg", data=bytes(changed))
+    assert not differs()
+
+
+def test_another_cut_is_another_fingerprint(plain):
+    assert load(plain).fingerprint() != load(plain, split_seed=1).fingerprint()
+
+
+def bad_files():
+    good = encode(size=(40, 40))
+    exif = b"Exif\0\0II*\0\x08\0\0\0\xff\xff"
+    return {
+        "cut.jpg": (good[: len(good) * 2 // 3], "cut off"),
+        "last.jpg": (good[:-2], "cut off"),
+        "png.jpg": (encode(size=(40, 40), kind="PNG")[:500], "cut off"),
+        "text.png": (b"hello", "not an image"),
+        "empty.gif": (b"", "empty"),
+        "float.tif": (_float_tiff(), "pixels of floats"),
+        "thin.jpg": (encode(size=(20000, 1)), "would become"),
+        "thin.png": (encode(size=(20000, 1), kind="PNG"), "would become"),
+        "exif.jpg": (encode(size=(40, 40), exif=exif), None),
+        "progressive.jpg": (encode(size=(40, 40), progressive=True), None),
+    }
+
+
+def _float_tiff():
+    file = io.BytesIO()
+    Image.fromarray(np.ones((4, 4), np.float32)).save(file, "TIFF")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("memory_gib", [4, 0])
+def test_files_that_cannot_be_decoded_are_left_out_and_named(tmp_path, monkeypatch, memory_gib):
+    monkeypatch.setattr(prepare, "MOST_LEFT_OUT", 0.8)
+    for name in ("a", "b"):
+        write_class(tmp_path / "train" / name, 3)
+        write_class(tmp_path / "validation" / name, 2)
+    for name, (data, _) in bad_files().items():
+        write(tmp_path / "train" / "a" / name, data)
+    write(tmp_path / "train" / "a" / "notes.txt", b"hello")
+    (tmp_path / "train" / "a" / "link.jpg").symlink_to("nowhere")
+    dataset = load(tmp_path, 230, memory_gib=memory_gib)
+    good = sum(reason is None for _, reason in bad_files().values())
+    assert counts(dataset)[:2] == [[3 + good, 3], [2, 2]]
+    (warning,) = dataset.warnings
+    assert warning.startswith("10 of 18 images of train cannot be decoded and are left out: ")
+    assert warning.endswith(", and 5 more")
+    assert "train/a/cut.jpg (cut off), train/a/empty.gif (empty), train/a/float.tif (" in warning
+    monkeypatch.setattr(prepare, "_NAMED", 99)
+    (warning,) = load(tmp_path, 230, memory_gib=memory_gib).warnings
+    for name, (_, reason) in bad_files().items():
+        assert (name in warning) == (reason is not None)
+        if reason:
+            assert reason in warning.partition(name)[2].partition(")")[0]
+    assert "notes.txt (not named like an image)" in warning
+    assert "link.jpg (No such file" in warning
+    kept = load(tmp_path, 8, memory_gib=4).train.images
+    for index, example in enumerate(load(tmp_path, 8, memory_gib=0).train):
+        np.testing.assert_array_equal(example["image"], kept[index])
+
+
+def test_the_quick_check_finds_what_decoding_finds():
+    good = encode(size=(30, 20), quality=90)
+    harmed = [good[:end] for end in range(0, len(good), 7)]
+    for place in range(0, len(good), 3):
+        harmed.append(good[:place] + bytes([good[place] ^ 0xFF]) + good[place + 1 :])
+
+    class Reader:
+        def read(self, key):
+            return harmed[key]
+
+        def name(self, key):
+            return str(key)
+
+    encoded = Encoded(Reader(), range(len(harmed)), np.zeros(len(harmed), np.int32), "")
+    view = View(EvaluationTransform(8, 7), 3)
+
+    def reasons(work):
+        found = {}
+        for index in range(len(harmed)):
+            try:
+                work(index, view)
+            except DecodingError as error:
+                found[index] = error.reason
+        return found
+
+    found = reasons(encoded.wide)
+    assert 0 < len(found) < len(harmed)
+    assert reasons(encoded.check) == found
+
+
+def test_more_than_one_in_a_hundred_is_an_error(tmp_path):
+    write_class(tmp_path / "train" / "a", 99)
+    write_class(tmp_path / "train" / "b", 100)
+    write_class(tmp_path / "validation" / "a", 1)
+    write(tmp_path / "train" / "b" / "x.jpg", b"bad")
+    (warning,) = load(tmp_path, 8).warnings
+    assert warning == (
+        "1 of 200 images of train cannot be decoded and is left out: train/b/x.jpg (not an image)"
+    )
+    (tmp_path / "train" / "b" / "000.jpg").write_bytes(b"bad")  # 2 of 200
+    assert len(load(tmp_path, 8).train) == 198
+    (tmp_path / "train" / "b" / "001.jpg").unlink()  # 2 of 199
+    with pytest.raises(UserError, match=r"2 of 199 images of train \(1.0%\) cannot"):
+        load(tmp_path, 8)
+    write_class(tmp_path / "train" / "b", 100)
+    write(tmp_path / "train" / "b" / "y.txt", b"bad")
+    write(tmp_path / "train" / "b" / "z.jpg", b"")
+    for memory_gib in (4, 0):
+        with pytest.raises(UserError, match=r"3 of 202 images of train \(1.5%\).*x.jpg \(not an"):
+            load(tmp_path, 8, memory_gib=memory_gib)
+    assert len(load(tmp_path, 8, splits=("validation",)).validation) == 1
+
+
+def test_a_class_without_a_sound_image_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "MOST_LEFT_OUT", 0.5)
+    write_class(tmp_path / "train" / "a", 5)
+    write_class(tmp_path / "validation" / "a", 1)
+    write(tmp_path / "train" / "b" / "x.jpg", b"bad")
+    with pytest.raises(UserError, match=r"no image that can be decoded of the class\(es\) b"):
+        load(tmp_path, 8)
+
+
+def test_the_check_is_remembered_until_a_file_changes(tmp_path, monkeypatch):
+    monkeypatch.setenv("BMJAX_CACHE", str(tmp_path / "cache"))
+    data = tmp_path / "data"
+    for name in ("a", "b"):
+        write_class(data / "train" / name, 60)
+        write_class(data / "validation" / name, 2)
+    write(data / "train" / "a" / "bad.jpg", b"bad")
+    checked = note_calls(monkeypatch, "check")
+
+    def number_checked(**settings):
+        checked.clear()
+        dataset = load(data, 8, memory_gib=0, splits=("train",), **settings)
+        assert len(dataset.train) == 120
+        assert "bad.jpg (not an image)" in dataset.warnings[0]
+        return len(checked)
+
+    assert number_checked() == 121
+    assert number_checked() == 0
+    os.utime(data / "train" / "a" / "000.jpg", (0, 0))
+    assert number_checked() == 121
+    assert number_checked() == 0
+    # What is damaged in the cache is found out again.
+    for path in (tmp_path / "cache" / "checked").glob("*/*"):
+        path.write_text("{")
+    assert number_checked() == 121
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("BMJAX_CACHE", str(tmp_path / "file"))
+    with pytest.raises(UserError, match="Set BMJAX_CACHE"):
+        number_checked()
+
+
+def test_a_streamed_file_that_goes_bad_is_named(split):
+    train = load(split, 8, memory_gib=0).train
+    (split / "train" / "ant" / "003.jpg").write_bytes(b"bad")
+    (split / "train" / "ant" / "004.jpg").unlink()
+    with pytest.raises(UserError, match=r"train/ant/003.jpg cannot be decoded \(not an image\)"):
+        train[3]
+    with pytest.raises(UserError, match=r"train/ant/004.jpg cannot be decoded \(No such file"):
+        train.wide_image(4)
+
+
+def only(path, *names):
+    for name in names:
+        write_class(path / name, 3)
+
+
+def flat(path):
+    write_class(path, 3)
+
+
+def one_nested(path):
+    only(path, "pets/cat", "pets/dog")
+
+
+def empty_classes(path):
+    only(path, "a", "b")
+    (path / "c" / "deeper").mkdir(parents=True)
+    write(path / "d" / "notes.txt", b"x")
+
+
+def beside(path):
+    only(path, "train/a", "train/b")
+    flat(path / "train")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: None, "has no folders of classes. Sort the images as PATH/train/CLASS"),
+        (lambda path: (path / "train").mkdir(), "train has no folders of classes"),
+        (flat, r"has 3 images and no folders of classes, such as 000.jpg: their class is not"),
+        (beside, "train has 3 images beside the folders of its classes, such as train/000.jpg"),
+        (lambda path: flat(path / "train"), "train has 3 images and no folders of classes"),
+        (empty_classes, r"has 2 class folder\(s\) without an image: c, d\. Add images"),
+        (lambda path: only(path, "a"), "has only one class, a. A classifier needs two"),
+        (one_nested, "has only one class, pets.*Do you mean folder:.*/pets"),
+        (lambda path: only(path, "train/a"), "train has only one class, a"),
+        (
+            lambda path: only(path, "train/a", "train/b", "val/a", "test/A", "test/C"),
+            r"test has 2 class\(es\) that train has not: A, C\. Are they written alike",
+        ),
+        (
+            lambda path: only(path, "train/a", "train/b", "val/d"),
+            r"val has 1 class\(es\) that train has not: d",
+        ),
+        (
+            lambda path: only(path, "train/a", "train/b", "val/a", "valid/a"),
+            "has val and valid, which all mean the validation split",
+        ),
+        (lambda path: only(path, "test/a", "test/b"), "has no folder train, but test"),
+        (
+            lambda path: only(path, "Training/a", "Testing/b"),
+            "has no folder train, but Testing, which looks like a split",
+        ),
+    ],
+)
+def test_a_wrong_folder_is_named(tmp_path, make, message):
+    make(tmp_path)
+    with pytest.raises(UserError, match=message):
+        load(tmp_path)
+
+
+def test_a_wrong_path_is_named(tmp_path, split):
+    with pytest.raises(UserError, match=r"none does not exist\. Check the path after 'folder:'"):
+        load(tmp_path / "none")
+    write(tmp_path / "file.jpg")
+    with pytest.raises(UserError, match="is a file, not a folder"):
+        load(tmp_path / "file.jpg")
+    with pytest.raises(UserError, match="unknown dataset"):
+        load_dataset("folder:")
+
+
+def test_what_may_not_be_read_is_named(split, monkeypatch):
+    # Permissions do not hold for root, whom the tests may run as.
+    def refuse(path, *_):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folder.PathReader, "read", refuse)
+        for memory_gib in (4, 0):
+            with pytest.raises(UserError, match=r"000.jpg cannot be read \(Permission denied\)"):
+                load(split, 7, memory_gib=memory_gib)
+    monkeypatch.setattr(folder.os, "scandir", refuse)
+    with pytest.raises(UserError, match=r"data cannot be read \(Permission denied\)\. Check its"):
+        load(split)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"splits": ("train", "valid")}, "Did you mean validation"),
+        ({"channels": 2}, "channels is 2"),
+        ({"image_size": -1}, "image_size is -1"),
+        ({"memory_gib": -0.5}, "memory_gib is -0.5"),
+    ],
+)
+def test_wrong_settings_are_named(split, settings, message):
+    with pytest.raises(UserError, match=message):
+        load(split, **settings)
+
+
+def test_names_need_not_be_text(split):
+    odd = os.fsdecode(b"\xff\xfe.jpg")
+    write(Path(split / "train" / "ant" / odd))
+    dataset = load(split)
+    assert lengths(dataset) == [19, 6, 9]
+    assert len(dataset.fingerprint()) == 64
+    assert len(load(split, memory_gib=0).train) == 19
+    write(Path(split / "train" / "ant" / odd), b"bad")
+    with pytest.raises(UserError) as caught:
+        load(split)
+    str(caught.value).encode()
+    json.dumps(str(caught.value), ensure_ascii=False).encode()
+
+
+def test_nothing_is_printed_where_nobody_watches(split, capfd, monkeypatch):
+    monkeypatch.setattr(prepare, "_PROGRESS_AFTER_SECONDS", 0.0)
+    load(split)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_progress_is_shown_on_a_terminal(split, capfd, monkeypatch):
+    monkeypatch.setattr(prepare, "_PROGRESS_AFTER_SECONDS", 0.0)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    load(split)
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "decoding train" in err
+    monkeypatch.setattr(prepare, "_PROGRESS_AFTER_SECONDS", 60.0)
+    load(split)
+    assert capfd.readouterr() == ("", "")
