@@ -30,6 +30,7 @@ _LOWEST, _HIGHEST, _STEPS = 1e-6, 10.0, 120
 _SMOOTHING = 0.9
 # Beyond so many times the lowest loss, training has diverged.
 _DIVERGED = 4.0
+_SPAN = 5
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +100,7 @@ def judge(rates: np.ndarray, losses: np.ndarray) -> Finding:
     Raises:
         UserError: fewer than ten steps went well.
     """
-    if len(losses) < 10:
+    if len(losses) < 2 * _SPAN:
         raise UserError(
             f"the loss explodes after {len(losses)} steps, at a learning rate of {rates[-1]:.2g}. "
             "Check the data, or another --optimizer."
@@ -110,8 +111,10 @@ def judge(rates: np.ndarray, losses: np.ndarray) -> Finding:
         smoothed.append(average / (1 - _SMOOTHING**step))
     curve = np.array(smoothed)
     lowest = int(np.argmin(curve))
-    slopes = np.gradient(curve, np.log(rates))
-    steepest = int(np.argmin(slopes[: max(lowest, 2)]))
+    # Over some steps each way, and not at the start, where the average is of a few batches yet.
+    span = np.arange(_SPAN, max(lowest, _SPAN + 1))
+    falls = curve[span - _SPAN] - curve[np.minimum(span + _SPAN, len(curve) - 1)]
+    steepest = int(span[np.argmax(falls)])
     return Finding(rates, losses, curve, float(rates[lowest] / 10), float(rates[steepest]))
 
 
@@ -133,7 +136,7 @@ def plot(finding: Finding, path: Path) -> None:
     low, high = finding.smoothed.min(), finding.smoothed[0]
     axes.set_ylim(low - 0.1 * (high - low), high + 0.5 * (high - low))
     axes.set(xscale="log", xlabel="learning rate", ylabel="training loss (nats)")
-    axes.legend(loc="lower left", fontsize="small")
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small")
     with replacing(path) as file:
         figure.savefig(file, format="png", dpi=150)
 

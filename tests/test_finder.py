@@ -14,6 +14,8 @@ def test_the_suggestion_is_a_tenth_of_the_rate_of_the_lowest_loss():
     # The running average lags by about ten steps, half a power of ten.
     assert 1e-3 <= finding.suggestion <= 10**-2.2
     assert 1e-3 <= finding.steepest <= 10**-2.2
+    noisy = judge(rates, losses + np.where(rates < 1.5e-6, np.array([0.3, -0.3] * 71)[:141], 0))
+    assert 1e-3 <= noisy.steepest <= 10**-2.2
     assert finding.smoothed[0] == losses[0]
     expected = 0.0
     for loss in losses[:4]:

@@ -219,6 +219,7 @@ def test_stopped_in_either_phase_and_resumed_is_as_never_stopped(
         assert np.array_equal(one[name], other[name]), name
 
 
+@pytest.mark.slow
 def test_a_head_is_kept_where_the_classes_are_the_same(config, tmp_path):
     finetune(config)
     again = dataclasses.replace(

@@ -118,6 +118,7 @@ def test_a_prepared_dataset_is_read_without_tensorflow(bugs, data_dir):
         assert load(name).fingerprint() == dataset.fingerprint()
 
 
+@pytest.mark.slow
 def test_mnist5k_is_read_like_any_other():
     mnist5k = load_dataset("mnist5k")
     folder = Path(os.environ["BMJAX_CACHE"]) / "datasets" / "mnist5k" / "1.0.0"
