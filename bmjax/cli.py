@@ -119,7 +119,9 @@ def _saved(config: TrainConfig | FinetuneConfig | DistillConfig) -> Any:
 
     if isinstance(config, TrainConfig):
         path = Path(config.resolved().out)
-        saved: Any = read_run(path).config
+        run = read_run(path)
+        _check_trained(path, run.extra)
+        saved: Any = run.config
     elif isinstance(config, FinetuneConfig):
         from bmjax import finetune
 
@@ -131,6 +133,19 @@ def _saved(config: TrainConfig | FinetuneConfig | DistillConfig) -> Any:
         path = folder_of(config)
         saved = read_settings(path)
     return dataclasses.replace(saved, out=str(path))
+
+
+def _check_trained(path: Path, extra: dict[str, Any]) -> None:
+    """Raises UserError where a run to be gone on with is not of plain training."""
+    if "weights" in extra:
+        raise UserError(f"the run in {path} was fine-tuned. Go on with it by bmjax finetune.")
+    if "alpha" in extra:
+        raise UserError(f"the run in {path} is a distillation. Go on with it by bmjax distill.")
+    if "converted_from" in extra:
+        raise UserError(
+            f"the run in {path} holds converted weights, with no training to go on with. Begin one "
+            "by bmjax finetune --weights."
+        )
 
 
 def _train(config: TrainConfig) -> None:
@@ -200,9 +215,12 @@ def _distill(config: DistillConfig) -> None:
     if "gain_points" in result:
         gain = result["gain_points"]
         verb = "beats" if gain > 0 else "does not beat"
+        length = f"for the same {result['steps']:,} steps"
+        if not result["same_steps"]:
+            length = "until neither got better"
         console.print(
-            f"the distilled {config.student} {verb} the one trained alone on the same views for "
-            f"the same {result['steps']:,} steps: {gain:+.1f} points of {accuracy}",
+            f"the distilled {config.student} {verb} the one trained alone on the same views "
+            f"{length}: {gain:+.1f} points of {accuracy}",
             highlight=False,
             soft_wrap=True,
         )
@@ -314,9 +332,6 @@ def _doctor(config: DoctorConfig) -> None:
 def _show_warnings(result: dict[str, Any]) -> None:
     for line in result["warnings"]:
         print(f"bmjax: warning: {line}", file=sys.stderr)
-    if result["warnings"]:
-        step = result["checkpoint_step"]
-        print(f"bmjax: warning: the checkpoint at step {step} is used instead", file=sys.stderr)
 
 
 _COMMANDS: dict[type, Callable[[Any], None]] = {

@@ -141,7 +141,8 @@ class BaseConfig:
         label_smoothing: Share of the target spread evenly over the classes, in [0, 1).
         class_weights: Weights of the classes in the loss; balanced: in inverse proportion to how
             many training examples they have.
-        patience: Epochs without a better validation accuracy after which training ends; 0: never.
+        patience: Epochs without a better validation accuracy after which training ends, and the
+            params of the best epoch are reported; 0: never.
         precision: Precision of the computation; params, statistics and losses are float32
             always.
         ema_decay: Decay of the running average of the params that is evaluated instead;

@@ -37,7 +37,17 @@ from bmjax.train import Batch, LossFn, apply_train, label_loss, predict_logits
 
 DEFAULT_OUT = "runs/distill"
 # What the teacher of a tour has in common with the student; it keeps its own optimizer.
-_OF_BOTH = ("data", "image_size", "batch_size", "seed", "precision", "views", "device", "run")
+_OF_BOTH = (
+    "data",
+    "image_size",
+    "split_seed",
+    "batch_size",
+    "seed",
+    "precision",
+    "views",
+    "device",
+    "run",
+)
 
 
 def distillation_loss(
@@ -125,6 +135,7 @@ def _distill(config: DistillConfig, out: Path, console: Console) -> dict[str, An
             config.data, config.image_size, split_seed=seed, memory_gib=memory_gib
         )
     else:
+        _check_split(config, teacher)
         dataset = load_for(
             teacher, config.data, config.image_size, memory_gib=memory_gib, split_seed=seed
         )
@@ -148,6 +159,15 @@ def _distill(config: DistillConfig, out: Path, console: Console) -> dict[str, An
     teacher = load_run(out / "teacher")
     distilled = _distil(config, teacher, out / "distilled", dataset, console)
     return _finish(config, dataset, [out / "alone", distilled], teacher)
+
+
+def _check_split(config: DistillConfig, teacher: TrainedRun) -> None:
+    own = teacher.run.config
+    if config.data == own.data and config.split_seed != own.split_seed:
+        raise UserError(
+            f"--split-seed is {config.split_seed}, but the teacher's was {own.split_seed}: it may "
+            f"have seen what the student is measured on. Give --split-seed {own.split_seed}."
+        )
 
 
 def _settled(config: DistillConfig) -> DistillConfig:
@@ -259,7 +279,8 @@ def _finish(
     """
     roles = ("alone", "distilled")[-len(students) :]
     split = "test" if len(dataset.test) else "validation"
-    trained = [load_run(path) for path in students]
+    which = "best" if config.patience else "latest"
+    trained = [load_run(path, which) for path in students]
     rows = [
         _row(role, run, dataset.split(split), config)
         for role, run in zip(("teacher", *roles), (teacher, *trained), strict=True)
@@ -268,6 +289,7 @@ def _finish(
         "rows": rows,
         "split": split,
         "steps": trained[-1].step,
+        "same_steps": len({run.step for run in trained}) == 1,
         "folder": config.out,
     }
     if len(students) == 2:

@@ -103,6 +103,8 @@ def load_run(path: str | Path, which: str = "latest") -> TrainedRun:
     where = f"checkpoint {run.checkpoints / str(step)}"
     variables = {"batch_stats": {}, **checkpoint.from_named(named, like, where)}
     fingerprint = checkpoint.fingerprint(run.checkpoints / str(step))
+    if warnings:
+        warnings = [*warnings, f"the checkpoint at step {step} is used instead"]
     return TrainedRun(run, model, variables, step, fingerprint, tuple(warnings))
 
 
@@ -198,18 +200,16 @@ def load_for(
         image_size: side in pixels; 0 takes the run's.
         splits: those that are needed; of a folder, no other is read.
         memory_gib: see `load_dataset`.
-        split_seed: see `load_dataset`; None: the run's for its own data, 0 for others.
+        split_seed: see `load_dataset`; None: the run's.
     """
     own, data = trained.run.config, trained.run.data
     height, width, channels = data["image_shape"]
     fitting = image_size or (height if height == width else 0)
-    if split_seed is None:
-        split_seed = own.split_seed if name == own.data else 0
     dataset = load_dataset(
         name,
-        own.image_size if name == own.data and not image_size else fitting,
-        transform=None if image_size else trained.transform,
-        split_seed=split_seed,
+        fitting,
+        transform=trained.transform if image_size in (0, height) else None,
+        split_seed=own.split_seed if split_seed is None else split_seed,
         memory_gib=memory_gib,
         splits=splits,
         channels=channels,

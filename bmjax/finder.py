@@ -7,6 +7,7 @@ steadily.
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,24 +99,34 @@ def judge(rates: np.ndarray, losses: np.ndarray) -> Finding:
         losses: [steps], finite.
 
     Raises:
-        UserError: fewer than ten steps went well.
+        UserError: fewer than ten steps went well, or the loss never falls.
     """
     if len(losses) < 2 * _SPAN:
         raise UserError(
-            f"the loss explodes after {len(losses)} steps, at a learning rate of {rates[-1]:.2g}. "
-            "Check the data, or another --optimizer."
+            f"the loss explodes after {len(losses)} steps of tiny learning rates. Check the data "
+            "and the weights, or try another --optimizer."
         )
-    average, smoothed = 0.0, []
-    for step, loss in enumerate(losses, 1):
-        average = _SMOOTHING * average + (1 - _SMOOTHING) * float(loss)
-        smoothed.append(average / (1 - _SMOOTHING**step))
-    curve = np.array(smoothed)
+    curve = smooth(losses)
     lowest = int(np.argmin(curve))
+    if lowest < _SPAN:
+        raise UserError(
+            "the loss rises from the first step on, so no learning rate can be suggested: the "
+            "model may be at its best already. --head random begins further away."
+        )
     # Over some steps each way, and not at the start, where the average is of a few batches yet.
     span = np.arange(_SPAN, max(lowest, _SPAN + 1))
     falls = curve[span - _SPAN] - curve[np.minimum(span + _SPAN, len(curve) - 1)]
     steepest = int(span[np.argmax(falls)])
     return Finding(rates, losses, curve, float(rates[lowest] / 10), float(rates[steepest]))
+
+
+def smooth(losses: Sequence[float] | np.ndarray) -> np.ndarray:
+    """Returns the running average of losses [steps], corrected for its start (as Adam's)."""
+    average, smoothed = 0.0, []
+    for step, loss in enumerate(losses, 1):
+        average = _SMOOTHING * average + (1 - _SMOOTHING) * float(loss)
+        smoothed.append(average / (1 - _SMOOTHING**step))
+    return np.array(smoothed)
 
 
 def plot(finding: Finding, path: Path) -> None:
@@ -177,13 +188,12 @@ def _try_rates(
             before = {"loss": 0.0, "count": 0.0}
         loss = (sums["loss"] - before["loss"]) / max(sums["count"] - before["count"], 1)
         before = sums
-        if (
-            sums["bad_step"] >= 0
-            or not math.isfinite(loss)
-            or loss > _DIVERGED * min([*losses, loss])
-        ):
+        if sums["bad_step"] >= 0 or not math.isfinite(loss):
             break
         losses.append(loss)
+        curve = smooth(losses)
+        if curve[-1] > _DIVERGED * curve.min():
+            break
     return np.array([float(_growing(step)) for step in range(len(losses))]), np.array(losses)
 
 

@@ -27,7 +27,7 @@ from bmjax.settings import check_finetune, flatten, unflatten
 from bmjax.setup import Start, build_model, check_possible, class_weights, describe
 
 # Settings beyond those of training; `weights_fingerprint` stands beside them in a run's config.
-_OWN = ("weights", "head", "head_epochs", "freeze", "layer_decay")
+_OWN = ("weights", "head", "head_epochs", "freeze", "layer_decay", "probe_only")
 
 
 def finetune(config: FinetuneConfig, console: Console | None = None) -> dict[str, Any]:
@@ -55,18 +55,25 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> dict[str
         refuse_existing(path)
     elif "weights" not in saved.extra:
         raise UserError(f"the run in {path} was not fine-tuned. Go on with it by bmjax train.")
+    elif saved.extra.get("probe_only"):
+        raise UserError(
+            f"the run in {path} is a linear probe, with nothing to go on with. Begin from it by "
+            f"--weights {path} --head keep."
+        )
     request_devices(config.device)
     use_compilation_cache()
     try:
         if saved is not None and checkpoint.newest_sound(saved.checkpoints)[0] is not None:
             return _go_on(config, saved, console)
-        return _begin(config, train_config, console)
+        return _begin(config, train_config, saved, console)
     except StoppedError as error:
         go_on = f"bmjax finetune --resume --out {path}" if error.go_on else ""
         raise StoppedError(error.progress, go_on, error.exit_code) from None
 
 
-def _begin(config: FinetuneConfig, train_config: TrainConfig, console: Console) -> dict[str, Any]:
+def _begin(
+    config: FinetuneConfig, train_config: TrainConfig, saved: Run | None, console: Console
+) -> dict[str, Any]:
     weights = read_pretrained(
         config.weights,
         config.model,
@@ -75,7 +82,7 @@ def _begin(config: FinetuneConfig, train_config: TrainConfig, console: Console) 
         console=console,
     )
     train_config = _settle(train_config, weights)
-    dataset = _load(train_config, weights.data)
+    dataset = _load(train_config, saved.data if saved else weights.data)
     if config.head == "keep":
         _check_kept(weights, dataset)
     check_possible(train_config, dataset)
@@ -109,8 +116,12 @@ def _go_on(config: FinetuneConfig, saved: Run, console: Console) -> dict[str, An
         weights = read_pretrained(config.weights, config.model, head=config.head == "keep")
         extra["weights_fingerprint"] = weights.fingerprint()
     settled = ("model", "norm", "hidden_sizes", "image_size")
+    train_config = config.train_config()
+    left_out = [
+        name for name in settled if getattr(train_config, name) == getattr(FinetuneConfig(), name)
+    ]
     train_config = dataclasses.replace(
-        config.train_config(), **{name: getattr(saved.config, name) for name in settled}
+        train_config, **{name: getattr(saved.config, name) for name in left_out}
     )
     dataset = _load(train_config, saved.data)
     model = build_model(train_config, dataset.num_classes)
@@ -144,7 +155,9 @@ def _plain(value: Any) -> Any:
 
 def _settle(config: TrainConfig, weights: Pretrained) -> TrainConfig:
     """Fills in what the weights decide."""
-    if config.norm != "batch" and weights.norm == "group":
+    if config.hidden_sizes not in ((), weights.hidden_sizes):
+        raise UserError("--hidden-sizes is what the weights have: leave it out.")
+    if config.norm == "frozen" and weights.norm == "group":
         raise UserError(
             f"--norm is {config.norm}, but the weights have group normalisation: leave it out."
         )

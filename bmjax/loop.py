@@ -82,7 +82,10 @@ def fit(
     parallel = make_parallel(config.device)
     if dataset is None:
         dataset = load_data(config)
-    run = Run(path, config, describe(dataset, start.statistics if start else None), extra or {})
+    statistics = start.statistics if start else None
+    if saved is not None:
+        statistics = {"mean": saved.data["mean"], "std": saved.data["std"]}
+    run = Run(path, config, describe(dataset, statistics), extra or {})
     if saved is not None:
         check_same(saved, run)
     check_possible(config, dataset)
@@ -117,6 +120,7 @@ def load_data(config: TrainConfig) -> Dataset:
 class _Best:
     accuracy: float = -1.0
     epoch: int = 0
+    improved: int = 0  # the last epoch that was strictly better than all before
     variables: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
@@ -206,7 +210,12 @@ class _Session:
             state, totals = restored["state"], restored["totals"]
             meta = read["meta"]
             if "best" in read:
-                self._best = _Best(meta["best_accuracy"], meta["best_epoch"], read["best"])
+                self._best = _Best(
+                    meta["best_accuracy"],
+                    meta["best_epoch"],
+                    meta.get("improved_epoch", meta["best_epoch"]),
+                    read["best"],
+                )
         return self._parallel.put(state), self._parallel.put(totals), step or 0
 
     def _loop(self, state: Any, totals: Any, start: int, stop: Stop) -> tuple[Any, int]:
@@ -217,6 +226,11 @@ class _Session:
                 if step == phase.first > 0:
                     state = self._parallel.put(phase.enter(self._on_one_device(state, step)))
                 state, totals, step = self._run_phase(phase, state, totals, step, stop)
+        if step < self._total:
+            self._display.say(
+                f"ended after epoch {step // self._num_batches}: none of the last "
+                f"{self._config.patience} was better than epoch {self._best.improved}"
+            )
         return state, step
 
     def _run_phase(
@@ -262,10 +276,14 @@ class _Session:
         return steps, self._parallel.put(loss_fn)
 
     def _gave_up(self, step: int) -> bool:
-        """Whether an epoch ended that was the last of too many without a better one."""
+        """Whether an epoch ended that was the last of too many without a better one.
+
+        They are counted from the beginning of the last phase on.
+        """
         epoch, rest = divmod(step, self._num_batches)
+        since = max(self._best.improved, self._phases[-1].first // self._num_batches)
         patience = self._config.patience
-        return bool(patience) and rest == 0 and epoch - self._best.epoch >= patience
+        return bool(patience) and rest == 0 and epoch - since >= patience
 
     def _ends(self, step: int) -> bool:
         return step == self._total or self._gave_up(step)
@@ -323,8 +341,9 @@ class _Session:
         self._record({**place, "split": "validation", **values})
         # Of equals the later one: it has seen more.
         if values["accuracy"] >= self._best.accuracy:
+            improved = epoch if values["accuracy"] > self._best.accuracy else self._best.improved
             variables = checkpoint.to_named(self._parallel.get(state.variables))
-            self._best = _Best(values["accuracy"], epoch, variables)
+            self._best = _Best(values["accuracy"], epoch, improved, variables)
         self._display.epoch(epoch, {**figures, "validation_accuracy": values["accuracy"]})
 
     def _record(self, record: dict[str, Any]) -> None:
@@ -342,6 +361,7 @@ class _Session:
             "epoch": step // self._num_batches,
             "best_accuracy": self._best.accuracy,
             "best_epoch": self._best.epoch,
+            "improved_epoch": self._best.improved,
         }
         self._writer.save(step, items, meta)
 

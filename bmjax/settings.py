@@ -223,6 +223,9 @@ def check_finetune(config: FinetuneConfig) -> None:
             ("layer-decay", config.layer_decay, 0 < config.layer_decay <= 1, "in (0, 1]"),
         ]
     )
+    if config.run.resume and (config.probe_only or config.find_learning_rate):
+        flag = "--probe-only" if config.probe_only else "--find-learning-rate"
+        raise UserError(f"{flag} begins anew: leave out --resume.")
     if config.probe_only and config.head != "probe":
         raise UserError(f"--probe-only is a linear probe, but --head is {config.head}.")
     if config.probe_only and config.find_learning_rate:

@@ -28,8 +28,9 @@ from bmjax.train import LossFn, TrainState, classification_loss, create_state
 
 MakeLoss = Callable[[nn.Module, dict[str, Any]], LossFn]
 
-# Examples that the statistics of pixels are taken from, where not all are in memory.
-_SAMPLE = 2000
+# Images that the statistics of pixels are taken from, of files: the same whether they are in
+# memory or not.
+_SAMPLE = 10_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,21 +156,27 @@ def epoch_orders(phase: Phase, dataset: Dataset, config: BaseConfig) -> Callable
 
 def make_losses(config: BaseConfig, dataset: Dataset, make_loss: MakeLoss | None) -> MakeLoss:
     """Returns `make_loss`, or the one that plain training takes."""
+    if make_loss is not None:
+        return make_loss
     weights = class_weights(dataset) if config.class_weights == "balanced" else None
 
     def plain_loss(model: nn.Module, statistics: dict[str, Any]) -> LossFn:
         return classification_loss(model, statistics, config.label_smoothing, weights)
 
-    return make_loss or plain_loss
+    return plain_loss
 
 
 def class_weights(dataset: Dataset) -> tuple[float, ...]:
     """Returns `examples / (classes * examples of the class)` of the training split, per class.
 
-    So each class weighs the same in a whole epoch, and the mean weight of an example is 1.
+    So each class weighs the same in a whole epoch, and the mean weight of an example is 1. Classes
+    without an example count neither way; their weight is 1.
     """
     counts = np.bincount(dataset.train.labels, minlength=dataset.num_classes)
-    return tuple(float(len(dataset.train) / (dataset.num_classes * count)) for count in counts)
+    present = np.count_nonzero(counts)
+    return tuple(
+        float(len(dataset.train) / (present * count)) if count else 1.0 for count in counts
+    )
 
 
 def describe(dataset: Dataset, statistics: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -178,7 +185,7 @@ def describe(dataset: Dataset, statistics: dict[str, Any] | None = None) -> dict
     Args:
         dataset: of the run.
         statistics: `mean` and `std` that images are normalised by; None: those of the training
-            split, where it is not in memory those of 2,000 evenly spaced images of it.
+            split; of image files those of at most 10,000 evenly spaced images of it.
     """
     return {
         "name": dataset.name,
@@ -191,10 +198,12 @@ def describe(dataset: Dataset, statistics: dict[str, Any] | None = None) -> dict
 
 
 def _some_images(dataset: Dataset) -> np.ndarray:
-    if isinstance(dataset.train, ArraySource):
-        return dataset.train.images
-    chosen = np.unique(np.linspace(0, len(dataset.train) - 1, _SAMPLE).astype(int))
-    return np.stack([dataset.train[int(index)]["image"] for index in chosen])
+    source = dataset.train
+    some = np.unique(np.linspace(0, len(source) - 1, _SAMPLE).astype(int))
+    if isinstance(source, ArraySource):
+        few = dataset.content is None or len(source) <= _SAMPLE
+        return source.images if few else source.images[some]
+    return np.stack([source[int(index)]["image"] for index in some])
 
 
 def check_possible(config: TrainConfig, dataset: Dataset) -> None:

@@ -24,5 +24,12 @@ def test_the_suggestion_is_a_tenth_of_the_rate_of_the_lowest_loss():
 
 
 def test_a_loss_that_explodes_at_once_is_said():
-    with pytest.raises(UserError, match=r"explodes after 3 steps, at a learning rate of 0\.1"):
+    with pytest.raises(UserError, match=r"explodes after 3 steps of tiny"):
         judge(np.array([0.001, 0.01, 0.1]), np.array([2.0, 3.0, 9.0]))
+    with pytest.raises(UserError, match="explodes after 0 steps"):
+        judge(np.array([]), np.array([]))
+
+
+def test_a_loss_that_only_rises_gives_no_suggestion():
+    with pytest.raises(UserError, match="rises from the first step on"):
+        judge(10.0 ** np.linspace(-6, 1, 50), np.linspace(1, 3, 50))
