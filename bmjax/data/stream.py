@@ -7,6 +7,7 @@ import numpy as np
 
 from bmjax.data.prepare import num_threads
 from bmjax.data.sources import Source
+from bmjax.quiet import errors_only
 
 
 class _Ordered:
@@ -63,7 +64,9 @@ def windows(
     Raises:
         UserError: an image that can no longer be decoded.
     """
-    import grain  # type: ignore[import-untyped]
+    # Where JAX is older than what it profiles with, it says so when it is imported.
+    with errors_only():
+        import grain  # type: ignore[import-untyped]
 
     rest = np.asarray(order)[start:]
     if not len(rest):
