@@ -1,10 +1,22 @@
 """Fine-tuning a ResNet-18 on photographs of clothes, against training it from scratch.
 
-    uv run python experiments/finetune_clothing.py FOLDER
+    uv run python experiments/finetune_clothing.py FOLDER --sizes 64
 
 FOLDER holds `clothing/{train,validation}/CLASS/*.jpg` (the public clothing-dataset-small) and
 `resnet18-cifar10.pth`, a ResNet-18 trained on CIFAR-10 at 64 px. Both sides have the defaults of
-`bmjax finetune` and as many epochs; only the weights they begin with differ.
+`bmjax finetune` and as many epochs, 12; only the weights they begin with differ. On two busy
+virtual cores of an AMD EPYC, Python 3.11, jax 0.10.2; validation accuracy on 341 photographs after
+the last epoch (no epoch is chosen), mean and standard deviation over 3 seeds:
+
+    | weights | size | last epoch | each seed |
+    |---|---|---|---|
+    | pretrained | 64 px | 83.8 ± 0.2% | 83.9, 83.6, 83.9 |
+    | scratch | 64 px | 76.0 ± 0.5% | 75.7, 75.7, 76.5 |
+
+A run took 15 to 25 minutes beside other work. The standard error of an accuracy on so few
+photographs is 2 points; both sides are measured on the same ones. Learning rate, its optimizer and
+the random crops were chosen on a fifth of the training photographs, one seed each of five settings,
+not on those for validation. The linear probe, however, chooses its penalty on the validation split.
 """
 
 import argparse
