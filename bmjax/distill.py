@@ -32,7 +32,7 @@ from bmjax.runs import (
     write_atomically,
 )
 from bmjax.settings import check_distill, contradictions, flatten, unflatten
-from bmjax.setup import MakeLoss, check_possible, class_weights
+from bmjax.setup import MakeLoss, check_possible, loss_weights
 from bmjax.train import Batch, LossFn, apply_train, label_loss, predict_logits
 
 DEFAULT_OUT = "runs/distill"
@@ -252,7 +252,7 @@ def _distil(
         "alpha": config.alpha,
     }
 
-    weights = class_weights(dataset) if config.class_weights == "balanced" else None
+    weights = loss_weights(config, dataset)
 
     def make_loss(model: nn.Module, statistics: dict[str, Any]) -> LossFn:
         return distillation_loss(

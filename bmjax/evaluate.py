@@ -226,8 +226,7 @@ def check_fits(trained: TrainedRun, dataset: Dataset) -> None:
             f"{dataset.num_classes}. Choose data with the same classes."
         )
     ours, theirs = tuple(trained.run.data["class_names"]), dataset.class_names
-    numbers = tuple(map(str, range(trained.num_classes)))
-    if ours != theirs and numbers not in (ours, theirs):
+    if not same_classes(ours, theirs):
         raise UserError(
             f"the run in {path} knows the classes {', '.join(ours)}, but {dataset.name} has "
             f"{', '.join(theirs)}, in this order. Number the classes alike."
@@ -238,6 +237,12 @@ def check_fits(trained: TrainedRun, dataset: Dataset) -> None:
             f"{dataset.image_shape} (height, width, channels). Choose data of that shape, or "
             "--image-size where only the size differs."
         )
+
+
+def same_classes(ours: tuple[str, ...], theirs: tuple[str, ...]) -> bool:
+    """Whether as many names of classes may mean the same: equal, or one side knows numbers only."""
+    numbers = tuple(map(str, range(len(ours))))
+    return ours == theirs or numbers in (ours, theirs)
 
 
 def measure(trained: TrainedRun, source: Source, config: EvaluateConfig) -> dict[str, Any]:

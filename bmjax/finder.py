@@ -14,17 +14,24 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import Partial
 from rich.console import Console
 from rich.progress import track
 
-from bmjax.compiled import make_train_steps, zero_totals
+from bmjax.compiled import zero_totals
 from bmjax.config import TrainConfig
 from bmjax.data import Dataset, loader
 from bmjax.errors import UserError
 from bmjax.parallel import make_parallel
 from bmjax.runs import make_folder, replacing, write_atomically
-from bmjax.setup import Start, build_model, describe, epoch_orders, make_losses, make_phases
+from bmjax.setup import (
+    Start,
+    build_model,
+    compile_phase,
+    epoch_orders,
+    make_losses,
+    make_phases,
+    pixel_statistics,
+)
 
 _LOWEST, _HIGHEST, _STEPS = 1e-6, 10.0, 120
 # Of the running average of the losses, which a single batch makes jump.
@@ -160,29 +167,20 @@ def _try_rates(
     start = None if start is None else dataclasses.replace(start, head_epochs=0)
     model = build_model(config, dataset.num_classes, parallel.axis_name)
     phase = make_phases(config, model, dataset.image_shape, num_batches, start, _growing)[-1]
-    statistics = describe(dataset, start.statistics if start else None)
-    loss_fn = make_losses(config, dataset, None)(phase.model, statistics)
-    size, mean = dataset.image_shape[:2], statistics["mean"]
-    steps = make_train_steps(
-        parallel,
-        phase.optimizer,
-        config.batch_size,
-        loader.make_view(config.views, size, mean, parallel.axis_name),
-        config.accumulate,
-        config.ema_decay,
-        phase.trained,
-    )
-    zeros = zero_totals(loss_fn, phase.fresh, dataset.image_shape)
+    statistics = start.statistics if start else pixel_statistics(dataset)
+    make_loss = make_losses(config, dataset, None)
+    shape = dataset.image_shape
+    steps, loss_fn = compile_phase(phase, parallel, config, make_loss, statistics, shape)
+    zeros = zero_totals(make_loss(phase.model, statistics), phase.fresh, shape)
     feed = loader.Feed(
         dataset.train, parallel.put, config.batch_size, epoch_orders(phase, dataset, config), True
     )
     state, totals = parallel.put(phase.fresh), parallel.put(zeros)
-    held_loss = parallel.put(loss_fn if isinstance(loss_fn, Partial) else Partial(loss_fn))
     losses: list[float] = []
     before = {"loss": 0.0, "count": 0.0}
     for step in track(range(_STEPS), "trying learning rates", console=console, transient=True):
         arrays, _ = feed.at(step)
-        state, totals = steps(state, totals, held_loss, arrays, np.int32(step + 1))
+        state, totals = steps(state, totals, loss_fn, arrays, np.int32(step + 1))
         sums = {name: float(value) for name, value in parallel.get(totals).items()}
         if step % num_batches == 0:
             before = {"loss": 0.0, "count": 0.0}

@@ -16,6 +16,7 @@ from bmjax.config import FinetuneConfig, TrainConfig
 from bmjax.data import Dataset, load_dataset, preprocess
 from bmjax.data.sources import with_channels
 from bmjax.errors import StoppedError, UserError
+from bmjax.evaluate import same_classes
 from bmjax.finder import find_learning_rate
 from bmjax.loop import fit
 from bmjax.optim import trainable_mask
@@ -24,7 +25,7 @@ from bmjax.pretrained import Pretrained, read_pretrained, write_run
 from bmjax.probe import Probe, probe_head
 from bmjax.runs import CONFIG, Run, read_run, refuse_existing
 from bmjax.settings import check_finetune, flatten, unflatten
-from bmjax.setup import Start, build_model, check_possible, class_weights, describe
+from bmjax.setup import Start, build_model, check_possible, describe, loss_weights
 
 # Settings beyond those of training; `weights_fingerprint` stands beside them in a run's config.
 _OWN = ("weights", "head", "head_epochs", "freeze", "layer_decay", "probe_only")
@@ -198,8 +199,7 @@ def _check_kept(weights: Pretrained, dataset: Dataset) -> None:
             f"--head keep: the weights tell {len(own)} classes apart, but {dataset.name} has "
             f"{len(theirs)}. Leave --head out for a new one."
         )
-    numbers = tuple(map(str, range(len(own))))
-    if own != theirs and numbers not in (own, theirs):
+    if not same_classes(own, theirs):
         raise UserError(
             f"--head keep: the weights know the classes {', '.join(own)}, but {dataset.name} has "
             f"{', '.join(theirs)}, in this order. Leave --head out for a new one."
@@ -219,8 +219,8 @@ def _make_start(
     trainable_mask(start_variables["params"], config.freeze)  # a wrong rule is said at once
     probe = None
     if config.head == "probe":
-        balanced = class_weights(dataset) if config.class_weights == "balanced" else None
-        probe = probe_head(model, start_variables, weights.statistics, dataset, balanced)
+        factors = loss_weights(config, dataset)
+        probe = probe_head(model, start_variables, weights.statistics, dataset, factors)
         params["head"] = {"kernel": probe.kernel, "bias": probe.bias}
     start = Start(
         start_variables, weights.statistics, config.freeze, config.head_epochs, config.layer_decay

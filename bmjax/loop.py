@@ -3,18 +3,16 @@
 import dataclasses
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.tree_util import Partial
 from rich.console import Console
 
 from bmjax import checkpoint
 from bmjax.cache import use_compilation_cache
-from bmjax.compiled import evaluate_split, make_evaluate, make_train_steps, zero_totals
+from bmjax.compiled import evaluate_split, make_evaluate, zero_totals
 from bmjax.config import TrainConfig
 from bmjax.data import Dataset, load_dataset, loader
 from bmjax.errors import DivergenceError, StoppedError
@@ -28,6 +26,7 @@ from bmjax.setup import (
     Start,
     build_model,
     check_possible,
+    compile_phase,
     describe,
     epoch_orders,
     make_losses,
@@ -237,7 +236,9 @@ class _Session:
         self, phase: Phase, state: Any, totals: Any, step: int, stop: Stop
     ) -> tuple[Any, Any, int]:
         config = self._config
-        steps, loss_fn = self._compiled(phase)
+        steps, loss_fn = compile_phase(
+            phase, self._parallel, config, self._make_loss, self._statistics, self._image_shape
+        )
         calls = _Calls()
         while step < phase.last and not self._gave_up(step):
             arrays, end = self._train.at(step)
@@ -257,23 +258,6 @@ class _Session:
             if stopped and not self._ends(step):
                 self._stop(step, stop)
         return state, totals, step
-
-    def _compiled(self, phase: Phase) -> tuple[Callable[..., Any], Any]:
-        config, mean = self._config, self._statistics["mean"]
-        axis_name = self._parallel.axis_name
-        view = loader.make_view(config.views, self._image_shape[:2], mean, axis_name)
-        steps = make_train_steps(
-            self._parallel,
-            phase.optimizer,
-            config.batch_size,
-            view,
-            config.accumulate,
-            config.ema_decay,
-            phase.trained,
-        )
-        loss_fn = self._make_loss(phase.model, self._statistics)
-        loss_fn = loss_fn if isinstance(loss_fn, Partial) else Partial(loss_fn)
-        return steps, self._parallel.put(loss_fn)
 
     def _gave_up(self, step: int) -> bool:
         """Whether an epoch ended that was the last of too many without a better one.

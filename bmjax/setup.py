@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.tree_util import Partial
 
+from bmjax.compiled import make_train_steps
 from bmjax.config import BaseConfig, TrainConfig
 from bmjax.data import ArraySource, Dataset, loader, preprocess
 from bmjax.errors import UserError, unknown_name
@@ -22,7 +24,7 @@ from bmjax.optim import (
     select,
     trainable_mask,
 )
-from bmjax.parallel import check_divides, make_parallel
+from bmjax.parallel import Parallel, check_divides, make_parallel
 from bmjax.settings import check_train
 from bmjax.train import LossFn, TrainState, classification_loss, create_state
 
@@ -158,12 +160,42 @@ def make_losses(config: BaseConfig, dataset: Dataset, make_loss: MakeLoss | None
     """Returns `make_loss`, or the one that plain training takes."""
     if make_loss is not None:
         return make_loss
-    weights = class_weights(dataset) if config.class_weights == "balanced" else None
+    weights = loss_weights(config, dataset)
 
     def plain_loss(model: nn.Module, statistics: dict[str, Any]) -> LossFn:
         return classification_loss(model, statistics, config.label_smoothing, weights)
 
     return plain_loss
+
+
+def compile_phase(
+    phase: Phase,
+    parallel: Parallel,
+    config: BaseConfig,
+    make_loss: MakeLoss,
+    statistics: dict[str, Any],
+    image_shape: tuple[int, int, int],
+) -> tuple[Callable[..., Any], Any]:
+    """Returns the steps of `make_train_steps` for a phase, and its loss function on the devices."""
+    axis_name = parallel.axis_name
+    view = loader.make_view(config.views, image_shape[:2], statistics["mean"], axis_name)
+    steps = make_train_steps(
+        parallel,
+        phase.optimizer,
+        config.batch_size,
+        view,
+        config.accumulate,
+        config.ema_decay,
+        phase.trained,
+    )
+    loss_fn = make_loss(phase.model, statistics)
+    loss_fn = loss_fn if isinstance(loss_fn, Partial) else Partial(loss_fn)
+    return steps, parallel.put(loss_fn)
+
+
+def loss_weights(config: BaseConfig, dataset: Dataset) -> tuple[float, ...] | None:
+    """Returns the weights of the classes in the loss that the config asks for; None: 1 each."""
+    return class_weights(dataset) if config.class_weights == "balanced" else None
 
 
 def class_weights(dataset: Dataset) -> tuple[float, ...]:
@@ -193,8 +225,13 @@ def describe(dataset: Dataset, statistics: dict[str, Any] | None = None) -> dict
         "class_names": list(dataset.class_names),
         "image_shape": dataset.image_shape,
         "transform": dataset.transform.to_dict() if dataset.transform else None,
-        **(statistics or preprocess.pixel_statistics(_some_images(dataset))),
+        **(statistics or pixel_statistics(dataset)),
     }
+
+
+def pixel_statistics(dataset: Dataset) -> dict[str, Any]:
+    """Returns the training split's `mean` and `std`, of a sample of it where it is large."""
+    return preprocess.pixel_statistics(_some_images(dataset))
 
 
 def _some_images(dataset: Dataset) -> np.ndarray:

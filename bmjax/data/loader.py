@@ -6,6 +6,7 @@ a slice of it; the last one is padded and masked. Windows hold examples in that 
 run is the same to the bit either way.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -82,7 +83,7 @@ class Feed:
                 self._begin(step)
             self._window = self._read(step) if self._ahead is None else self._ahead
             self._ahead = None
-            self._first, self._end = step, min(step + self._batches_in_window(), end_of_epoch)
+            self._first, self._end = step, min(step + self._batches_in_window, end_of_epoch)
         return self._window, self._end
 
     def read_ahead(self) -> None:
@@ -90,7 +91,9 @@ class Feed:
         if self._whole is None and self._ahead is None and self._end % self.num_batches:
             self._ahead = self._read(self._end)
 
+    @functools.cached_property
     def _batches_in_window(self) -> int:
+        # Once: to know the size, an image is decoded.
         image = self._source.wide_image(0) if self._wide else self._source[0]["image"]
         return max(1, min(self.num_batches, _WINDOW_BYTES // (image.size * self._batch_size)))
 
@@ -101,7 +104,7 @@ class Feed:
         order = np.arange(len(self._source), dtype=np.int32)
         if self._draw_order is not None:
             order = self._draw_order(epoch)[: len(self._source)]
-        size = self._batches_in_window() * self._batch_size
+        size = self._batches_in_window * self._batch_size
         start = index * self._batch_size
         self._windows = windows(self._source, order, size, wide=self._wide, start=start)
         self._ahead = None
