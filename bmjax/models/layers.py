@@ -1,7 +1,7 @@
 """Convolution, pooling and normalisation, lowered per backend.
 
-XLA's convolution on CPU falls to a naive path inside a compiled loop, where the whole epoch
-lives; there a convolution is lowered to matmuls over slices of the image.
+XLA's convolution on CPU is slow, most of all its gradient by the kernel; there a convolution is
+lowered to matmuls over slices of the image.
 """
 
 import functools
@@ -14,6 +14,12 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 _NHWC = ("NHWC", "HWIO", "NHWC")
+# Patches that a core works on at once, on CPU: of about the size of its cache. Measured on shapes
+# of ResNet-18 at 128 px, batch 64: forward 1.1 to 2.5 times, backward 1.2 to 1.8 times as fast as
+# the whole batch at once.
+_PATCH_BYTES = 5 << 20
+# Fewer channels make thin matmuls.
+_THIN = 8
 
 
 def at_least_float32(dtype: Any) -> Any:
@@ -50,28 +56,67 @@ class Conv(nn.Module):
         shape = (*self.kernel_size, images.shape[-1] // self.groups, self.features)
         kernel = self.param("kernel", self.kernel_init, shape)
         images, kernel = nn.dtypes.promote_dtype(images, kernel, dtype=self.dtype)
-        padded = jnp.pad(images, ((0, 0), *self.padding, (0, 0)))
-        by_matmul = functools.partial(_conv_by_matmul, stride=self.stride, groups=self.groups)
-        by_xla = functools.partial(_conv_by_xla, stride=self.stride, groups=self.groups)
-        out = lax.platform_dependent(padded, kernel, cpu=by_matmul, default=by_xla)
+
+        def lowered(convolve: Callable[..., Array]) -> Callable[[Array, Array], Array]:
+            return lambda *arrays: convolve(*arrays, self.padding, self.stride, self.groups)
+
+        by_matmul, by_xla = lowered(_conv_in_chunks), lowered(_conv_by_xla)
+        out = lax.platform_dependent(images, kernel, cpu=by_matmul, default=by_xla)
         if not self.use_bias:
             return out
         bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
         return out + bias.astype(out.dtype)[None, None, None, :]
 
 
-def _conv_by_xla(images: Array, kernel: Array, stride: int = 1, groups: int = 1) -> Array:
+def _conv_by_xla(
+    images: Array, kernel: Array, padding: Sequence[tuple[int, int]], stride: int, groups: int
+) -> Array:
     return lax.conv_general_dilated(
         images,
         kernel,
         (stride, stride),
-        "VALID",
+        padding,
         dimension_numbers=_NHWC,
         feature_group_count=groups,
     )
 
 
-def _conv_by_matmul(images: Array, kernel: Array, stride: int = 1, groups: int = 1) -> Array:
+def _conv_in_chunks(
+    images: Array, kernel: Array, padding: Sequence[tuple[int, int]], stride: int, groups: int
+) -> Array:
+    """Convolves a few images at a time, so that their patches stay in the processor's cache.
+
+    Backward the patches are made again, which costs less than to write all and read them back.
+    """
+
+    @jax.checkpoint
+    def convolve(part: Array) -> Array:
+        padded = jnp.pad(part, ((0, 0), *padding, (0, 0)))
+        return _conv_by_matmul(padded, kernel, stride, groups)
+
+    batch = len(images)
+    size = _chunk_size(images, kernel, stride, groups)
+    # Where a batch is divided over (virtual) devices, a loop over its parts would gather it.
+    if size == batch or jax.device_count() > 1:
+        return convolve(images)
+    out = lax.map(convolve, images.reshape(batch // size, size, *images.shape[1:]))
+    return out.reshape(batch, *out.shape[2:])
+
+
+def _chunk_size(images: Array, kernel: Array, stride: int, groups: int) -> int:
+    """Returns the largest divisor of the batch whose patches fit; the batch if that is tiny."""
+    batch, height, width, channels = images.shape
+    rows, columns = kernel.shape[:2]
+    if columns == 1:
+        return batch
+    depth = rows * columns if groups > 1 or channels < _THIN else columns
+    patches = height * width * depth * channels * images.dtype.itemsize // stride**2
+    sizes = [n for n in range(1, batch + 1) if batch % n == 0 and n * patches <= _PATCH_BYTES]
+    size = max(sizes, default=1)
+    return size if size * patches * 8 > _PATCH_BYTES else batch
+
+
+def _conv_by_matmul(images: Array, kernel: Array, stride: int, groups: int) -> Array:
     rows, columns, channels, features = kernel.shape
     height = (images.shape[1] - rows) // stride + 1
     width = (images.shape[2] - columns) // stride + 1
@@ -85,7 +130,7 @@ def _conv_by_matmul(images: Array, kernel: Array, stride: int = 1, groups: int =
         patches = jnp.stack(shifted, axis=3)
         return _grouped(jnp.stack([along_rows(patches, i) for i in range(rows)], 3), kernel, groups)
     patches = jnp.concatenate(shifted, axis=-1)
-    if channels < 8:
+    if channels < _THIN:
         # So few channels make thin matmuls: gather the rows as well and do a single one.
         patches = jnp.concatenate([along_rows(patches, i) for i in range(rows)], axis=-1)
         parts = [(patches, kernel.reshape(rows * columns * channels, features))]
