@@ -1,11 +1,18 @@
 """Certifies the conversion of all ten torchvision ResNets.
 
-Random weights with perturbed running statistics, four images of noise, 10 classes. Outputs, the
-gradient of every param, and one step of SGD are compared with torchvision's, in float32 and in
-float64, and the state dict after a round trip; see `bmjax.weights.certificate.certify`. With
-random weights and so small a batch, float32 alone can't judge a deep network's gradients in
-training mode: PyTorch's own are off by more than 2% there. Such rows say `noise`, and float64
-judges.
+Four images of noise, 10 classes. Outputs, the gradients of every param in evaluation and in
+training mode, and one step of SGD are compared with torchvision's, in float32 and in float64, and
+the state dict after a round trip; see `bmjax.weights.certificate.certify`.
+
+Random weights with perturbed running statistics, of one of two kinds:
+
+- `active`: weights of BatchNorm about 0.25 and its biases about 1, so that nearly every ReLU is
+  far from its kink; running statistics are those of another batch, perturbed. Nothing magnifies
+  rounding, and float32 alone is held to the stated tolerances: logits and stages 1e-4, gradients
+  1e-3, statistics 1e-5, params 1e-4, as shares of the largest value of each array.
+- `torchvision`: as torchvision draws them, half of all ReLUs at 0; running statistics about 0
+  and 1, perturbed. With so small a batch, float32 can't judge a deep network's gradients in
+  training mode: PyTorch's own are off by more than 2%. Such rows say `noise`, and float64 judges.
 
     uv run --extra torch python experiments/certify_all.py --sizes 64
 
@@ -45,42 +52,68 @@ import torch
 import torchvision
 
 from bmjax.models import RESNETS
-from bmjax.weights.certificate import certify
+from bmjax.weights.certificate import TOLERANCES, Certificate, certify
 
 MODELS = [name for name in RESNETS if hasattr(torchvision.models, name)]
+# The columns beside the logits, by what the certificate calls them.
+PARTS = {
+    "evaluation gradients": "eval. gradients",
+    "gradients": "gradients",
+    "statistics after a step": "statistics",
+    "params after a step": "params",
+}
 
 
-def draw(model: str) -> dict[str, np.ndarray]:
-    """Returns torchvision's random weights with running statistics that are not 0 and 1."""
+def draw(model: str, size: int, kind: str) -> dict[str, np.ndarray]:
+    """Returns random weights; see the module's docstring for the kinds."""
     torch.manual_seed(0)
-    state_dict = getattr(torchvision.models, model)(num_classes=10).state_dict()
+    net = getattr(torchvision.models, model)(num_classes=10)
     generator = torch.Generator().manual_seed(1)
-    for name, value in state_dict.items():
-        if name.endswith("running_mean"):
-            value.copy_(0.1 * torch.randn(value.shape, generator=generator))
-        elif name.endswith("running_var"):
-            value.copy_(0.5 + torch.rand(value.shape, generator=generator))
-        elif name.endswith("num_batches_tracked"):
-            value.fill_(7)
+    norms = [module for module in net.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+
+    def normal(shape: torch.Size) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    with torch.no_grad():
+        if kind == "active":
+            for norm in norms:
+                norm.weight.copy_(0.25 + 0.05 * normal(norm.weight.shape))
+                norm.bias.copy_(1 + 0.1 * normal(norm.bias.shape))
+                norm.momentum = 1.0  # running statistics become those of the one batch
+            net.train()(normal(torch.Size((4, 3, size, size))))
+        state_dict = net.state_dict()
+        for name, value in state_dict.items():
+            if name.endswith("running_mean"):
+                variance = state_dict[name.replace("mean", "var")]
+                value.add_(0.1 * variance.sqrt() * normal(value.shape))
+            elif name.endswith("running_var"):
+                value.mul_(0.5 + torch.rand(value.shape, generator=generator))
+            elif name.endswith("num_batches_tracked"):
+                value.fill_(7)
     return {name: value.numpy() for name, value in state_dict.items()}
+
+
+def within_stated(certificate: Certificate) -> bool:
+    """Whether float32 is within the stated tolerances everywhere, no allowance made."""
+    single = [row for row in certificate.rows if row.precision == "float32"]
+    return bool(single) and all(row.relative <= TOLERANCES[row.part] for row in single)
 
 
 def main() -> None:
     """Prints the largest relative differences of each model, a line per size and precision."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--models", nargs="+", default=MODELS, help="(default: all ten)")
-    parser.add_argument("--sizes", nargs="+", type=int, default=[64], help="pixels (default: 64)")
+    parser.add_argument("--sizes", nargs="+", type=int, default=[64, 224], help="in pixels")
+    parser.add_argument("--draw", choices=("active", "torchvision"), default="active")
     arguments = parser.parse_args()
-    print(
-        f"{'model':18} {'px':>3} {'in':7}  {'logits':>8} {'gradients':>15} {'statistics':>15} "
-        f"{'params':>15}   s"
-    )
+    columns = " ".join(f"{part:>15}" for part in PARTS.values())
+    print(f"{'model':18} {'px':>3} {'in':7}  {'logits':>8} {columns}   s")
     failed = False
     for model in arguments.models:
         for size in arguments.sizes:
             begin = time.monotonic()
             images = np.random.default_rng(0).normal(size=(4, size, size, 3)).astype(np.float32)
-            certificate = certify(draw(model), model, {"noise": images})
+            certificate = certify(draw(model, size, arguments.draw), model, {"noise": images})
             worst = {
                 (row.precision, row.part): row
                 for row in certificate.worst()
@@ -88,14 +121,13 @@ def main() -> None:
             }
             for precision in ("float32", "float64"):
                 logits = worst[precision, "logits"]
-                parts = [
-                    worst[precision, part]
-                    for part in ("gradients", "statistics after a step", "params after a step")
-                ]
+                parts = [worst[precision, part] for part in PARTS]
                 cells = " ".join(f"{row.relative:>9.1e} {row.verdict:5}" for row in parts)
-                print(f"{model:18} {size:>3} {precision}  {logits.relative:>8.1e} {cells}", end="")
-                print(f"  {time.monotonic() - begin:.0f}" if precision == "float64" else "")
-            if not certificate.passed:
+                line = f"{model:18} {size:>3} {precision}  {logits.relative:>8.1e} {cells}"
+                seconds = f"  {time.monotonic() - begin:.0f}" if precision == "float64" else ""
+                print(line + seconds, flush=True)
+            stated = arguments.draw == "torchvision" or within_stated(certificate)
+            if not (certificate.passed and stated):
                 failed = True
                 print(certificate.as_table())
     print("FAIL" if failed else "every comparison passes, and every round trip is bit-equal")

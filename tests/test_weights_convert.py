@@ -203,6 +203,7 @@ def test_the_certificate_of_torchvisions_own_passes(model):
         "round trip",
         "stages",
         "logits",
+        "evaluation gradients",
         "gradients",
         "statistics after a step",
         "params after a step",
@@ -229,6 +230,12 @@ def test_a_certificate_fails_on_a_difference():
     certificate = Certificate("resnet18", 10, (row,), {})
     assert not certificate.passed
     assert "FAIL (1 of them)" in certificate.as_table()
+    # Zero but for rounding: compared with a ten-thousandth of the largest gradient.
+    ours, theirs = {"a": np.array([1e-9]), "b": np.ones(1)}, {"a": np.zeros(1), "b": np.ones(1)}
+    row, _ = _compare("random", "float32", "gradients", ours, theirs, 1e-3)
+    assert row.relative == pytest.approx(1e-5)
+    row, _ = _compare("random", "float32", "logits", ours, theirs, 1e-3)
+    assert row.relative == np.inf
     nan = Row("random", "float64", "logits", "logits", np.nan, np.nan, None)
     assert nan.verdict == "FAIL"
     assert not Certificate("resnet18", 10, (), {}).passed

@@ -27,6 +27,7 @@ TOLERANCES = {
     "round trip": 0.0,
     "stages": 1e-4,
     "logits": 1e-4,
+    "evaluation gradients": 1e-3,
     "gradients": 1e-3,
     "statistics after a step": 1e-5,
     "params after a step": 1e-4,
@@ -39,6 +40,9 @@ EXACT = 1e-8
 NOISE_FACTOR = 5.0
 # Where that is more, float32 says nothing, and float64 alone judges.
 _LARGEST_TOLERANCE = 0.1
+# A gradient that is zero but for rounding, as that of a bias before a normalisation, is compared
+# with this share of the largest of all.
+_FLOOR = 1e-4
 STAGES = ("stem", "stage1", "stage2", "stage3", "stage4", "pre_logits")
 _HOOKS = ("maxpool", "layer1", "layer2", "layer3", "layer4", "avgpool")
 # Arrays by name, by part.
@@ -55,7 +59,8 @@ class Row:
         part: what was compared, a key of TOLERANCES.
         name: the array, in bmjax's or torchvision's words.
         absolute: largest absolute difference.
-        relative: the same divided by the largest absolute value of the array.
+        relative: the same divided by the largest absolute value of the array; of gradients at
+            least by a ten-thousandth of the largest of all, as some are 0 but for rounding.
         tolerance: of `relative`; None where float32 itself is too far off to judge by.
     """
 
@@ -143,12 +148,13 @@ def certify(
 ) -> Certificate:
     """Compares bmjax with torchvision on the same weights and images, on the CPU.
 
-    In evaluation mode: the output of each stage, and the logits. In training mode, with mean
-    cross entropy and one step of plain SGD at learning rate 0.1: the gradient of every param, the
-    running statistics and the params after the step. And the state dict after a round trip.
+    In evaluation mode: the output of each stage, the logits, and the gradient of every param. In
+    training mode, with one step of plain SGD at learning rate 0.1: the gradient of every param,
+    the running statistics and the params after the step. The loss is the mean cross entropy. And
+    the state dict after a round trip.
 
     All of it in float64, where the two must agree but for the order of sums, and in float32. In
-    float32, what training mode gives is compared with PyTorch's float64, and a difference is
+    float32, gradients and what a step gives are compared with PyTorch's float64; a difference is
     allowed up to the stated tolerance or five times what PyTorch's own float32 is off, whichever
     is larger: small batches can magnify rounding that far. Where even that is over a tenth, the
     row says `noise`, and float64 judges alone.
@@ -240,11 +246,12 @@ def _compare(
     if set(ours) != set(theirs):
         raise ValueError(f"{part}: {sorted(set(ours) ^ set(theirs))} are on one side only")
     rows = []
+    largest_of = {name: float(np.abs(value).max(initial=0.0)) for name, value in theirs.items()}
+    floor = _FLOOR * max(largest_of.values()) if "gradients" in part else 0.0
     for name, expected in theirs.items():
-        got = np.asarray(ours[name], np.float64)
-        expected = np.asarray(expected, np.float64)
-        absolute = float(np.abs(got - expected).max(initial=0.0))
-        largest = float(np.abs(expected).max(initial=0.0))
+        difference = np.asarray(ours[name], np.float64) - np.asarray(expected, np.float64)
+        absolute = float(np.abs(difference).max(initial=0.0))
+        largest = max(largest_of[name], floor)
         relative = absolute / largest if largest else (0.0 if absolute == 0 else np.inf)
         rows.append(Row(images, precision, part, name, absolute, relative, tolerance))
     return rows
@@ -275,19 +282,26 @@ def _torch_results(
         getattr(net, place).register_forward_hook(keep(name))
         for name, place in zip(STAGES, _HOOKS, strict=True)
     ]
-    with torch.no_grad():
-        logits = net.eval()(batch).numpy()
+    optimizer = torch.optim.SGD(net.parameters(), lr=LEARNING_RATE)
+
+    def gradients_and_logits() -> tuple[dict[str, np.ndarray], np.ndarray]:
+        optimizer.zero_grad()
+        logits = net(batch)
+        torch.nn.functional.cross_entropy(logits, torch.tensor(labels)).backward()
+        gradients = {name: leaf.grad.numpy().copy() for name, leaf in net.named_parameters()}
+        return gradients, logits.detach().numpy()
+
+    net.eval()
+    evaluation_gradients, logits = gradients_and_logits()
     for hook in hooks:
         hook.remove()
     net.train()
-    optimizer = torch.optim.SGD(net.parameters(), lr=LEARNING_RATE)
-    loss = torch.nn.functional.cross_entropy(net(batch), torch.tensor(labels))
-    loss.backward()
-    gradients = {name: leaf.grad.numpy().copy() for name, leaf in net.named_parameters()}
+    gradients, _ = gradients_and_logits()
     optimizer.step()
     return {
         "stages": stages,
         "logits": {"logits": logits},
+        "evaluation gradients": evaluation_gradients,
         "gradients": gradients,
         "statistics after a step": {name: leaf.numpy() for name, leaf in net.named_buffers()},
         "params after a step": {
@@ -306,28 +320,29 @@ def _jax_results(
 ) -> Results:
     module = RESNETS[model](num_classes=num_classes)
 
+    def loss(params: Any, batch_stats: Any, images: Any, train: bool) -> Any:
+        logits, new = module.apply(
+            {"params": params, "batch_stats": batch_stats},
+            images,
+            train=train,
+            mutable=["batch_stats"] if train else ["intermediates"],
+        )
+        of_labels = jax.nn.log_softmax(logits)[jnp.arange(len(labels)), labels]
+        return -jnp.mean(of_labels), (logits, new)
+
     @jax.jit
     def evaluate(variables: Any, images: Any) -> Any:
-        return module.apply(variables, images, mutable=["intermediates"])
+        gradient = jax.grad(loss, has_aux=True)
+        grads, (logits, new) = gradient(*_parts(variables), images, train=False)
+        return grads, logits, new["intermediates"]
 
     @jax.jit
     def step(variables: Any, images: Any) -> Any:
-        params, batch_stats = variables["params"], variables["batch_stats"]
-
-        def loss(params: Any) -> Any:
-            logits, new = module.apply(
-                {"params": params, "batch_stats": batch_stats},
-                images,
-                train=True,
-                mutable=["batch_stats"],
-            )
-            of_labels = jax.nn.log_softmax(logits)[jnp.arange(len(labels)), labels]
-            return -jnp.mean(of_labels), new["batch_stats"]
-
-        grads, batch_stats = jax.grad(loss, has_aux=True)(params)
+        params, batch_stats = _parts(variables)
+        grads, (_, new) = jax.grad(loss, has_aux=True)(params, batch_stats, images, train=True)
         optimizer = optax.sgd(LEARNING_RATE)
         updates, _ = optimizer.update(grads, optimizer.init(params))
-        return grads, batch_stats, optax.apply_updates(params, updates)
+        return grads, new["batch_stats"], optax.apply_updates(params, updates)
 
     before = bool(jax.config.read("jax_enable_x64"))
     jax.config.update("jax_enable_x64", precision is np.float64)
@@ -336,21 +351,29 @@ def _jax_results(
             variables = jax.tree.map(
                 lambda leaf: leaf.astype(precision) if leaf.dtype == np.float32 else leaf, variables
             )
-            logits, new = evaluate(variables, images.astype(precision))
+            evaluation_grads, logits, stages = evaluate(variables, images.astype(precision))
             grads, batch_stats, params = step(variables, images.astype(precision))
     finally:
         jax.config.update("jax_enable_x64", before)
 
-    def named(params: Any, batch_stats: Any) -> dict[str, np.ndarray]:
+    def named(params: Any) -> dict[str, np.ndarray]:
         return to_torchvision({"params": params, "batch_stats": batch_stats}, model)
 
-    after = named(params, batch_stats)
+    after = named(params)
     statistics = {name for name in after if "running_" in name or name.endswith("_tracked")}
-    gradients = named(grads, batch_stats)
+
+    def without_statistics(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {name: array for name, array in arrays.items() if name not in statistics}
+
     return {
-        "stages": {name: new["intermediates"][name] for name in STAGES},
+        "stages": {name: stages[name] for name in STAGES},
         "logits": {"logits": logits},
-        "gradients": {name: gradients[name] for name in gradients if name not in statistics},
+        "evaluation gradients": without_statistics(named(evaluation_grads)),
+        "gradients": without_statistics(named(grads)),
         "statistics after a step": {name: after[name] for name in after if name in statistics},
-        "params after a step": {name: after[name] for name in after if name not in statistics},
+        "params after a step": without_statistics(after),
     }
+
+
+def _parts(variables: dict[str, Any]) -> tuple[Any, Any]:
+    return variables["params"], variables["batch_stats"]
