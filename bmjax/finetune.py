@@ -19,7 +19,7 @@ from bmjax.errors import StoppedError, UserError
 from bmjax.evaluate import same_classes
 from bmjax.finder import find_learning_rate
 from bmjax.loop import fit
-from bmjax.optim import trainable_mask
+from bmjax.optim import depth_scales, trainable_mask
 from bmjax.parallel import request_devices
 from bmjax.pretrained import Pretrained, read_pretrained, write_run
 from bmjax.probe import Probe, probe_head
@@ -216,7 +216,10 @@ def _make_start(
     start_variables = {"params": params, "batch_stats": weights.variables["batch_stats"]}
     # Same names, shapes and types as the model's own; the message lists what differs.
     checkpoint.from_named(checkpoint.to_named(start_variables), variables, config.weights)
-    trainable_mask(start_variables["params"], config.freeze)  # a wrong rule is said at once
+    # What is wrong is said at once.
+    trainable_mask(start_variables["params"], config.freeze)
+    if config.layer_decay != 1:
+        depth_scales(start_variables["params"], config.layer_decay)
     probe = None
     if config.head == "probe":
         factors = loss_weights(config, dataset)

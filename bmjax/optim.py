@@ -131,12 +131,19 @@ def depth_scales(params: Any, layer_decay: float) -> Any:
     Ruder 2018, there by a factor of 1 / 2.6).
 
     Args:
-        params: a tree of params of a ResNet, or of a model without stages, whose leaves all have
-            depth 0.
+        params: a tree of params of a ResNet.
         layer_decay: in (0, 1].
+
+    Raises:
+        UserError: the params have no stages.
     """
     names = [path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     stages = [int(match[1]) for name in names if (match := re.match(r"stage(\d+)_", name))]
+    if not stages:
+        raise UserError(
+            f"--layer-decay is {layer_decay}, but only ResNets have stages to decay over. Leave it "
+            "out."
+        )
 
     def scale(path: Any, _: Any) -> float:
         name = path_of(path)

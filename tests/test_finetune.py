@@ -269,6 +269,7 @@ def test_early_stopping_ends_and_stays_ended(config):
         ({"freeze": ("(",)}, "no regular expression"),
         ({"freeze": (".*",)}, "leaves nothing to train"),
         ({"layer_decay": 0.0}, r"--layer-decay is 0.0, but it must be in \(0, 1\]"),
+        ({"layer_decay": 0.5}, "only ResNets have stages"),
         ({"head_epochs": 4}, "--head-epochs is 4, but it must be 0 to 3"),
         ({"norm": "group"}, "the weights have batch normalisation"),
         ({"probe_only": True, "head": "random"}, "--probe-only is a linear probe"),
