@@ -18,7 +18,7 @@ from bmjax.evaluate import load_run
 from bmjax.models import RESNETS
 from bmjax.runs import Run, create_run, write_atomically
 from bmjax.weights.convert import from_torchvision, to_torchvision
-from bmjax.weights.files import read_state_dict
+from bmjax.weights.files import read_state_dict, unseen_damage
 from bmjax.weights.named import fetch, imagenet_classes, published
 
 NAMES = ("imagenet-v1", "imagenet-v2")
@@ -85,7 +85,7 @@ def read_pretrained(
             weights' own, or 8/7 of the image size. A run keeps its own.
         class_names: of the weights' classes; none given: ImageNet's where there are 1000, numbers
             otherwise. A run keeps its own.
-        console: where the progress of a download is shown.
+        console: where the progress of a download is shown, and what damage cannot be seen.
 
     Raises:
         UserError: a source that is not there, cannot be read, or does not fit the model.
@@ -106,6 +106,8 @@ def read_pretrained(
         state_dict = read_state_dict(path)
         variables = from_torchvision(state_dict, model, head=head, where=str(path))
     variables = variables if head else _without_head(variables)
+    if console and (note := unseen_damage(path)):
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
     data = {
         "name": "",
         "fingerprint": "",

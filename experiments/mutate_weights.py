@@ -13,7 +13,7 @@ counts), since nearly all bytes of a real file are numbers. The rows:
 What may not be: in the zip container, damage that is read as other weights; anywhere, an exception
 that is no UserError ("crash"), or code run (seen by a file that the payloads make, and by Python's
 audit events). The older container has no checksum: what is read as other numbers there, or other
-names or shapes, is counted.
+names or shapes, is counted. Commands that read such a file say so, with its SHA-256.
 
     uv run python experiments/mutate_weights.py --weights resnet18-cifar10.pth
 

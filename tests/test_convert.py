@@ -41,7 +41,9 @@ def test_every_form_leads_to_every_other(capsys, tmp_path, weights):
     ]
     for words in steps:
         code, out, err = run(capsys, *words)
-        assert (code, err) == (0, "")
+        assert code == 0
+        has_checksum = words[0] in ("tiny.pth", "run")
+        assert err == "" if has_checksum else f"note: {words[0]} is of a kind" in err
         assert out == f"resnet_tiny, 5 classes, 78,637 parameters, is in {words[2]}\n"
     back = read_state_dict("deep/c.pt")
     assert set(back) == set(weights)

@@ -20,7 +20,7 @@ import pytest
 
 from bmjax.errors import UserError
 from bmjax.weights import pickles
-from bmjax.weights.files import read_state_dict, write_state_dict
+from bmjax.weights.files import read_state_dict, unseen_damage, write_state_dict
 from bmjax.weights.tensors import BadFileError, Tensor
 from bmjax.weights.writing import dump
 from experiments import mutate_weights as mutate
@@ -591,3 +591,13 @@ def test_the_older_container_with_a_flipped_bit_never_crashes(tmp_path):
     # It has no checksum: a flipped number or letter is read as it stands there.
     assert set(outcomes) <= set(mutate.OUTCOMES[:4])
     assert outcomes["refused"] > 0.6 * outcomes.total()
+
+
+def test_what_has_no_checksum_is_said_with_its_sha256(tmp_path):
+    content = (DATA / "legacy.pth").read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+    assert f"SHA-256 is {digest}: compare" in unseen_damage(DATA / "legacy.pth")
+    named = tmp_path / f"old-{digest[:8]}.pth"
+    named.write_bytes(content)
+    assert unseen_damage(named) == ""
+    assert unseen_damage(DATA / "zip.pth") == ""

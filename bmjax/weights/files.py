@@ -31,7 +31,7 @@ from bmjax.weights import pickles
 from bmjax.weights.tensors import SAFETENSORS, BadFileError, Storage, Tensor, damaged
 from bmjax.weights.writing import promised_hash, write_state_dict
 
-__all__ = ["read_state_dict", "write_state_dict"]
+__all__ = ["read_state_dict", "unseen_damage", "write_state_dict"]
 
 # Where training programs keep the state dict within a checkpoint.
 STATE_DICT_KEYS = (
@@ -95,6 +95,20 @@ def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
         raise UserError(
             f"{path} cannot be read ({error}). Check the name and its rights."
         ) from error
+
+
+def unseen_damage(path: Path) -> str:
+    """Returns what to tell the user where damage to a file of weights may go unseen, or nothing.
+
+    That is wherever neither the file nor its name has a checksum; see the top of this module.
+    """
+    content = path.read_bytes()
+    if content.startswith(b"PK\x03\x04") or promised_hash(path):
+        return ""
+    return (
+        f"note: {path} is of a kind that has no checksum, so that a damaged one may look whole. "
+        f"Its SHA-256 is {hashlib.sha256(content).hexdigest()}: compare it with its source's."
+    )
 
 
 def _check_hash(path: Path, content: bytes) -> None:
