@@ -1,7 +1,8 @@
-"""Losses: one value per example, in float32. The caller masks and averages.
+"""Losses on logits: one value per example, in float32. The caller masks and averages.
 
 Natural logarithms throughout, so values are in nats. Low-precision logits are raised to float32
-before anything is exponentiated.
+before anything is exponentiated. No gradient flows to a teacher's logits. Losses between features
+are in `bmjax.feature_losses`.
 """
 
 import jax
@@ -66,14 +67,187 @@ def distillation(student_logits: Array, teacher_logits: Array, temperature: floa
     Raises:
         ValueError: shapes that differ, or a temperature that is not positive.
     """
+    student, teacher = _softened("distillation", student_logits, teacher_logits, temperature)
+    teacher, student = jax.nn.log_softmax(teacher), jax.nn.log_softmax(student)
+    return temperature**2 * jnp.sum(jnp.exp(teacher) * (teacher - student), axis=-1)
+
+
+def decoupled_distillation(
+    student_logits: Array,
+    teacher_logits: Array,
+    labels: Array,
+    temperature: float,
+    alpha: float,
+    beta: float,
+) -> Array:
+    """Distillation whose parts about the label and about the other classes weigh separately.
+
+    `T^2 (alpha KL(b_teacher || b_student) + beta KL(q_teacher || q_student))` (Zhao et al. 2022,
+    equations 4 to 7), of predictions softened by T: `b` are the probabilities of the label and of
+    all else together, `q` those of the other classes given that it is not the label. Distillation
+    itself has `alpha = 1` and in place of beta the teacher's probability of all else. The paper's
+    own alpha is 1, its beta 1 to 8; the factor T^2 is inside, as in `distillation`.
+
+    Args:
+        student_logits: [batch, classes], of at least two classes.
+        teacher_logits: [batch, classes].
+        labels: [batch], integers in [0, classes).
+        temperature: T, positive.
+        alpha: weight of the part about the label, at least 0.
+        beta: weight of the part about the other classes, at least 0.
+
+    Returns:
+        [batch] float32, at least 0, up to rounding.
+
+    Raises:
+        ValueError: shapes that do not fit, labels that are no integers, a temperature that is not
+            positive, or weights below 0.
+    """
+    student, teacher = _softened(
+        "decoupled_distillation", student_logits, teacher_logits, temperature
+    )
+    if labels.shape != student.shape[:1] or not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise ValueError(
+            f"labels must be integers (class numbers) of shape {student.shape[:1]}, but are "
+            f"{labels.dtype} of shape {labels.shape}."
+        )
+    if student.shape[-1] < 2:
+        raise ValueError("decoupled_distillation takes at least two classes.")
+    _check_weights(alpha=alpha, beta=beta)
+    here = labels[:, None] == jnp.arange(student.shape[-1], dtype=labels.dtype)[None, :]
+
+    def split(logits: Array) -> tuple[Array, Array]:
+        """Returns the log odds of the label, and the others' logits as log probabilities."""
+        total = jax.nn.logsumexp(jnp.where(here, -jnp.inf, logits), axis=-1)
+        on_label = jnp.sum(jnp.where(here, logits, 0.0), axis=-1)
+        return on_label - total, jnp.where(here, 0.0, logits - total[:, None])
+
+    (student_odds, student_rest), (teacher_odds, teacher_rest) = split(student), split(teacher)
+    about_label = sum(
+        jax.nn.sigmoid(sign * teacher_odds)
+        * (jax.nn.log_sigmoid(sign * teacher_odds) - jax.nn.log_sigmoid(sign * student_odds))
+        for sign in (1.0, -1.0)
+    )
+    gaps = jnp.where(here, 0.0, jnp.exp(teacher_rest) * (teacher_rest - student_rest))
+    about_rest = jnp.sum(gaps, axis=-1)
+    return temperature**2 * (alpha * about_label + beta * about_rest)
+
+
+def correlation_distillation(
+    student_logits: Array,
+    teacher_logits: Array,
+    temperature: float,
+    between_classes: float = 1.0,
+    within_classes: float = 1.0,
+    mask: Array | None = None,
+) -> Array:
+    """DIST: the student's predictions are to correlate with the teacher's, not to equal them.
+
+    With `d = 1 - Pearson correlation` of predictions softened by T, `T^2 (between_classes d(row) +
+    within_classes mean over classes of d(column))` (Huang et al. 2022, equations 8 to 10): a row
+    is an example's probabilities of all classes, a column a class's over the batch. The factor T^2
+    is that of the authors' program; the paper has none.
+
+    Args:
+        student_logits: [batch, classes].
+        teacher_logits: [batch, classes].
+        temperature: T, positive; the paper's is 1 on ImageNet and 4 on CIFAR-100.
+        between_classes: weight of the correlation over classes, at least 0; the paper's beta.
+        within_classes: weight of the correlation over the batch, at least 0; the paper's gamma.
+        mask: [batch], False for examples that only fill up the batch; None: all count.
+
+    Returns:
+        [batch] float32, at least 0; the part over the batch is the same for every example.
+
+    Raises:
+        ValueError: shapes that do not fit, a temperature that is not positive, or weights below 0.
+    """
+    student, teacher = _softened(
+        "correlation_distillation", student_logits, teacher_logits, temperature
+    )
+    _check_weights(between_classes=between_classes, within_classes=within_classes)
+    student, teacher = jax.nn.softmax(student), jax.nn.softmax(teacher)
+    counts = jnp.ones(len(student)) if mask is None else mask.astype(jnp.float32)
+    rows = 1 - _correlation(student, teacher, jnp.ones(student.shape[-1]))
+    columns = jnp.mean(1 - _correlation(student.T, teacher.T, counts))
+    return temperature**2 * (between_classes * rows + within_classes * columns)
+
+
+def logit_mean_squared_error(student_logits: Array, teacher_logits: Array) -> Array:
+    """Mean over classes of `(student - teacher)^2` (Ba and Caruana 2014, there halved and summed).
+
+    Args:
+        student_logits: [batch, classes].
+        teacher_logits: [batch, classes].
+
+    Returns:
+        [batch] float32, at least 0.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    student, teacher = _softened("logit_mean_squared_error", student_logits, teacher_logits, 1.0)
+    return jnp.mean((student - teacher) ** 2, axis=-1)
+
+
+def logit_cosine_distance(student_logits: Array, teacher_logits: Array) -> Array:
+    """`1 - cos` of the angle between the student's and the teacher's logits.
+
+    Args:
+        student_logits: [batch, classes].
+        teacher_logits: [batch, classes].
+
+    Returns:
+        [batch] float32 in [0, 2]; 1 where either is all zeros.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    student, teacher = _softened("logit_cosine_distance", student_logits, teacher_logits, 1.0)
+    return 1 - jnp.sum(unit(student) * unit(teacher), axis=-1)
+
+
+def unit(vectors: Array) -> Array:
+    """Returns vectors along the last axis divided by their length; zeros stay zeros.
+
+    The gradient at zeros is 0, where that of a plain division is not a number.
+    """
+    # Scaled first, so that no square overflows or vanishes.
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(vectors), axis=-1, keepdims=True))
+    scaled = vectors / jnp.where(largest > 0, largest, 1.0)
+    squares = jnp.sum(scaled**2, axis=-1, keepdims=True)
+    return scaled * jax.lax.rsqrt(jnp.where(squares > 0, squares, 1.0))
+
+
+def _correlation(ours: Array, theirs: Array, weights: Array) -> Array:
+    """Pearson's correlation along the last axis; 0 where one side does not vary."""
+    weights = weights[None, :]
+    total = jnp.maximum(jnp.sum(weights), 1.0)
+
+    def centred(values: Array) -> Array:
+        mean = jnp.sum(weights * values, axis=-1, keepdims=True) / total
+        return unit(weights * (values - mean))
+
+    return jnp.sum(centred(ours) * centred(theirs), axis=-1)
+
+
+def _softened(
+    name: str, student_logits: Array, teacher_logits: Array, temperature: float
+) -> tuple[Array, Array]:
+    """Checks and returns both sides' logits in float32, divided by the temperature."""
     if student_logits.ndim != 2 or student_logits.shape != teacher_logits.shape:
         raise ValueError(
-            f"distillation takes student and teacher logits of one shape [batch, classes], but "
+            f"{name} takes student and teacher logits of one shape [batch, classes], but "
             f"got {student_logits.shape} and {teacher_logits.shape}."
         )
     if not temperature > 0:
         raise ValueError(f"the temperature is {temperature}, but it must be positive.")
     teacher_logits = jax.lax.stop_gradient(teacher_logits)
-    teacher = jax.nn.log_softmax(teacher_logits.astype(jnp.float32) / temperature)
-    student = jax.nn.log_softmax(student_logits.astype(jnp.float32) / temperature)
-    return temperature**2 * jnp.sum(jnp.exp(teacher) * (teacher - student), axis=-1)
+    student, teacher = (x.astype(jnp.float32) for x in (student_logits, teacher_logits))
+    return student / temperature, teacher / temperature
+
+
+def _check_weights(**weights: float) -> None:
+    for name, value in weights.items():
+        if not value >= 0:
+            raise ValueError(f"{name} is {value}, but it must be at least 0.")

@@ -18,7 +18,7 @@ LAYERS = [
     {"settings"},
     {"cache", "quiet", "runs", "signals"},
     {"losses", "models", "data", "optim", "parallel", "tracking"},
-    {"metrics", "checkpoint", "weights"},
+    {"feature_losses", "metrics", "checkpoint", "weights"},
     {"train"},
     {"compiled"},
     {"setup"},
