@@ -16,8 +16,7 @@ gradients 1e-3, statistics 1e-5, params 1e-4. With `torchvision`'s draw and so s
 float32 can't judge a deep network's gradients in training mode, as rounding is magnified: PyTorch's
 own are off by more than 2%. Such rows say `noise`, and float64 judges. With the other draw nothing
 magnifies rounding, but where two pixels under the max pooling are equal but for rounding, the
-gradient goes by one or the other. A star marks what is over the tolerance, but within five times
-of what PyTorch's own float32 is off.
+gradient goes by one or the other. A star marks what is over the stated tolerance, but allowed.
 
     uv run --extra torch python experiments/certify_all.py --sizes 64
 

@@ -239,3 +239,22 @@ def test_a_certificate_fails_on_a_difference():
     nan = Row("random", "float64", "logits", "logits", np.nan, np.nan, None)
     assert nan.verdict == "FAIL"
     assert not Certificate("resnet18", 10, (), {}).passed
+
+
+@pytest.mark.parametrize(
+    ("ours", "pytorch", "verdict"),
+    # What float32 gives for a gradient that is 1 in float64, on both sides.
+    [(1.005, 1.0, "pass"), (1.02, 1.0, "FAIL"), (1.02, 1.006, "pass"), (1.02, 1.03, "noise")],
+)
+def test_float32_may_miss_a_gradient_by_kinks_or_as_pytorch_does(ours, pytorch, verdict):
+    from bmjax.weights.certificate import _judge
+
+    def results(single):
+        return {
+            precision: {"gradients": {"a": np.array([value])}}
+            for precision, value in ((np.float32, single), (np.float64, 1.0))
+        }
+
+    single, double = _judge("random", results(ours), results(pytorch))
+    assert (single.precision, single.verdict) == ("float32", verdict)
+    assert (double.precision, double.verdict) == ("float64", "pass")
