@@ -108,6 +108,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--models", nargs="+", default=MODELS, help="(default: all ten)")
     parser.add_argument("--sizes", nargs="+", type=int, default=[64, 224], help="in pixels")
+    parser.add_argument("--seed", type=int, default=0, help="of the images")
     parser.add_argument("--draw", choices=("active", "torchvision"), default="active")
     arguments = parser.parse_args()
     columns = " ".join(f"{part:>15}" for part in PARTS.values())
@@ -116,7 +117,8 @@ def main() -> None:
     for model in arguments.models:
         for size in arguments.sizes:
             begin = time.monotonic()
-            images = np.random.default_rng(0).normal(size=(4, size, size, 3)).astype(np.float32)
+            random = np.random.default_rng(arguments.seed)
+            images = random.normal(size=(4, size, size, 3)).astype(np.float32)
             certificate = certify(draw(model, size, arguments.draw), model, {"noise": images})
             worst = {
                 (row.precision, row.part): row
