@@ -2,11 +2,11 @@
 
     uv run python experiments/bench_frozen.py
 
-On two virtual cores of an AMD EPYC, Python 3.11, jax 0.10.2, batch 64 at 64 px, medians and ranges
-of three turns:
+On two virtual cores of an Intel Xeon (Sapphire Rapids), Python 3.11, jax 0.10.2, batch 64 at 64
+px, medians and ranges of three turns:
 
-    seconds: head alone 0.165, full 0.653 s a step; ratio 0.254 (0.253 to 0.263)
-    memory_mib: head alone 349.297, full 1058.453 MiB; ratio 0.333 (0.324 to 0.335)
+    seconds: head alone 0.125, full 0.441 s a step; ratio 0.283 (0.279 to 0.289)
+    memory_mib: head alone 351.543, full 889.848 MiB; ratio 0.395 (0.390 to 0.404)
     optimizer_mib: head alone 0.039, full 85.309 MiB; ratio 0.000 (0.000 to 0.000)
 
 where memory is the growth of the process's peak while it compiles and trains.

@@ -244,7 +244,7 @@ def test_a_certificate_fails_on_a_difference():
 @pytest.mark.parametrize(
     ("ours", "pytorch", "verdict"),
     # What float32 gives for a gradient that is 1 in float64, on both sides.
-    [(1.005, 1.0, "pass"), (1.02, 1.0, "FAIL"), (1.02, 1.006, "pass"), (1.02, 1.03, "noise")],
+    [(1.02, 1.0, "pass"), (1.04, 1.0, "FAIL"), (1.04, 1.01, "pass"), (1.04, 1.03, "noise")],
 )
 def test_float32_may_miss_a_gradient_by_kinks_or_as_pytorch_does(ours, pytorch, verdict):
     from bmjax.weights.certificate import _judge
