@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from bmjax.losses import unit
+from bmjax.losses import check_temperature, in_float32, unit
 
 
 def hint(student: Array, teacher: Array) -> Array:
@@ -183,8 +183,7 @@ def contrastive(
             f"contrastive takes features of one shape [batch, width], but got {student.shape} and "
             f"{teacher.shape}."
         )
-    if not temperature > 0:
-        raise ValueError(f"the temperature is {temperature}, but it must be positive.")
+    check_temperature(temperature)
     counts, _ = _counts(student, mask)
     cosines = unit(student) @ unit(teacher).T / temperature
     here = jnp.eye(len(student), dtype=bool)
@@ -198,7 +197,7 @@ def _both(student: Array, teacher: Array) -> tuple[Array, Array]:
             f"student and teacher have features of different batches: {student.shape} and "
             f"{teacher.shape}."
         )
-    return student.astype(jnp.float32), jax.lax.stop_gradient(teacher).astype(jnp.float32)
+    return in_float32(student, teacher)
 
 
 def _flat(features: Array) -> Array:

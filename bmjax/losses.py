@@ -240,11 +240,20 @@ def _softened(
             f"{name} takes student and teacher logits of one shape [batch, classes], but "
             f"got {student_logits.shape} and {teacher_logits.shape}."
         )
+    check_temperature(temperature)
+    student, teacher = in_float32(student_logits, teacher_logits)
+    return student / temperature, teacher / temperature
+
+
+def check_temperature(temperature: float) -> None:
+    """Raises ValueError where a temperature is not positive."""
     if not temperature > 0:
         raise ValueError(f"the temperature is {temperature}, but it must be positive.")
-    teacher_logits = jax.lax.stop_gradient(teacher_logits)
-    student, teacher = (x.astype(jnp.float32) for x in (student_logits, teacher_logits))
-    return student / temperature, teacher / temperature
+
+
+def in_float32(student: Array, teacher: Array) -> tuple[Array, Array]:
+    """Returns both in float32, and of the teacher's what no gradient flows to."""
+    return student.astype(jnp.float32), jax.lax.stop_gradient(teacher).astype(jnp.float32)
 
 
 def _check_weights(**weights: float) -> None:

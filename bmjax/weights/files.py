@@ -47,6 +47,7 @@ STATE_DICT_KEYS = (
 # What wrappers of a model put before all names: DataParallel and torch.compile.
 PREFIXES = ("module.", "_orig_mod.")
 
+_ZIP_START = b"PK\x03\x04"
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
@@ -102,12 +103,16 @@ def unseen_damage(path: Path) -> str:
 
     That is wherever neither the file nor its name has a checksum; see the top of this module.
     """
-    content = path.read_bytes()
-    if content.startswith(b"PK\x03\x04") or promised_hash(path):
+    if promised_hash(path):
         return ""
+    with path.open("rb") as file:
+        if file.read(len(_ZIP_START)) == _ZIP_START:
+            return ""
+        file.seek(0)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
     return (
         f"note: {path} is of a kind that has no checksum, so that a damaged one may look whole. "
-        f"Its SHA-256 is {hashlib.sha256(content).hexdigest()}: compare it with its source's."
+        f"Its SHA-256 is {digest}: compare it with its source's."
     )
 
 
@@ -122,7 +127,7 @@ def _check_hash(path: Path, content: bytes) -> None:
 
 
 def _read(content: bytes) -> dict[str, np.ndarray]:
-    if content.startswith(b"PK\x03\x04"):
+    if content.startswith(_ZIP_START):
         return _read_zip(content)
     if content.startswith(b"\x80"):
         return _read_legacy(content)
