@@ -13,7 +13,7 @@ from bmjax import load_dataset
 from bmjax.data.sources import ArraySource
 from bmjax.data.stream import windows
 from bmjax.errors import UserError
-from tests.test_folder import write_class
+from tests.folder_helpers import write_class
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from bmjax.data.preprocess import EvaluationTransform, decode
 from bmjax.data.sources import SPLITS, ArraySource
 from bmjax.data.stream import windows
 from bmjax.errors import UserError
-from tests.test_folder import encode, lengths
+from tests.folder_helpers import encode, lengths
 
 SIZES = [(9, 7), (12, 20), (31, 17)]
 NUMBERS = {"train": 40, "val": 7, "test": 9}
