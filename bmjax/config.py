@@ -179,7 +179,8 @@ class TrainConfig(BaseConfig):
     Attributes:
         model: Name of the model: mlp, cnn, cnn_tiny, resnet18, resnet34, resnet50, resnet101,
             resnet152, resnext50_32x4d, resnext101_32x8d, resnext101_64x4d, wide_resnet50_2,
-            wide_resnet101_2 or resnet_tiny.
+            wide_resnet101_2 or resnet_tiny; or for images of about 32 pixels resnet8, 14, 20, 32,
+            44, 56 and 110, and each of them four times as wide, such as resnet8x4.
     """
 
     model: str = "mlp"

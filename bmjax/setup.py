@@ -15,7 +15,7 @@ from bmjax.compiled import make_train_steps
 from bmjax.config import BaseConfig, TrainConfig
 from bmjax.data import ArraySource, Dataset, loader, preprocess
 from bmjax.errors import UserError, unknown_name
-from bmjax.models import RESNETS, create_model, list_models
+from bmjax.models import CIFAR_RESNETS, RESNETS, create_model, list_models
 from bmjax.optim import (
     depth_scales,
     frozen_layers,
@@ -279,7 +279,7 @@ def build_model(config: TrainConfig, num_classes: int, axis_name: str | None = N
             raise UserError(f"--hidden-sizes belongs to mlp, but --model is {config.model}.")
         options["hidden_sizes"] = config.hidden_sizes
     if config.norm != "batch":
-        if config.model not in RESNETS:
+        if config.model not in {**RESNETS, **CIFAR_RESNETS}:
             raise UserError(f"--norm belongs to ResNets, but --model is {config.model}.")
         options["norm"] = config.norm
     model = create_model(config.model, num_classes, **options)

@@ -10,11 +10,12 @@ import pytest
 
 import bmjax
 from bmjax.errors import UserError
-from bmjax.models import num_params
+from bmjax.models import CIFAR_RESNETS, num_params
 from bmjax.models.layers import Conv, _conv_by_xla, max_pool_2x2
+from bmjax.optim import path_of
 
 
-@pytest.mark.parametrize("name", ["cnn", "cnn_tiny", "mlp", "resnet_tiny"])
+@pytest.mark.parametrize("name", ["cnn", "cnn_tiny", "mlp", "resnet8", "resnet_tiny"])
 @pytest.mark.parametrize("shape", [(28, 28, 1), (13, 10, 3)])
 @pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
 def test_every_model_keeps_the_contract(name, shape, dtype):
@@ -72,6 +73,48 @@ def test_resnets_have_the_published_number_of_params(name):
     }
 
 
+# Of 100 classes, in millions: tables of He et al. 2015 (there of 10) and Tian et al. 2020 agree to
+# the digits they give.
+CIFAR_PARAMS = {"resnet8": 0.08, "resnet20": 0.28, "resnet32": 0.47, "resnet44": 0.67}
+CIFAR_PARAMS |= {"resnet56": 0.86, "resnet110": 1.74, "resnet8x4": 1.23, "resnet32x4": 7.43}
+
+
+def params_by_hand(blocks: int, stem: int, widths: tuple[int, ...], classes: int) -> int:
+    """Counts convolutions without bias, two numbers per channel of a norm, and the head."""
+    total, channels = 27 * stem + 2 * stem, stem
+    for stage, width in enumerate(widths):
+        for number in range(blocks):
+            total += 9 * channels * width + 9 * width * width + 4 * width
+            if channels != width or (stage and not number):
+                total += channels * width + 2 * width
+            channels = width
+    return total + (channels + 1) * classes
+
+
+@pytest.mark.parametrize("name", CIFAR_RESNETS)
+def test_cifar_resnets_are_those_of_the_papers(name):
+    depth, _, wide = name.removeprefix("resnet").partition("x")
+    stem, widths = (32, (64, 128, 256)) if wide else (16, (16, 32, 64))
+    model = bmjax.create_model(name, num_classes=100)
+    images = jnp.ones((2, 32, 30, 3))
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    number = num_params(variables["params"])
+    assert number == params_by_hand((int(depth) - 2) // 6, stem, widths, 100)
+    assert round(number / 1e6, 2) == CIFAR_PARAMS.get(name, round(number / 1e6, 2))
+    leaves = jax.tree_util.tree_leaves_with_path(variables["params"])
+    names = [path_of(path) for path, _ in leaves]
+    convs = [name for name in names if "conv" in name and "downsample" not in name]
+    assert len(convs) + 1 == int(depth)
+    _, new = jax.eval_shape(partial(model.apply, mutable=["intermediates"]), variables, images)
+    assert {key: value.shape for key, value in new["intermediates"].items()} == {
+        "stem": (2, 32, 30, stem),
+        "stage1": (2, 32, 30, widths[0]),
+        "stage2": (2, 16, 15, widths[1]),
+        "stage3": (2, 8, 8, widths[2]),
+        "pre_logits": (2, widths[2]),
+    }
+
+
 @pytest.mark.parametrize("norm", ["frozen", "group"])
 def test_the_normalisation_of_a_resnet_can_be_chosen(norm):
     model = bmjax.create_model("resnet_tiny", num_classes=3, norm=norm)
@@ -88,7 +131,7 @@ def test_the_normalisation_of_a_resnet_can_be_chosen(norm):
 
 
 def test_every_name_is_tested():
-    tested = {"cnn", "cnn_tiny", "mlp", "resnet_tiny", *RESNET_PARAMS}
+    tested = {"cnn", "cnn_tiny", "mlp", "resnet_tiny", *RESNET_PARAMS, *CIFAR_RESNETS}
     assert set(bmjax.list_models()) == tested
 
 

@@ -6,12 +6,23 @@ from typing import Any
 import flax.linen as nn
 
 from bmjax.errors import UserError, unknown_name
+from bmjax.models.cifar_resnet import CIFAR_RESNETS, CifarResNet
 from bmjax.models.cnn import CNN
 from bmjax.models.layers import num_params
 from bmjax.models.mlp import MLP
 from bmjax.models.resnet import RESNETS, ResNet
 
-__all__ = ["CNN", "MLP", "RESNETS", "ResNet", "create_model", "list_models", "num_params"]
+__all__ = [
+    "CIFAR_RESNETS",
+    "CNN",
+    "MLP",
+    "RESNETS",
+    "CifarResNet",
+    "ResNet",
+    "create_model",
+    "list_models",
+    "num_params",
+]
 
 
 def _cnn_tiny(num_classes: int, **options: Any) -> CNN:
@@ -23,6 +34,7 @@ _MODELS: dict[str, Callable[..., nn.Module]] = {
     "cnn_tiny": _cnn_tiny,
     "mlp": MLP,
     **RESNETS,
+    **CIFAR_RESNETS,
 }
 
 

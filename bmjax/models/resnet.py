@@ -7,6 +7,7 @@ v1.5; ResNeXt of Xie et al. 2016 (arXiv:1611.05431); Wide ResNet of Zagoruyko an
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -14,18 +15,24 @@ from jax import Array
 
 from bmjax.models.layers import Conv, at_least_float32, make_norm, max_pool_3x3, name_intermediate
 
-_conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 # PyTorch's initial weights of a linear layer: uniform within 1 / sqrt(fan_in).
-_head_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+head_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
-class _Layers(nn.Module):
+class Layers(nn.Module):
     """What a ResNet and its parts have in common: how they convolve and normalise."""
 
     norm: str = "batch"
     dtype: jnp.dtype | None = None
     axis_name: str | None = None
     frozen_layers: frozenset[str] = frozenset()
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        """What a module hands on to its parts."""
+        names = ("norm", "dtype", "axis_name", "frozen_layers")
+        return {name: getattr(self, name) for name in names}
 
     def _conv(self, name: str, features: int, size: int, stride: int = 1, groups: int = 1) -> Conv:
         side = (size // 2, size // 2)
@@ -36,7 +43,7 @@ class _Layers(nn.Module):
             stride,
             groups,
             use_bias=False,
-            kernel_init=_conv_init,
+            kernel_init=conv_init,
             dtype=self.dtype,
             name=name,
         )
@@ -48,7 +55,7 @@ class _Layers(nn.Module):
         return layer(values, train, mask)
 
 
-class Downsample(_Layers):
+class Downsample(Layers):
     """The 1x1 convolution on the shortcut, where its shape has to change."""
 
     features: int = 64
@@ -61,7 +68,7 @@ class Downsample(_Layers):
         return self._normalize("norm", values, train, mask)
 
 
-class Block(_Layers):
+class Block(Layers):
     """One residual block.
 
     Attributes:
@@ -101,17 +108,14 @@ class Block(_Layers):
             shortcut = Downsample(
                 features=self.features,
                 stride=self.stride,
-                norm=self.norm,
-                dtype=self.dtype,
-                axis_name=self.axis_name,
-                frozen_layers=self.frozen_layers,
                 name="downsample",
+                **self._options,
             )
             values = shortcut(values, train, mask)
         return nn.relu(hidden + values)
 
 
-class ResNet(_Layers):
+class ResNet(Layers):
     """A residual network.
 
     Intermediates: `stem` (after pooling), `stage1` to `stage4`, and `pre_logits`
@@ -157,7 +161,7 @@ class ResNet(_Layers):
                 hidden = block(hidden, train, mask)
             hidden = name_intermediate(self, f"stage{stage}", hidden)
         features = name_intermediate(self, "pre_logits", jnp.mean(hidden, axis=(1, 2)))
-        head = nn.Dense(self.num_classes, kernel_init=_head_init, dtype=self.dtype, name="head")
+        head = nn.Dense(self.num_classes, kernel_init=head_init, dtype=self.dtype, name="head")
         return head(features).astype(at_least_float32(features.dtype))
 
     def _block(self, stage: int, number: int) -> Block:
@@ -169,10 +173,7 @@ class ResNet(_Layers):
             groups=self.groups,
             bottleneck=self.bottleneck,
             name=f"stage{stage}_block{number}",
-            norm=self.norm,
-            dtype=self.dtype,
-            axis_name=self.axis_name,
-            frozen_layers=self.frozen_layers,
+            **self._options,
         )
 
 

@@ -1,0 +1,74 @@
+"""Residual networks for images of about 32 pixels, of 6n + 2 layers.
+
+He et al. 2015 (arXiv:1512.03385), section 4.2: three stages of n blocks, no pooling in the stem.
+Where a shortcut changes its shape it is a 1x1 convolution with normalisation, as in the papers on
+distillation (Tian et al. 2020, arXiv:1910.10699, and those after it); He et al. pad with zeros
+there, which saves some hundreds of params. The `x4` widths are theirs, too.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+
+from bmjax.models.layers import at_least_float32, name_intermediate
+from bmjax.models.resnet import Block, Layers, head_init
+
+_DEPTHS = (8, 14, 20, 32, 44, 56, 110)
+
+
+class CifarResNet(Layers):
+    """A residual network of three stages, the first of them at the images' own size.
+
+    Intermediates: `stem`, `stage1` to `stage3`, and `pre_logits` [batch, features], the mean over
+    height and width of the last. Norm and dtype as those of `ResNet`.
+
+    Attributes:
+        num_classes: number of logits.
+        num_blocks: residual blocks of each stage.
+        stem_width: channels of the stem.
+        widths: channels of the stages.
+    """
+
+    num_classes: int = 10
+    num_blocks: int = 3
+    stem_width: int = 16
+    widths: Sequence[int] = (16, 32, 64)
+
+    @nn.compact
+    def __call__(self, images: Array, train: bool = False, mask: Array | None = None) -> Array:
+        """Maps [batch, height, width, channels] to logits [batch, num_classes].
+
+        Args:
+            images: normalised, of any height and width.
+            train: batch normalisation by the batch's statistics.
+            mask: [batch] bool, False for examples that the statistics leave out; None: all count.
+        """
+        hidden = self._conv("stem_conv", self.stem_width, 3)(images)
+        hidden = nn.relu(self._normalize("stem_norm", hidden, train, mask))
+        hidden = name_intermediate(self, "stem", hidden)
+        for stage, width in enumerate(self.widths, 1):
+            for number in range(1, self.num_blocks + 1):
+                block = Block(
+                    width=width,
+                    features=width,
+                    stride=2 if stage > 1 and number == 1 else 1,
+                    name=f"stage{stage}_block{number}",
+                    **self._options,
+                )
+                hidden = block(hidden, train, mask)
+            hidden = name_intermediate(self, f"stage{stage}", hidden)
+        features = name_intermediate(self, "pre_logits", jnp.mean(hidden, axis=(1, 2)))
+        head = nn.Dense(self.num_classes, kernel_init=head_init, dtype=self.dtype, name="head")
+        return head(features).astype(at_least_float32(features.dtype))
+
+
+_WIDE: dict[str, Any] = {"stem_width": 32, "widths": (64, 128, 256)}
+CIFAR_RESNETS = {
+    f"resnet{depth}{suffix}": partial(CifarResNet, num_blocks=(depth - 2) // 6, **widths)
+    for suffix, widths in (("", {}), ("x4", _WIDE))
+    for depth in _DEPTHS
+}
