@@ -14,7 +14,50 @@ from jax.tree_util import Partial
 from bmjax.data import loader
 from bmjax.metrics import ClassificationSums
 from bmjax.parallel import AXIS, Parallel
-from bmjax.train import Batch, LossFn, TrainState, predict_logits, train_step
+from bmjax.train import Batch, LossFn, TrainState, predict_logits, train_step, with_average
+
+
+def draw_batches(
+    parallel: Parallel,
+    arrays: Any,
+    key: Array,
+    step: Array,
+    batch_size: int,
+    view: Callable[[Array, Batch], Batch],
+    view_passes: int = 0,
+) -> tuple[Callable[[Array], Batch], Array]:
+    """Returns `draw(step)`, the batch that a step of the run is trained on.
+
+    Args:
+        parallel: the devices.
+        arrays: of a `loader.Feed`.
+        key: the run's key.
+        step: any of those whose batches `arrays` hold.
+        batch_size: over all devices.
+        view: from `loader.make_view`.
+        view_passes: epochs after which order and views repeat; 0: they never do.
+
+    Returns:
+        `draw`, and whether `step` is the first of an epoch.
+    """
+    num_examples = len(arrays["label"])
+    num_batches = arrays.get("num_batches", loader.num_batches(num_examples, batch_size))
+    order_key, view_key, _ = jax.random.split(key, 3)
+    epoch = step // num_batches
+    if "first" in arrays:  # a window, which is in order
+        first, order = arrays["first"], loader.natural_order(num_examples, batch_size)
+    else:
+        first = epoch * num_batches
+        number = epoch % view_passes if view_passes else epoch
+        order = loader.epoch_order(order_key, number, num_examples, batch_size)
+    period = view_passes * num_batches
+
+    def draw(step: Array) -> Batch:
+        batch = loader.take_batch(arrays, order, step - first, batch_size, parallel.axis_name)
+        number = step % period if view_passes else step
+        return view(jax.random.fold_in(view_key, number), parallel.divide(batch))
+
+    return draw, step == epoch * num_batches
 
 
 def make_train_steps(
@@ -25,6 +68,7 @@ def make_train_steps(
     accumulate: int = 1,
     ema_decay: float = 0.0,
     trained: Any = None,
+    view_passes: int = 0,
 ) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
     """Compiles training over data that lies on the device.
 
@@ -36,6 +80,7 @@ def make_train_steps(
         accumulate: see `train_step`.
         ema_decay: see `train_step`.
         trained: see `train_step`.
+        view_passes: epochs after which order and views repeat; 0: they never do.
 
     Returns:
         `steps(state, totals, loss_fn, arrays, until) -> (state, totals)`, which goes on to step
@@ -51,17 +96,10 @@ def make_train_steps(
     def steps(
         state: TrainState, totals: dict[str, Array], loss_fn: Partial, arrays: Any, until: Array
     ) -> tuple[TrainState, dict[str, Array]]:
-        num_examples = len(arrays["label"])
-        num_batches = arrays.get("num_batches", loader.num_batches(num_examples, batch_size))
-        order_key, view_key, _ = jax.random.split(state.key, 3)
-        epoch = state.step // num_batches
-        if "first" in arrays:  # a window, which is in order
-            first, order = arrays["first"], loader.natural_order(num_examples, batch_size)
-        else:
-            first = epoch * num_batches
-            order = loader.epoch_order(order_key, epoch, num_examples, batch_size)
+        draw, begins = draw_batches(
+            parallel, arrays, state.key, state.step, batch_size, view, view_passes
+        )
         # Begun anew here, as copying zeros to the device takes longer than some whole steps.
-        begins = state.step == epoch * num_batches
         totals = {
             name: jnp.where(begins, -1 if name == "bad_step" else 0, total).astype(total.dtype)
             for name, total in totals.items()
@@ -73,9 +111,7 @@ def make_train_steps(
 
         def one_step(carry: Any) -> Any:
             state, totals = carry
-            batch = loader.take_batch(arrays, order, state.step - first, batch_size, axis_name)
-            batch = parallel.divide(batch)
-            batch = view(jax.random.fold_in(view_key, state.step), batch)
+            batch = draw(state.step)
             new, sums = train_step(
                 state, batch, loss_fn, optimizer, accumulate, ema_decay, axis_name, trained
             )
@@ -98,16 +134,24 @@ def make_train_steps(
 
 
 def zero_totals(
-    loss_fn: LossFn, state: TrainState, image_shape: tuple[int, int, int]
+    loss_fn: LossFn,
+    state: TrainState,
+    image_shape: tuple[int, int, int],
+    beside: loader.Beside | None = None,
 ) -> dict[str, Array]:
     """Returns the totals before the first example, with a name for each metric of the loss."""
+    rows = beside.rows(0, 1) if beside else {}
     batch = {
+        **{
+            name: jax.ShapeDtypeStruct((1, *row.shape[1:]), row.dtype) for name, row in rows.items()
+        },
         "image": jax.ShapeDtypeStruct((1, *image_shape), jnp.float32),
         "label": jax.ShapeDtypeStruct((1,), jnp.int32),
         "mask": jax.ShapeDtypeStruct((1,), jnp.bool_),
         "position": jax.ShapeDtypeStruct((1,), jnp.int32),
     }
     # Batch statistics add up along the devices' axis, which has to be there.
+    loss_fn = with_average(loss_fn, state.ema_params)
     on_one = jax.vmap(loss_fn, (None, None, None, None), axis_name=AXIS, axis_size=1)
     _, (_, metrics) = jax.eval_shape(on_one, state.params, state.batch_stats, batch, state.key)
     totals = {name: jnp.zeros(()) for name in ("count", "loss", *metrics)}

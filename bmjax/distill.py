@@ -1,24 +1,22 @@
-"""Distillation: a teacher becomes a loss; and the tour that shows what it is worth."""
+"""Distillation: teachers, students, generations; and the tour that shows what it is worth."""
 
 import dataclasses
 import json
-from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
-from jax import Array
-from jax.tree_util import Partial
 from rich.console import Console
 
-from bmjax import losses
 from bmjax.config import DistillConfig, EvaluateConfig, TrainConfig
-from bmjax.data import Dataset, load_dataset, preprocess
+from bmjax.data import Dataset, load_dataset, loader
 from bmjax.data.sources import Source
+from bmjax.distill_loss import distillation_loss, match_features
 from bmjax.errors import StoppedError, UserError
 from bmjax.evaluate import TrainedRun, check_fits, load_for, load_run, measure
+from bmjax.feature_matching import Matching
 from bmjax.loop import fit
 from bmjax.models import num_params
 from bmjax.parallel import request_devices
@@ -32,8 +30,17 @@ from bmjax.runs import (
     write_atomically,
 )
 from bmjax.settings import check_distill, contradictions, flatten, unflatten
-from bmjax.setup import MakeLoss, check_possible, loss_weights
-from bmjax.train import Batch, LossFn, apply_train, label_loss, predict_logits
+from bmjax.setup import (
+    MakeLoss,
+    Start,
+    build_model,
+    check_possible,
+    loss_weights,
+    pixel_statistics,
+)
+from bmjax.teacher_cache import NoCache, cached_teacher
+from bmjax.teachers import combine, load_teacher
+from bmjax.train import LOSS_PARAMS, LossFn, run_keys
 
 DEFAULT_OUT = "runs/distill"
 # What the teacher of a tour has in common with the student; it keeps its own optimizer.
@@ -48,54 +55,6 @@ _OF_BOTH = (
     "device",
     "run",
 )
-
-
-def distillation_loss(
-    model: nn.Module,
-    statistics: dict[str, Any],
-    teacher: TrainedRun,
-    temperature: float,
-    alpha: float,
-    label_smoothing: float = 0.0,
-    weights: Sequence[float] | None = None,
-) -> LossFn:
-    """Returns the loss `alpha * distillation + (1 - alpha) * cross_entropy` per example.
-
-    The teacher sees the very view that the student sees, normalised its own way, in evaluation
-    mode. Its variables are inputs of the compiled step, no part of the student's state, and no
-    gradient is taken with respect to them.
-
-    Args:
-        model: the student.
-        statistics: `mean` and `std` that the student's images are normalised by.
-        teacher: the teacher's run.
-        temperature: T of both softmaxes, positive.
-        alpha: weight of the distillation loss (which has its factor T^2), in [0, 1].
-        label_smoothing: of the cross entropy.
-        weights: a factor of the cross entropy per class; None: 1.
-    """
-    dtype = getattr(model, "dtype", None) or jnp.float32
-    ask_teacher = partial(predict_logits, teacher.model, teacher.statistics)
-
-    def loss_fn(
-        teacher_variables: Any, params: Any, batch_stats: Any, batch: Batch, key: Array
-    ) -> tuple[Array, tuple[Any, dict[str, Array]]]:
-        del key  # nothing is random beyond the view
-        teacher_logits = ask_teacher(teacher_variables, batch["image"])
-        images = preprocess.normalize(batch["image"], statistics, dtype)
-        logits, batch_stats = apply_train(model, params, batch_stats, images, batch["mask"])
-        divergence = losses.distillation(logits, teacher_logits, temperature)
-        entropy = label_loss(logits, batch, label_smoothing, weights)
-        predicted = jnp.argmax(logits, axis=-1)
-        metrics = {
-            "accuracy": (predicted == batch["label"]).astype(jnp.float32),
-            "agreement": (predicted == jnp.argmax(teacher_logits, axis=-1)).astype(jnp.float32),
-            "distillation": divergence,
-            "cross_entropy": entropy,
-        }
-        return alpha * divergence + (1 - alpha) * entropy, (batch_stats, metrics)
-
-    return Partial(loss_fn, teacher.variables)
 
 
 def distill(config: DistillConfig, console: Console | None = None) -> dict[str, Any]:
@@ -128,37 +87,97 @@ def distill(config: DistillConfig, console: Console | None = None) -> dict[str, 
 
 
 def _distill(config: DistillConfig, out: Path, console: Console) -> dict[str, Any]:
-    teacher = load_run(config.teacher) if config.teacher else None
-    memory_gib, seed = config.device.memory_gib, config.split_seed
-    if teacher is None:
-        dataset = load_dataset(
-            config.data, config.image_size, split_seed=seed, memory_gib=memory_gib
-        )
-    else:
-        _check_split(config, teacher)
-        dataset = load_for(
-            teacher, config.data, config.image_size, memory_gib=memory_gib, split_seed=seed
-        )
-        check_fits(teacher, dataset)
-        return _finish(config, dataset, [_distil(config, teacher, out, dataset, console)], teacher)
-    teacher_config = dataclasses.replace(
-        TrainConfig(),
-        **{name: getattr(config, name) for name in _OF_BOTH},
-        model=config.teacher_model,
-        epochs=config.teacher_epochs,
-        out=str(out / "teacher"),
-    )
-    alone = config.train_config(config.student, str(out / "alone"))
-    for each in (teacher_config, alone):
-        check_possible(each, dataset)  # all of it before the first run begins
-    if not config.run.resume:
+    teachers = [
+        load_teacher(source, config.teacher_model, config.image_size, console)
+        for source in ([] if config.follows_student else config.teacher)
+    ]
+    teacher = combine(teachers, config.teacher_weights) if teachers else None
+    dataset = _load_data(config, teachers)
+    plan = _Plan(config, out, dataset, console)
+    plan.check(teacher)
+    if len(plan.folders) > 1 and not config.run.resume:
         make_folder(out)
         write_atomically(out / TOUR, json.dumps(flatten(config), indent=2) + "\n")
-    _fit_or_go_on(teacher_config, dataset, console, f"teacher {config.teacher_model}")
-    _fit_or_go_on(alone, dataset, console, f"{config.student} alone")
-    teacher = load_run(out / "teacher")
-    distilled = _distil(config, teacher, out / "distilled", dataset, console)
-    return _finish(config, dataset, [out / "alone", distilled], teacher)
+    if not config.teacher:
+        _fit_or_go_on(plan.teacher, dataset, console, f"teacher {config.teacher_model}")
+        _fit_or_go_on(plan.alone, dataset, console, f"{config.student} alone")
+        teacher = load_run(plan.teacher.out)
+    first = teacher
+    for folder in plan.students:
+        _distil(config, teacher, folder, dataset, console)
+        teacher = load_run(folder)
+    return _finish(config, dataset, plan, first)
+
+
+class _Plan:
+    """The runs that a distillation consists of, and where they go.
+
+    Attributes:
+        teacher, alone: of a tour, the settings of the teacher and of the student alone.
+        students: folders of the students that have a teacher, one per generation.
+        folders: of all runs.
+    """
+
+    def __init__(self, config: DistillConfig, out: Path, dataset: Dataset, console: Console):
+        self._config, self._dataset, self._console = config, dataset, console
+        self.teacher = dataclasses.replace(
+            TrainConfig(),
+            **{name: getattr(config, name) for name in _OF_BOTH},
+            model=config.teacher_model,
+            epochs=config.teacher_epochs,
+            out=str(out / "teacher"),
+        )
+        self.alone = config.train_config(config.student, str(out / "alone"))
+        if config.generations > 1:
+            names = [f"generation-{number}" for number in range(1, config.generations + 1)]
+        else:
+            names = [""] if config.teacher else ["distilled"]
+        self.students = [out / name for name in names]
+        before = [] if config.teacher else [out / "teacher", out / "alone"]
+        self.folders = [*before, *self.students]
+
+    def check(self, teacher: TrainedRun | None) -> None:
+        """Checks all of it before the first run begins; warns of a student that is larger."""
+        config, shape = self._config, self._dataset.image_shape
+        for settings in [self.alone] if config.teacher else [self.teacher, self.alone]:
+            check_possible(settings, self._dataset)
+        student = build_model(self.alone, self._dataset.num_classes)
+        size = _num_params(student, shape)
+        if teacher:
+            model, of_teacher = teacher.model, num_params(teacher.variables["params"])
+        else:
+            model = student if config.teacher else build_model(self.teacher, 2)
+            of_teacher = _num_params(model, shape)
+        name = teacher.run.config.model if teacher else config.teacher_model
+        match_features(config, student, (name, model), shape)
+        if size > of_teacher:
+            self._console.print(
+                f"warning: the student {config.student} has {size:,} params, more than its teacher "
+                f"{name} with {of_teacher:,}",
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
+            )
+
+
+def _num_params(model: Any, shape: tuple[int, int, int]) -> int:
+    init = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *shape)))
+    return num_params(init["params"])
+
+
+def _load_data(config: DistillConfig, teachers: list[TrainedRun]) -> Dataset:
+    """Loads the data as the teachers take images; checks that they fit all of them."""
+    memory_gib, seed = config.device.memory_gib, config.split_seed
+    if not teachers:
+        return load_dataset(config.data, config.image_size, split_seed=seed, memory_gib=memory_gib)
+    for teacher in teachers:
+        _check_split(config, teacher)
+    dataset = load_for(
+        teachers[0], config.data, config.image_size, memory_gib=memory_gib, split_seed=seed
+    )
+    for teacher in teachers:
+        check_fits(teacher, dataset)
+    return dataset
 
 
 def _check_split(config: DistillConfig, teacher: TrainedRun) -> None:
@@ -175,9 +194,8 @@ def _settled(config: DistillConfig) -> DistillConfig:
     out = folder_of(config)
     if config.run.resume:
         saved = read_settings(out)
-        if saved.teacher:  # then nothing depends on how one would be trained
-            unused = {name: getattr(config, name) for name in ("teacher_model", "teacher_epochs")}
-            saved = dataclasses.replace(saved, **unused)
+        if saved.teacher:  # then nothing depends on how long one would be trained
+            saved = dataclasses.replace(saved, teacher_epochs=config.teacher_epochs)
         differing = contradictions(saved, config)
         if differing:
             raise UserError(
@@ -233,67 +251,96 @@ def _fit_or_go_on(
     title: str,
     make_loss: MakeLoss | None = None,
     extra: dict[str, Any] | None = None,
+    start: Start | None = None,
+    beside: loader.Beside | None = None,
 ) -> None:
     """Runs a part of the tour; a resumed tour may not have begun it yet."""
     started = (Path(config.out) / CONFIG).is_file()
     run = dataclasses.replace(config.run, resume=config.run.resume and started)
     config = dataclasses.replace(config, run=run)
-    fit(config, dataset, make_loss, extra, console, title)
+    fit(config, dataset, make_loss, extra, console, title, start, beside)
 
 
 def _distil(
-    config: DistillConfig, teacher: TrainedRun, out: Path, dataset: Dataset, console: Console
-) -> Path:
+    config: DistillConfig,
+    teacher: TrainedRun | None,
+    out: Path,
+    dataset: Dataset,
+    console: Console,
+) -> None:
+    """Trains one student; without a teacher it follows the running average of its own params."""
     student = config.train_config(config.student, str(out))
     extra = {
-        "teacher": str(teacher.run.path),
-        "teacher_fingerprint": teacher.fingerprint,
-        "temperature": config.temperature,
-        "alpha": config.alpha,
+        "teacher": list(config.teacher) or [str(teacher.run.path) if teacher else ""],
+        "teacher_model": config.teacher_model,
+        "teacher_fingerprint": teacher.fingerprint if teacher else "",
+        **config.loss_settings(),
     }
-
     weights = loss_weights(config, dataset)
+    model = build_model(student, dataset.num_classes)
+    theirs = (teacher.run.config.model, teacher.model) if teacher else (config.student, model)
+    matching = match_features(config, model, theirs, dataset.image_shape)
+    statistics = pixel_statistics(dataset)
+    beside: loader.Beside | None = None
+    if teacher is not None and matching is None:
+        beside = NoCache(config.batch_size, dataset.num_classes)
+    if teacher is not None and config.teacher_cache:
+        folder = Path(config.teacher_cache)
+        folder = folder / out.name if config.generations > 1 else folder
+        beside = cached_teacher(folder, teacher, dataset, config, statistics["mean"], console)
 
     def make_loss(model: nn.Module, statistics: dict[str, Any]) -> LossFn:
-        return distillation_loss(
-            model,
-            statistics,
-            teacher,
-            config.temperature,
-            config.alpha,
-            config.label_smoothing,
-            weights,
-        )
+        return distillation_loss(model, statistics, teacher, config, weights, matching)
 
+    start = _start(model, config, matching, dataset, statistics)
     title = f"{config.student} distilled"
-    _fit_or_go_on(student, dataset, console, title, make_loss, extra)
-    return out
+    title += f", generation {out.name.partition('-')[2]}" if config.generations > 1 else ""
+    _fit_or_go_on(student, dataset, console, title, make_loss, extra, start, beside)
+
+
+def _start(
+    model: nn.Module,
+    config: DistillConfig,
+    matching: Matching | None,
+    dataset: Dataset,
+    statistics: dict[str, Any],
+) -> Start | None:
+    """Returns the student's random params with those of the loss beside them, if it has any."""
+    init_key, _ = run_keys(config.seed)
+    of_loss = matching.init(jax.random.fold_in(init_key, 1)) if matching else {}
+    if not of_loss:
+        return None
+    variables = jax.jit(model.init)(init_key, jnp.zeros((1, *dataset.image_shape)))
+    params = {**variables["params"], LOSS_PARAMS: of_loss}
+    return Start({**variables, "params": params}, statistics)
 
 
 def _finish(
-    config: DistillConfig, dataset: Dataset, students: list[Path], teacher: TrainedRun
+    config: DistillConfig, dataset: Dataset, plan: _Plan, teacher: TrainedRun | None
 ) -> dict[str, Any]:
     """Measures teacher and students on the test split, which nothing before has looked at.
 
     A folder without one is measured on its validation split; no params were chosen by it.
     """
-    roles = ("alone", "distilled")[-len(students) :]
     split = "test" if len(dataset.test) else "validation"
     which = "best" if config.patience else "latest"
-    trained = [load_run(path, which) for path in students]
-    rows = [
-        _row(role, run, dataset.split(split), config)
-        for role, run in zip(("teacher", *roles), (teacher, *trained), strict=True)
-    ]
+    source = dataset.split(split)
+    students = [load_run(path, which) for path in plan.students]
+    roles = ["distilled" if len(students) == 1 else path.name for path in plan.students]
+    trained = list(zip(roles, students, strict=True))
+    if not config.teacher:
+        trained.insert(0, ("alone", load_run(plan.alone.out, which)))
+    measured = [("teacher", teacher)] if teacher else []
+    rows = [_row(role, run, source, config) for role, run in [*measured, *trained]]
     result: dict[str, Any] = {
         "rows": rows,
         "split": split,
-        "steps": trained[-1].step,
-        "same_steps": len({run.step for run in trained}) == 1,
+        "steps": students[-1].step,
+        "same_steps": len({run.step for _, run in trained}) == 1,
         "folder": config.out,
     }
-    if len(students) == 2:
-        result["gain_points"] = 100 * (rows[2]["accuracy"] - rows[1]["accuracy"])
+    if not config.teacher:
+        result["gain_points"] = 100 * (rows[-1]["accuracy"] - rows[1]["accuracy"])
     write_atomically(Path(config.out) / "results.json", json.dumps(result, indent=2) + "\n")
     return result
 

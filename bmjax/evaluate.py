@@ -27,7 +27,7 @@ from bmjax.parallel import make_parallel, request_devices
 from bmjax.runs import Run, read_run
 from bmjax.settings import check_evaluate
 from bmjax.setup import build_model
-from bmjax.train import predict_logits
+from bmjax.train import LOSS_PARAMS, predict_logits
 
 _SPEED_SECONDS = 0.5
 
@@ -99,13 +99,17 @@ def load_run(path: str | Path, which: str = "latest") -> TrainedRun:
     items = checkpoint.read(run.checkpoints, step, ("best",) if which == "best" else ("state",))
     if which == "best" and "best" not in items:
         raise UserError(f"the run in {path} has finished no epoch yet. Take the latest params.")
-    named = items["best"] if which == "best" else _evaluated(items["state"])
+    named = _of_best(items["best"]) if which == "best" else _evaluated(items["state"])
     where = f"checkpoint {run.checkpoints / str(step)}"
     variables = {"batch_stats": {}, **checkpoint.from_named(named, like, where)}
     fingerprint = checkpoint.fingerprint(run.checkpoints / str(step))
     if warnings:
         warnings = [*warnings, f"the checkpoint at step {step} is used instead"]
     return TrainedRun(run, model, variables, step, fingerprint, tuple(warnings))
+
+
+def _of_best(best: checkpoint.Named) -> checkpoint.Named:
+    return {name: v for name, v in best.items() if not name.startswith(f"params/{LOSS_PARAMS}/")}
 
 
 def _evaluated(state: checkpoint.Named) -> checkpoint.Named:
@@ -117,7 +121,7 @@ def _evaluated(state: checkpoint.Named) -> checkpoint.Named:
         new + name.removeprefix(old): value
         for name, value in state.items()
         for old, new in homes.items()
-        if name.startswith(old)
+        if name.startswith(old) and not name.startswith(f"{old}{LOSS_PARAMS}/")
     }
 
 

@@ -160,6 +160,8 @@ def contrastive(
 ) -> Array:
     """An example's features are to pick out the teacher's own among those of the batch.
 
+    The gradient flows to both sides, as both are projections that are learned; stop it before them.
+
     `-log softmax_j(cos(student_i, teacher_j) / temperature)_i`: contrastive distillation (Tian et
     al. 2020) with the batch in place of a memory of negatives, which makes it InfoNCE (van den
     Oord et al. 2018). Both sides' features pass learned projections of one width first, which is
@@ -177,7 +179,8 @@ def contrastive(
     Raises:
         ValueError: shapes that differ, or a temperature that is not positive.
     """
-    student, teacher = _both(student, teacher)
+    _both(student, teacher)
+    student, teacher = student.astype(jnp.float32), teacher.astype(jnp.float32)
     if student.ndim != 2 or student.shape != teacher.shape:
         raise ValueError(
             f"contrastive takes features of one shape [batch, width], but got {student.shape} and "

@@ -173,7 +173,11 @@ def _try_rates(
     steps, loss_fn = compile_phase(phase, parallel, config, make_loss, statistics, shape)
     zeros = zero_totals(make_loss(phase.model, statistics), phase.fresh, shape)
     feed = loader.Feed(
-        dataset.train, parallel.put, config.batch_size, epoch_orders(phase, dataset, config), True
+        dataset.train,
+        parallel.put,
+        config.batch_size,
+        epoch_orders(phase.fresh.key, dataset, config),
+        True,
     )
     state, totals = parallel.put(phase.fresh), parallel.put(zeros)
     losses: list[float] = []

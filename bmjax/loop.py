@@ -48,6 +48,7 @@ def fit(
     console: Console | None = None,
     title: str = "",
     start: Start | None = None,
+    beside: loader.Beside | None = None,
 ) -> tuple[TrainState, list[dict[str, Any]]]:
     """Trains a model, or goes on with a run, into the folder `config.out`.
 
@@ -60,6 +61,7 @@ def fit(
         console: where progress is shown; by default standard output.
         title: stands before every line of progress; by default the model's name.
         start: what it begins with; by default random params.
+        beside: what the loss is given of each view beside image and label.
 
     Returns:
         The state after the last step, on the device, and the records of `metrics.jsonl`.
@@ -91,7 +93,7 @@ def fit(
     console = console or Console()
     for line in dataset.warnings:
         console.print(f"warning: {line}", highlight=False, markup=False, soft_wrap=True)
-    session = _Session(run, dataset, parallel, make_loss, console, title, start)
+    session = _Session(run, dataset, parallel, make_loss, console, title, start, beside)
     with noting_signals() as stop, lock_folder(path):
         if saved is None:
             create_run(run)
@@ -135,6 +137,7 @@ class _Session:
         console: Console,
         title: str,
         start: Start | None,
+        beside: loader.Beside | None,
     ):
         config = run.config
         self._run, self._config, self._parallel = run, config, parallel
@@ -148,10 +151,12 @@ class _Session:
         self._image_shape = dataset.image_shape
         fresh = self._phases[0].fresh
         self._zeros = zero_totals(
-            self._make_loss(model, self._statistics), fresh, dataset.image_shape
+            self._make_loss(model, self._statistics), fresh, dataset.image_shape, beside
         )
-        orders = epoch_orders(self._phases[0], dataset, config)
-        self._train = loader.Feed(dataset.train, parallel.put, config.batch_size, orders, wide=True)
+        orders = epoch_orders(fresh.key, dataset, config)
+        self._train = loader.Feed(
+            dataset.train, parallel.put, config.batch_size, orders, wide=True, beside=beside
+        )
         self._validation = loader.Feed(dataset.validation, parallel.put, config.batch_size)
         self._evaluate = make_evaluate(
             parallel, model, self._statistics, dataset.num_classes, config.batch_size

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+_ROUNDING = float(jnp.finfo(jnp.float32).eps)
+
 
 def cross_entropy(logits: Array, labels: Array, label_smoothing: float = 0.0) -> Array:
     """Cross entropy between the labels and the softmax of the logits.
@@ -68,8 +70,25 @@ def distillation(student_logits: Array, teacher_logits: Array, temperature: floa
         ValueError: shapes that differ, or a temperature that is not positive.
     """
     student, teacher = _softened("distillation", student_logits, teacher_logits, temperature)
-    teacher, student = jax.nn.log_softmax(teacher), jax.nn.log_softmax(student)
-    return temperature**2 * jnp.sum(jnp.exp(teacher) * (teacher - student), axis=-1)
+    return temperature**2 * _divergence(jax.nn.log_softmax(teacher), jax.nn.log_softmax(student))
+
+
+def _divergence(first: Array, second: Array, counts: Array | None = None) -> Array:
+    """KL divergence of the second distribution from the first, given logarithms, [..., classes].
+
+    Each term is `p log(p / q) + q - p`, which is never below 0, in place of `p log(p / q)`: where
+    the two are alike, as at high temperatures, those terms nearly cancel in the sum.
+
+    Args:
+        first: log p.
+        second: log q.
+        counts: False for entries that belong to neither distribution; None: all do.
+    """
+    p, gap = jnp.exp(first), first - second
+    near = jnp.abs(gap) < 1
+    small = jnp.where(near, gap, 0.0)
+    terms = jnp.where(near, p * (small + jnp.expm1(-small)), p * gap + jnp.exp(second) - p)
+    return jnp.sum(terms if counts is None else jnp.where(counts, terms, 0.0), axis=-1)
 
 
 def decoupled_distillation(
@@ -117,19 +136,18 @@ def decoupled_distillation(
     here = labels[:, None] == jnp.arange(student.shape[-1], dtype=labels.dtype)[None, :]
 
     def split(logits: Array) -> tuple[Array, Array]:
-        """Returns the log odds of the label, and the others' logits as log probabilities."""
-        total = jax.nn.logsumexp(jnp.where(here, -jnp.inf, logits), axis=-1)
-        on_label = jnp.sum(jnp.where(here, logits, 0.0), axis=-1)
-        return on_label - total, jnp.where(here, 0.0, logits - total[:, None])
+        """Returns log probabilities: of the label and of all else, and of the other classes."""
+        others = jnp.where(here, -jnp.inf, logits)
+        # Less the largest, so that large logits keep their digits.
+        shifted = logits - jax.lax.stop_gradient(jnp.max(others, axis=-1, keepdims=True))
+        total = jax.nn.logsumexp(jnp.where(here, -jnp.inf, shifted), axis=-1)
+        odds = jnp.sum(jnp.where(here, shifted, 0.0), axis=-1) - total
+        either = jnp.stack([jax.nn.log_sigmoid(odds), jax.nn.log_sigmoid(-odds)], axis=-1)
+        return either, jnp.where(here, 0.0, shifted - total[:, None])
 
-    (student_odds, student_rest), (teacher_odds, teacher_rest) = split(student), split(teacher)
-    about_label = sum(
-        jax.nn.sigmoid(sign * teacher_odds)
-        * (jax.nn.log_sigmoid(sign * teacher_odds) - jax.nn.log_sigmoid(sign * student_odds))
-        for sign in (1.0, -1.0)
-    )
-    gaps = jnp.where(here, 0.0, jnp.exp(teacher_rest) * (teacher_rest - student_rest))
-    about_rest = jnp.sum(gaps, axis=-1)
+    (student_label, student_rest), (teacher_label, teacher_rest) = split(student), split(teacher)
+    about_label = _divergence(teacher_label, student_label)
+    about_rest = _divergence(teacher_rest, student_rest, ~here)
     return temperature**2 * (alpha * about_label + beta * about_rest)
 
 
@@ -220,13 +238,16 @@ def unit(vectors: Array) -> Array:
 
 
 def _correlation(ours: Array, theirs: Array, weights: Array) -> Array:
-    """Pearson's correlation along the last axis; 0 where one side does not vary."""
+    """Pearson's correlation along the last axis; 0 where one side varies by rounding alone."""
     weights = weights[None, :]
     total = jnp.maximum(jnp.sum(weights), 1.0)
 
     def centred(values: Array) -> Array:
         mean = jnp.sum(weights * values, axis=-1, keepdims=True) / total
-        return unit(weights * (values - mean))
+        apart = weights * (values - mean)
+        largest = jnp.max(jnp.abs(weights * values), axis=-1, keepdims=True)
+        varies = jnp.max(jnp.abs(apart), axis=-1, keepdims=True) > 16 * _ROUNDING * largest
+        return unit(jnp.where(varies, apart, 0.0))
 
     return jnp.sum(centred(ours) * centred(theirs), axis=-1)
 

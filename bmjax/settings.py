@@ -5,6 +5,7 @@ import math
 from typing import Any, get_args, get_type_hints
 
 from bmjax.config import (
+    EMA_TEACHER,
     BaseConfig,
     ConvertConfig,
     DistillConfig,
@@ -19,6 +20,7 @@ FREE_FIELDS = frozenset(
     [
         "out",
         "teacher",
+        "teacher_cache",
         "weights",
         "parallel",
         "devices",
@@ -84,7 +86,7 @@ def _same_type(name: str, old: Any, new: Any, where: str) -> Any:
     if isinstance(old, tuple) and isinstance(new, list):
         # Of an empty default, nothing tells whether it holds numbers or words.
         kinds = {type(item) for item in new}
-        if kinds <= {int} or kinds <= {str}:
+        if kinds <= {int, float} or kinds <= {str}:
             return tuple(new)
     if isinstance(old, float) and type(new) is int:
         return float(new)
@@ -139,6 +141,7 @@ def check_train(config: BaseConfig) -> None:
         ("cutmix", views.cutmix, 0 <= views.cutmix < math.inf, "at least 0"),
         ("shift", views.shift, 0 <= views.shift <= 1, "in [0, 1]"),
         ("rotate", views.rotate, 0 <= views.rotate <= 180, "in [0, 180] degrees"),
+        ("view-passes", views.view_passes, views.view_passes >= 0, "at least 0"),
         ("scale", views.scale, 0 <= views.scale < 1, "in [0, 1)"),
         ("devices", config.device.devices, config.device.devices >= 0, "at least 0"),
         ("memory-gib", config.device.memory_gib, config.device.memory_gib >= 0, "at least 0"),
@@ -180,7 +183,7 @@ def check_distill(config: DistillConfig) -> None:
     """Checks the values that belong to distillation.
 
     Raises:
-        UserError: a temperature that is not positive, or alpha outside [0, 1].
+        UserError: a value out of its range, or flags that contradict each other.
     """
     if not 0 < config.temperature < math.inf:
         raise UserError(
@@ -192,9 +195,80 @@ def check_distill(config: DistillConfig) -> None:
             f"--alpha is {config.alpha}, but it must be in [0, 1]: 0 is cross entropy alone, "
             "1 is distillation alone."
         )
-    if config.teacher_epochs < 1:
-        raise UserError(f"--teacher-epochs is {config.teacher_epochs}, but it must be at least 1.")
+    parts = {
+        "decoupled-alpha": config.decoupled_alpha,
+        "decoupled-beta": config.decoupled_beta,
+        "feature-weight": config.feature_weight,
+    }
+    _check(
+        [
+            ("teacher-epochs", config.teacher_epochs, config.teacher_epochs >= 1, "at least 1"),
+            ("generations", config.generations, config.generations >= 1, "at least 1"),
+            ("cache-top", config.cache_top, config.cache_top >= 0, "at least 0"),
+            *[(name, value, 0 <= value < math.inf, "at least 0") for name, value in parts.items()],
+        ]
+    )
     check_train(config)
+    _check_teacher(config)
+    for wrong, message in _contradictory(config):
+        if wrong:
+            raise UserError(message)
+
+
+def _check_teacher(config: DistillConfig) -> None:
+    """Checks the flags that depend on what the teacher is."""
+    if EMA_TEACHER in config.teacher and len(config.teacher) > 1:
+        raise UserError("--teacher ema stands alone: it is the student's own average.")
+    if config.follows_student and not config.ema_decay:
+        raise UserError(
+            "--teacher ema is the running average of the student's params, but there is none: "
+            "give --ema-decay, such as 0.999."
+        )
+    if config.follows_student and (config.teacher_cache or config.generations > 1):
+        flag = "--teacher-cache" if config.teacher_cache else "--generations"
+        raise UserError(f"--teacher ema changes with every step: leave out {flag}.")
+    if config.teacher_weights and len(config.teacher_weights) != len(config.teacher):
+        raise UserError(
+            f"--teacher-weights gives {len(config.teacher_weights)} weights for "
+            f"{len(config.teacher)} teachers. Give one for each --teacher."
+        )
+
+
+def _contradictory(config: DistillConfig) -> list[tuple[bool, str]]:
+    """Returns, for pairs of flags, whether they contradict each other, and what to say then."""
+    by_features = config.features != "none"
+    cached = bool(config.teacher_cache)
+    return [
+        (
+            config.method == "dkd" and not (config.decoupled_alpha or config.decoupled_beta),
+            "--decoupled-alpha and --decoupled-beta are both 0: their weights sum to nothing.",
+        ),
+        (
+            not by_features and bool(config.layers or config.feature_weight),
+            "--layers and --feature-weight belong to --features: say which loss.",
+        ),
+        (
+            by_features and len(config.teacher) > 1,
+            "--features compares with the layers of one teacher. Give one --teacher.",
+        ),
+        (
+            by_features and cached,
+            "--teacher-cache keeps logits, but --features asks for the teacher's layers: leave "
+            "one of them out.",
+        ),
+        (
+            bool(config.cache_top) and not cached,
+            "--cache-top says what --teacher-cache keeps: give its folder.",
+        ),
+        (
+            bool(config.cache_top) and config.method in ("mse", "cosine"),
+            f"--method {config.method} compares all logits: leave out --cache-top.",
+        ),
+        (
+            config.explain_loss and not config.teacher,
+            "--explain-loss looks at a teacher that there is: give --teacher.",
+        ),
+    ]
 
 
 def check_finetune(config: FinetuneConfig) -> None:

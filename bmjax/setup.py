@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import Array
 from jax.tree_util import Partial
 
 from bmjax.compiled import make_train_steps
@@ -147,13 +148,20 @@ def _phase(
     return Phase(first, last, trained, model, schedule, optimizer, fresh)
 
 
-def epoch_orders(phase: Phase, dataset: Dataset, config: BaseConfig) -> Callable[[int], np.ndarray]:
-    """Returns `draw(epoch)`: the order that the compiled steps draw themselves, on the host."""
+def epoch_orders(key: Array, dataset: Dataset, config: BaseConfig) -> Callable[[int], np.ndarray]:
+    """Returns `draw(epoch)`: the order that the compiled steps draw themselves, on the host.
+
+    Args:
+        key: the run's key.
+        dataset: of the run.
+        config: of the run.
+    """
     num, size = len(dataset.train), config.batch_size
     draw = jax.jit(
         lambda key, epoch: loader.epoch_order(jax.random.split(key, 3)[0], epoch, num, size)
     )
-    return lambda epoch: np.asarray(draw(phase.fresh.key, epoch))
+    passes = config.views.view_passes
+    return lambda epoch: np.asarray(draw(key, epoch % passes if passes else epoch))
 
 
 def make_losses(config: BaseConfig, dataset: Dataset, make_loss: MakeLoss | None) -> MakeLoss:
@@ -187,6 +195,7 @@ def compile_phase(
         config.accumulate,
         config.ema_decay,
         phase.trained,
+        config.views.view_passes,
     )
     loss_fn = make_loss(phase.model, statistics)
     loss_fn = loss_fn if isinstance(loss_fn, Partial) else Partial(loss_fn)

@@ -2,7 +2,8 @@
 
 import dataclasses
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol, cast
 
 import flax.linen as nn
@@ -18,13 +19,19 @@ from bmjax.optim import merge, select
 
 Batch = dict[str, Array]
 
+# Where the params of a loss are, beside those of the model: they are trained, and left out of all
+# that is evaluated.
+LOSS_PARAMS = "of_the_loss"
+
 
 class LossFn(Protocol):
     """The one contract: a loss per example, new running statistics, metrics per example.
 
     `batch` has `image` (values in [0, 1]), `label`, `mask` and `position`; `key` is the step's.
     A loss that holds arrays (a teacher's weights) comes as a `jax.tree_util.Partial`, so that
-    they are inputs of the compiled step and not constants inside it.
+    they are inputs of the compiled step and not constants inside it. One that also has a
+    parameter `ema_params` is given the running average of the params: a teacher that follows
+    the student.
     """
 
     def __call__(
@@ -60,6 +67,12 @@ class TrainState:
         return {"params": params, "batch_stats": self.batch_stats}
 
 
+def run_keys(seed: int) -> tuple[Array, Array]:
+    """Returns the key of a run's initial params, and the one of all that is random later."""
+    init_key, run_key = jax.random.split(jax.random.key(seed))
+    return init_key, run_key
+
+
 def create_state(
     model: nn.Module,
     optimizer: optax.GradientTransformation,
@@ -83,7 +96,7 @@ def create_state(
     Raises:
         ValueError: images that the model cannot take.
     """
-    init_key, run_key = jax.random.split(jax.random.key(seed))
+    init_key, run_key = run_keys(seed)
 
     # In one compiled call; piece by piece it would compile dozens of tiny programs.
     @jax.jit
@@ -112,6 +125,23 @@ def apply_train(
 ) -> tuple[Array, Any]:
     """Applies the model in training mode; returns the logits and the new running statistics.
 
+    See `apply_with_features`.
+    """
+    logits, batch_stats, _ = apply_with_features(model, params, batch_stats, images, mask, ())
+    return logits, batch_stats
+
+
+def apply_with_features(
+    model: nn.Module,
+    params: Any,
+    batch_stats: Any,
+    images: Array,
+    mask: Array,
+    layers: Sequence[str],
+) -> tuple[Array, Any, dict[str, Array]]:
+    """Applies the model in training mode.
+
+    Returns logits, new running statistics, and the named intermediates of `layers`.
     The statistics leave out the examples where `mask` [batch] is False: a last batch that is
     filled up counts as the smaller one that it is.
     """
@@ -119,8 +149,23 @@ def apply_train(
     # A module of one's own need not know of masks.
     known = inspect.signature(type(model).__call__).parameters
     masked: dict[str, Any] = {"mask": mask} if "mask" in known else {}
-    logits, new = model.apply(variables, images, train=True, mutable=["batch_stats"], **masked)
-    return logits, new.get("batch_stats", {})
+    mutable = ["batch_stats", "intermediates"] if layers else ["batch_stats"]
+    logits, new = model.apply(variables, images, train=True, mutable=mutable, **masked)
+    features = {name: new["intermediates"][name] for name in layers}
+    return cast(Array, logits), new.get("batch_stats", {}), features
+
+
+def with_average(loss_fn: LossFn, ema_params: Any) -> LossFn:
+    """Gives the running average of the params to a loss that has a parameter `ema_params`.
+
+    Raises:
+        ValueError: there is no average.
+    """
+    if "ema_params" not in inspect.signature(loss_fn).parameters:
+        return loss_fn
+    if ema_params is None:
+        raise ValueError("the loss needs a running average of the params, but the state has none.")
+    return cast(LossFn, partial(cast(Callable[..., Any], loss_fn), ema_params=ema_params))
 
 
 def predict_logits(
@@ -140,6 +185,22 @@ def predict_logits(
     dtype = getattr(model, "dtype", None) or jnp.float32
     logits = model.apply(variables, preprocess.normalize(images, statistics, dtype))
     return cast(Array, logits)
+
+
+def predict_features(
+    model: nn.Module,
+    statistics: dict[str, Any],
+    variables: Any,
+    images: Array,
+    layers: Sequence[str],
+) -> tuple[Array, dict[str, Array]]:
+    """Returns what `predict_logits` does, and the named intermediates of `layers`."""
+    if not layers:
+        return predict_logits(model, statistics, variables, images), {}
+    dtype = getattr(model, "dtype", None) or jnp.float32
+    images = preprocess.normalize(images, statistics, dtype)
+    logits, new = model.apply(variables, images, mutable=["intermediates"])
+    return cast(Array, logits), {name: new["intermediates"][name] for name in layers}
 
 
 def label_loss(
@@ -236,6 +297,7 @@ def train_step(
         sums = {name: _masked_sum(value, batch["mask"]) for name, value in values.items()}
         return sums["loss"], (batch_stats, sums)
 
+    loss_fn = with_average(loss_fn, state.ema_params)
     moving = _trained(state.params, trained)
     gradient = jax.grad(summed_loss, has_aux=True)
     if accumulate == 1:

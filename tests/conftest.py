@@ -1,5 +1,6 @@
 """Eight virtual CPU devices, strict settings, a small dataset, and a cache of the tests' own."""
 
+import dataclasses
 import os
 import tempfile
 import warnings
@@ -24,6 +25,8 @@ from bmjax.cache import use_compilation_cache  # noqa: E402
 from bmjax.config import AugmentConfig, DeviceConfig, RunConfig, TrainConfig  # noqa: E402
 from bmjax.data import ArraySource, Dataset  # noqa: E402
 from bmjax.data.sources import all_images  # noqa: E402
+from bmjax.evaluate import TrainedRun, load_run  # noqa: E402
+from bmjax.loop import fit  # noqa: E402
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -92,6 +95,16 @@ def small(tmp_path: Path) -> TrainConfig:
         device=DeviceConfig(devices=1),
         run=RunConfig(tensorboard=False),
     )
+
+
+@pytest.fixture
+def teacher(small: TrainConfig, shapes: Dataset, quiet: Console, tmp_path: Path) -> TrainedRun:
+    """A convolutional network that has learned the shapes."""
+    config = dataclasses.replace(
+        small, model="cnn_tiny", hidden_sizes=(), out=str(tmp_path / "teacher")
+    )
+    fit(config, shapes, console=quiet)
+    return load_run(tmp_path / "teacher")
 
 
 @pytest.fixture

@@ -96,7 +96,7 @@ def test_a_damaged_checkpoint_is_named(capsys, tmp_path, shapes_npz):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("train --model resnet20 --out X", "unknown model 'resnet20'"),
+        ("train --model resnet19 --out X", "unknown model 'resnet19'"),
         ("train --data mnist --out X", "unknown dataset 'mnist'. Did you mean mnist5k?"),
         ("train --data npz:nowhere.npz --out X", "there is no file nowhere.npz"),
         ("train --data npz:bad.npz --out X", "pixels must be uint8"),

@@ -1,80 +1,18 @@
 import dataclasses
 import json
+from typing import Any
 
 import chex
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bmjax import losses
+from bmjax import checkpoint
 from bmjax.config import AugmentConfig, DeviceConfig, DistillConfig, RunConfig
 from bmjax.data import Dataset
-from bmjax.distill import distill, distillation_loss
+from bmjax.distill import distill
 from bmjax.errors import UserError
 from bmjax.evaluate import load_run
-from bmjax.loop import build_model, fit
-from bmjax.train import classification_loss, predict_logits
-
-
-@pytest.fixture
-def teacher(small, shapes, quiet, tmp_path):
-    config = dataclasses.replace(
-        small, model="cnn_tiny", hidden_sizes=(), out=str(tmp_path / "teacher")
-    )
-    fit(config, shapes, console=quiet)
-    return load_run(tmp_path / "teacher")
-
-
-def student_of(small, shapes):
-    model = build_model(small, 3)
-    params = model.init(jax.random.key(1), jnp.zeros((1, 12, 12, 1)))["params"]
-    rng = np.random.default_rng(0)
-    batch = {
-        "image": jnp.array(rng.uniform(0, 1, (8, 12, 12, 1)), jnp.float32),
-        "label": jnp.arange(8) % 3,
-        "mask": jnp.ones(8, bool),
-    }
-    return model, params, batch
-
-
-def test_the_loss_is_the_stated_mixture(teacher, small, shapes):
-    model, params, batch = student_of(small, shapes)
-    # Statistics of its own: the teacher must see its own normalisation all the same.
-    own = {"mean": [0.2], "std": [0.5]}
-    loss_fn = distillation_loss(model, own, teacher, temperature=3.0, alpha=0.7)
-    loss, (_, metrics) = loss_fn(params, {}, batch, jax.random.key(0))
-    student = model.apply({"params": params}, (batch["image"] - 0.2) / 0.5)
-    asked = predict_logits(teacher.model, teacher.statistics, teacher.variables, batch["image"])
-    expected = 0.7 * losses.distillation(student, asked, 3.0) + 0.3 * losses.cross_entropy(
-        student, batch["label"]
-    )
-    chex.assert_shape(loss, (8,))
-    np.testing.assert_allclose(loss, expected, rtol=1e-4)
-    assert set(metrics) == {"accuracy", "agreement", "distillation", "cross_entropy"}
-
-
-@pytest.mark.parametrize("alpha", [0.0, 1.0])
-def test_the_ends_of_alpha_are_each_term_alone(teacher, small, shapes, alpha):
-    model, params, batch = student_of(small, shapes)
-    mixed = distillation_loss(model, teacher.statistics, teacher, 4.0, alpha)
-    loss, (_, metrics) = mixed(params, {}, batch, jax.random.key(0))
-    plain, _ = classification_loss(model, teacher.statistics)(params, {}, batch, jax.random.key(0))
-    if alpha == 0:
-        np.testing.assert_allclose(loss, plain, rtol=1e-5)
-    else:
-        np.testing.assert_allclose(loss, metrics["distillation"], rtol=1e-5)
-        assert float(jnp.abs(loss - plain).max()) > 0.1
-
-
-def test_the_teacher_is_an_input_and_no_part_of_what_is_trained(teacher, small, shapes):
-    model, params, batch = student_of(small, shapes)
-    loss_fn = distillation_loss(model, teacher.statistics, teacher, 4.0, 0.9)
-    chex.assert_trees_all_equal(jax.tree.leaves(loss_fn), jax.tree.leaves(teacher.variables))
-    grads = jax.grad(lambda f: jnp.sum(f(params, {}, batch, jax.random.key(0))[0]))(loss_fn)
-    chex.assert_trees_all_equal(
-        jax.tree.leaves(grads), jax.tree.leaves(jax.tree.map(jnp.zeros_like, teacher.variables))
-    )
+from bmjax.train import LOSS_PARAMS
 
 
 def config_of(tmp_path, **changes) -> DistillConfig:
@@ -121,6 +59,14 @@ def test_the_tour_compares_equals(tmp_path, quiet, as_data):
         saved["config"].pop("out")
     assert configs[0]["config"] == configs[1]["config"]
     assert configs[1]["extra"]["temperature"] == 4.0
+    # Nothing of the teacher is in the state of its student.
+    shapes = [
+        {key: value.shape for key, value in params_of(tmp_path / "tour" / name, "").items()}
+        for name in ("alone", "distilled")
+    ]
+    totals = {"totals/agreement", "totals/distillation", "totals/cross_entropy"}
+    assert set(shapes[1]) - set(shapes[0]) == totals
+    assert all(shapes[1][name] == shape for name, shape in shapes[0].items())
     assert {load_run(tmp_path / "tour" / name).step for name in ("alone", "distilled")} == {18}
 
 
@@ -149,7 +95,7 @@ def test_a_tour_that_was_stopped_goes_on(tmp_path, quiet, as_data, monkeypatch):
 
 
 def test_a_given_teacher_trains_one_student(teacher, tmp_path, quiet, as_data):
-    config = config_of(tmp_path, teacher=str(teacher.run.path), alpha=0.5)
+    config = config_of(tmp_path, teacher=(str(teacher.run.path),), alpha=0.5)
     result = distill(config, quiet)
     assert [row["role"] for row in result["rows"]] == ["teacher", "distilled"]
     assert "gain_points" not in result
@@ -174,8 +120,8 @@ def test_misuse_is_named_and_nothing_is_written(teacher, tmp_path, quiet, shapes
         (dataclasses.replace(base, temperature=float("nan")), "must be positive"),
         (dataclasses.replace(base, alpha=1.5), r"--alpha is 1.5, but it must be in \[0, 1\]"),
         (dataclasses.replace(base, student="mpl"), "Did you mean mlp"),
-        (dataclasses.replace(base, teacher="nowhere"), "there is no run in nowhere"),
-        (dataclasses.replace(base, teacher=str(teacher.run.path)), "tells 3 classes apart"),
+        (dataclasses.replace(base, teacher=("nowhere",)), "there is no run in nowhere"),
+        (dataclasses.replace(base, teacher=(str(teacher.run.path),)), "tells 3 classes apart"),
         (dataclasses.replace(base, run=RunConfig(resume=True)), "there is no run"),
         (dataclasses.replace(base, student="cnn_tiny"), "--hidden-sizes belongs to mlp"),
         (dataclasses.replace(base, batch_size=7, device=DeviceConfig(devices=2)), "not divide"),
@@ -183,4 +129,191 @@ def test_misuse_is_named_and_nothing_is_written(teacher, tmp_path, quiet, shapes
     for config, message in cases:
         with pytest.raises(UserError, match=message):
             distill(config, quiet)
+    assert not (tmp_path / "tour").exists()
+
+
+def params_of(folder, name="state/params/"):
+    path = folder / "checkpoints"
+    step, _ = checkpoint.newest_sound(path)
+    assert step is not None
+    return {
+        key: value
+        for key, value in checkpoint.read(path, step, ("state",))["state"].items()
+        if key.startswith(name)
+    }
+
+
+@pytest.mark.parametrize(
+    ("features", "layers", "learned"),
+    [("hint", (), 2), ("similarity", (), 0), ("contrastive", ("hidden1=stage2",), 4)],
+)
+def test_features_with_their_projections(
+    teacher, tmp_path, quiet, as_data, features, layers, learned
+):
+    config = config_of(
+        tmp_path,
+        teacher=(str(teacher.run.path),),
+        features=features,
+        layers=layers,
+        epochs=2,
+        out=str(tmp_path / features),
+    )
+    distill(config, quiet)
+    saved = params_of(tmp_path / features)
+    assert sum(LOSS_PARAMS in name for name in saved) == learned
+    # They belong to the loss: what is evaluated is the student alone.
+    for which in ("latest", "best"):
+        assert LOSS_PARAMS not in load_run(config.out, which).variables["params"]
+    half = dataclasses.replace(config, epochs=1, out=str(tmp_path / "half"))
+    distill(half, quiet)
+    begun = params_of(tmp_path / "half")
+    assert all(not np.array_equal(begun[name], value) for name, value in saved.items())
+
+
+def test_the_student_begins_as_it_would_alone(teacher, tmp_path, quiet, as_data):
+    kept = []
+    for features in ("none", "hint"):
+        out = tmp_path / features
+        distill(
+            config_of(
+                tmp_path,
+                teacher=(str(teacher.run.path),),
+                features=features,
+                feature_weight=0.0 if features == "none" else 1e-30,
+                epochs=1,
+                out=str(out),
+            ),
+            quiet,
+        )
+        kept.append(params_of(out))
+    plain, hinted = kept
+    for name, value in plain.items():
+        np.testing.assert_allclose(hinted[name], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("model", ["cnn_tiny", pytest.param("resnet_tiny", marks=pytest.mark.slow)])
+def test_a_cached_teacher_gives_the_same_bits(
+    small, shapes, tmp_path, quiet, as_data, model, monkeypatch
+):
+    """Views that repeat, mixed images, and a batch that is filled up."""
+    from bmjax import teacher_cache
+    from bmjax.loop import fit
+
+    fit(
+        dataclasses.replace(
+            small, model=model, hidden_sizes=(), epochs=1, out=str(tmp_path / "of")
+        ),
+        shapes,
+        console=quiet,
+    )
+    config = config_of(
+        tmp_path,
+        teacher=(str(tmp_path / "of"),),
+        views=AugmentConfig(shift=0.05, mixup=0.5, view_passes=2),
+        epochs=4,
+        out=str(tmp_path / "asked"),
+    )
+    distill(config, quiet)
+    cache = str(tmp_path / "cache")
+    asked = params_of(tmp_path / "asked", "state/")
+    for number in range(2):
+        out = tmp_path / f"cached{number}"
+        distill(dataclasses.replace(config, teacher_cache=cache, out=str(out)), quiet)
+        chex.assert_trees_all_equal(params_of(out, "state/"), asked)
+        # The second time nobody is asked.
+        monkeypatch.setattr(teacher_cache, "_make", None)
+    other = dataclasses.replace(
+        config, views=dataclasses.replace(config.views, view_passes=0), out=str(tmp_path / "new")
+    )
+    distill(other, quiet)
+    assert not np.array_equal(
+        params_of(tmp_path / "new", "state/")["state/params/head/kernel"],
+        asked["state/params/head/kernel"],
+    )
+
+
+def test_a_resumed_run_with_a_cache_goes_on(teacher, tmp_path, quiet, as_data):
+    config = config_of(
+        tmp_path,
+        teacher=(str(teacher.run.path),),
+        teacher_cache=str(tmp_path / "cache"),
+        features="none",
+    )
+    first = distill(config, quiet)
+    again = dataclasses.replace(config, run=RunConfig(tensorboard=False, resume=True))
+    assert distill(again, quiet)["rows"][1]["loss"] == first["rows"][1]["loss"]
+    with pytest.raises(UserError, match="method is 'kd' in the run and 'dkd' now"):
+        distill(dataclasses.replace(again, method="dkd"), quiet)
+
+
+def test_generations_teach_the_next(teacher, tmp_path, quiet, as_data):
+    config = config_of(tmp_path, teacher=(str(teacher.run.path),), generations=2)
+    result = distill(config, quiet)
+    assert [row["role"] for row in result["rows"]] == ["teacher", "generation-1", "generation-2"]
+    first, second = (load_run(tmp_path / "tour" / f"generation-{n}") for n in (1, 2))
+    assert first.run.extra["teacher_fingerprint"] == teacher.fingerprint
+    assert second.run.extra["teacher_fingerprint"] == first.fingerprint
+
+
+def test_the_student_follows_its_own_average(tmp_path, quiet, as_data):
+    config = config_of(tmp_path, teacher=("ema",), ema_decay=0.9)
+    result = distill(config, quiet)
+    assert [row["role"] for row in result["rows"]] == ["distilled"]
+    records = [
+        json.loads(line) for line in (tmp_path / "tour" / "metrics.jsonl").read_text().splitlines()
+    ]
+    parts = [record["distillation"] for record in records if record["split"] == "train"]
+    assert parts[-1] > 0
+    again = dataclasses.replace(config, run=RunConfig(tensorboard=False, resume=True))
+    assert distill(again, quiet)["rows"][0]["loss"] == result["rows"][0]["loss"]
+
+
+def test_two_teachers_are_one(teacher, tmp_path, quiet, as_data):
+    path = str(teacher.run.path)
+    config = config_of(tmp_path, teacher=(path, path), teacher_weights=(2.0, 1.0))
+    rows = distill(config, quiet)["rows"]
+    assert rows[0]["model"] == "cnn_tiny + cnn_tiny"
+    single = dataclasses.replace(
+        config, teacher=(path,), teacher_weights=(), out=str(tmp_path / "single")
+    )
+    alone = distill(single, quiet)["rows"]
+    assert rows[0]["accuracy"] == alone[0]["accuracy"]
+    assert rows[1]["loss"] == pytest.approx(alone[1]["loss"], rel=1e-3)
+
+
+def test_a_student_larger_than_its_teacher_is_told(teacher, tmp_path, as_data, capsys):
+    from rich.console import Console
+
+    config = config_of(tmp_path, teacher=(str(teacher.run.path),), epochs=1)
+    distill(config, Console())
+    assert "warning: the student mlp has 2,371 params, more than" in capsys.readouterr().out
+
+
+def test_flags_that_contradict_each_other_are_named(teacher, tmp_path, quiet, as_data):
+    path = str(teacher.run.path)
+    base = config_of(tmp_path, teacher=(path,))
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"teacher": ("ema", path)}, "stands alone"),
+        ({"teacher": ("ema",)}, "give --ema-decay"),
+        ({"teacher": ("ema",), "ema_decay": 0.9, "generations": 2}, "leave out --generations"),
+        ({"teacher_weights": (1.0, 2.0)}, "2 weights for 1 teachers"),
+        ({"teacher": (path, path), "teacher_weights": (0.0, 0.0)}, "add up to more than 0"),
+        ({"teacher": (path, path), "features": "hint"}, "layers of one teacher"),
+        ({"features": "hint", "teacher_cache": "cache"}, "leave one of them out"),
+        ({"layers": ("a=b",)}, "belong to --features"),
+        ({"features": "hint", "layers": ("stage9=stage1",)}, "no layer 'stage9'.*hidden1"),
+        ({"features": "hint", "layers": ("hidden1=conv7",)}, "teacher .* no layer 'conv7'.*stage2"),
+        ({"features": "hint", "layers": ("hidden1",)}, "Write STUDENT=TEACHER"),
+        ({"features": "attention"}, "mlp has no stages"),
+        ({"method": "dkd", "decoupled_alpha": 0.0, "decoupled_beta": 0.0}, "sum to nothing"),
+        ({"cache_top": 3}, "give its folder"),
+        ({"cache_top": 3, "teacher_cache": "cache", "method": "mse"}, "leave out --cache-top"),
+        ({"cache_top": 9, "teacher_cache": str(tmp_path / "c")}, "there are 3 classes"),
+        ({"teacher": ("weights.pth",)}, "--teacher-model says which ResNet, but is 'cnn_tiny'"),
+        ({"teacher": ("no.pth",), "teacher_model": "resnet18"}, "no.pth"),
+        ({"teacher": (), "explain_loss": True}, "give --teacher"),
+    ]
+    for changes, message in cases:
+        with pytest.raises(UserError, match=message):
+            distill(dataclasses.replace(base, **changes), quiet)
     assert not (tmp_path / "tour").exists()

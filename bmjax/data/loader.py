@@ -8,7 +8,7 @@ run is the same to the bit either way.
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,13 @@ def as_arrays(source: ArraySource, wide: bool = False) -> dict[str, np.ndarray]:
     return {"image": images, "label": source.labels}
 
 
+class Beside(Protocol):
+    """What is known of each view beside its image and label, such as a teacher's logits."""
+
+    def rows(self, first: int, last: int) -> dict[str, np.ndarray]:
+        """Returns arrays [(last - first) * batch_size, ...] for the steps from first to last."""
+
+
 class Feed:
     """Gives a split to the device: as a whole, or window after window, decoded ahead.
 
@@ -50,6 +57,7 @@ class Feed:
         draw_order: `draw_order(epoch)` returns the order of an epoch, see `epoch_order`; None for
             the natural one.
         wide: whether the images come with their margin.
+        beside: what else belongs to the batches of a step.
     """
 
     def __init__(
@@ -59,7 +67,12 @@ class Feed:
         batch_size: int,
         draw_order: Callable[[int], np.ndarray] | None = None,
         wide: bool = False,
+        beside: Beside | None = None,
     ):
+        self._beside = beside
+        # What lies beside the epoch in use, and the step that it begins at.
+        self._beside_epoch: dict[str, Any] = {}
+        self._beside_first = -1
         self._source, self._put, self._batch_size, self._wide = source, put, batch_size, wide
         self._draw_order = draw_order
         self.num_batches = num_batches(len(source), batch_size)
@@ -77,7 +90,7 @@ class Feed:
         """
         end_of_epoch = (step // self.num_batches + 1) * self.num_batches
         if self._whole is not None:
-            return self._whole, end_of_epoch
+            return {**self._whole, **self._beside_whole(end_of_epoch)}, end_of_epoch
         if not self._first <= step < self._end:
             if step != self._end or step % self.num_batches == 0:
                 self._begin(step)
@@ -90,6 +103,13 @@ class Feed:
         """Puts the next window on its way to the device, while that one is busy."""
         if self._whole is None and self._ahead is None and self._end % self.num_batches:
             self._ahead = self._read(self._end)
+
+    def _beside_whole(self, end: int) -> dict[str, Any]:
+        first = end - self.num_batches
+        if self._beside is not None and first != self._beside_first:
+            self._beside_epoch = self._put({"beside": self._beside.rows(first, end)})
+            self._beside_first = first
+        return self._beside_epoch
 
     @functools.cached_property
     def _batches_in_window(self) -> int:
@@ -117,7 +137,20 @@ class Feed:
             "count": min(len(window["label"]), rest),
             "num_batches": self.num_batches,
         }
-        return self._put({**window, **{name: np.int32(value) for name, value in scalars.items()}})
+        arrays: dict[str, Any] = {
+            **window,
+            **{name: np.int32(value) for name, value in scalars.items()},
+        }
+        if self._beside is not None:
+            # As many rows as there are examples in each window, so that nothing compiles anew.
+            size = len(window["label"])
+            last = step + -(-scalars["count"] // self._batch_size)
+            rows = self._beside.rows(step, last)
+            arrays["beside"] = {
+                name: np.pad(row, ((0, size - len(row)), *[(0, 0)] * (row.ndim - 1)))
+                for name, row in rows.items()
+            }
+        return self._put(arrays)
 
 
 def make_view(
@@ -186,22 +219,30 @@ def take_batch(
     """Takes batch `index` out of the split, or this device's part of it.
 
     Args:
-        arrays: the split on the device, or a window of it with `count`, the examples in it.
+        arrays: the split on the device, or a window of it with `count`, the examples in it; and
+            perhaps `beside`, arrays in the order of the batches.
         order: the order of the epoch, or of the window.
         index: scalar integer, the number of the batch in the epoch, or in the window.
         batch_size: over all devices.
         axis_name: under pmap, the axis that the batch is divided along.
 
     Returns:
-        `image` in [0, 1] float32, `label`, `mask` (False for padding) and `position` (the
-        example's place in the global batch), each with the batch as first dimension.
+        `image` in [0, 1] float32, `label`, `mask` (False for padding), `position` (the
+        example's place in the global batch) and what lies beside, each with the batch as first
+        dimension.
     """
     parts = 1 if axis_name is None else lax.axis_size(axis_name)
     size = batch_size // parts
     first = 0 if axis_name is None else lax.axis_index(axis_name) * size
     position = first + jnp.arange(size, dtype=jnp.int32)
-    rows = lax.dynamic_slice(order, (index * batch_size + first,), (size,))
+    begin = index * batch_size + first
+    rows = lax.dynamic_slice(order, (begin,), (size,))
+    beside = {
+        name: lax.dynamic_slice_in_dim(leaf, begin, size)
+        for name, leaf in arrays.get("beside", {}).items()
+    }
     return {
+        **beside,
         "image": arrays["image"][rows].astype(jnp.float32) / 255,
         "label": arrays["label"][rows],
         "mask": index * batch_size + position < arrays.get("count", len(arrays["label"])),

@@ -1,0 +1,35 @@
+"""What can be set, and its defaults: frozen dataclasses that the command line is made from.
+
+Nothing here imports JAX, so that help texts and wrong flags are answered at once. The
+attributes' descriptions are the help texts of the flags.
+"""
+
+from bmjax.config.commands import ConvertConfig, DoctorConfig, EvaluateConfig, PredictConfig
+from bmjax.config.distillation import EMA_TEACHER, DistillConfig
+from bmjax.config.finetuning import FinetuneConfig
+from bmjax.config.training import (
+    DEFAULT_EPOCHS,
+    AugmentConfig,
+    BaseConfig,
+    DeviceConfig,
+    OptimConfig,
+    RunConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "DEFAULT_EPOCHS",
+    "EMA_TEACHER",
+    "AugmentConfig",
+    "BaseConfig",
+    "ConvertConfig",
+    "DeviceConfig",
+    "DistillConfig",
+    "DoctorConfig",
+    "EvaluateConfig",
+    "FinetuneConfig",
+    "OptimConfig",
+    "PredictConfig",
+    "RunConfig",
+    "TrainConfig",
+]

@@ -1,0 +1,97 @@
+"""Settings of the commands that train nothing."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+import tyro
+
+from bmjax.config.training import DeviceConfig
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Measure a run on a split: loss, accuracy, calibration, errors by class, speed.
+
+    Attributes:
+        path: Folder of the run.
+        data: Dataset to measure on; none given: the run's own.
+        image_size: Side in pixels that images are resized to; 0 takes the run's.
+        split: Part of the dataset.
+        checkpoint: Params of the latest checkpoint, or those with the best validation accuracy.
+        batch_size: Images at once, rounded up to what divides over the devices.
+        json: Print one JSON object instead of tables.
+    """
+
+    path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    data: str = ""
+    image_size: int = 0
+    split: Literal["train", "validation", "test", "all"] = "test"
+    checkpoint: Literal["latest", "best"] = "latest"
+    batch_size: int = 256
+    json: bool = False
+    device: DeviceConfig = field(default_factory=DeviceConfig)
+
+
+@dataclass(frozen=True)
+class PredictConfig:
+    """Classify image files with a run.
+
+    Attributes:
+        path: Folder of the run.
+        images: Image files of any format that Pillow reads.
+        top: Classes shown per image, the likeliest first (at least 1).
+        checkpoint: Params of the latest checkpoint, or those with the best validation accuracy.
+        json: Print one JSON object per image, with the probabilities of all classes.
+    """
+
+    path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    images: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE")]
+    top: int = 3
+    checkpoint: Literal["latest", "best"] = "latest"
+    json: bool = False
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """Convert between torchvision's weights and bmjax's, strictly, and prove it.
+
+    The ending of --out says what is written: .pth, .pt or .safetensors for torchvision's names
+    and layouts; .msgpack for Flax variables; none for a run's folder, which evaluate, predict and
+    distill take.
+
+    Attributes:
+        path: A torchvision checkpoint (.pth, .pt or .safetensors), Flax variables (.msgpack), a
+            run's folder, or imagenet-v1 or imagenet-v2 for torchvision's published weights.
+        out: What to write; nothing that exists is overwritten.
+        model: Name of the ResNet; a run knows its own.
+        certify: Compare with torchvision (which the extra torch brings): outputs, gradients and
+            one training step, written to OUT.certificate.txt and .json; nothing else is written
+            where it fails.
+        images: Folder of photographs for the certificate; none given: digits of mnist5k.
+        image_size: Side in pixels of the images that the model takes; 0 takes the weights' own,
+            or 224.
+        resize_size: Shorter side in pixels that images are resized to before the middle is cut
+            out; 0 takes the weights' own, or 8/7 of the image size.
+        class_names: Names of the classes, in order; none given: ImageNet's where there are 1000,
+            numbers otherwise.
+    """
+
+    path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
+    out: str
+    model: str = ""
+    certify: bool = False
+    images: str = ""
+    image_size: int = 0
+    resize_size: int = 0
+    class_names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class DoctorConfig:
+    """Say what there is to compute with, and what is missing.
+
+    Attributes:
+        json: Print one JSON object instead of a table.
+    """
+
+    json: bool = False

@@ -1,0 +1,190 @@
+"""Settings of training: what all commands that train have in common, and `train` itself."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Literal
+
+DEFAULT_EPOCHS = {"mlp": 100}
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """How the params are updated.
+
+    Attributes:
+        optimizer: The update rule.
+        learning_rate: Peak learning rate, reached after the warm-up (positive).
+        schedule: How the learning rate goes on after the warm-up: stays, or falls to 0 along a
+            cosine; one-cycle rises from 1/25 of the peak and falls to 1/250,000 of it.
+        warmup_epochs: Epochs over which the learning rate rises to its peak, linearly
+            (one-cycle: along a cosine); at most half the run.
+        momentum: Momentum of sgd, in [0, 1).
+        nesterov: Nesterov's form of sgd's momentum instead of the classical one.
+        weight_decay: Pull of the kernels towards 0; biases and normalisation are left alone.
+            adamw and lion: decoupled, times the learning rate; sgd and adam: added to the
+            gradient.
+        clip_norm: Largest global L2 norm of the gradient, larger ones are scaled down; 0 turns
+            it off.
+    """
+
+    optimizer: Literal["sgd", "adam", "adamw", "lion"] = "adamw"
+    learning_rate: float = 3e-3
+    schedule: Literal["constant", "cosine", "one-cycle"] = "cosine"
+    warmup_epochs: float = 1.0
+    momentum: float = 0.9
+    nesterov: bool = True
+    weight_decay: float = 1e-2
+    clip_norm: float = 0.0
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Random views of the training images; each amount is drawn per image, uniformly if not said.
+
+    Attributes:
+        crop: Least share of the image's area that a random resized crop takes, in (0, 1], with
+            sides in a ratio of 3/4 to 4/3; 1 resizes nothing.
+        flip: Probability of a flip left to right.
+        shift: Largest shift as a share of the image's side, each way.
+        rotate: Largest rotation in degrees, each way.
+        scale: Largest change of size: 0.12 gives factors from 0.88 to 1.12.
+        policy: Further changes of shape and colour: TrivialAugment, one of 14 at a random
+            strength; RandAugment, two of 14 at strength 9 of 30.
+        erase: Probability that a random rectangle is erased.
+        mixup: Alpha of mixup's Beta distribution; 0 turns it off. With cutmix on too, each batch
+            takes one of the two.
+        cutmix: Alpha of CutMix's Beta distribution; 0 turns it off.
+        augment: Train on random views, not on the images as they are.
+        view_passes: Epochs after which order and views repeat; 0: every epoch has new ones.
+    """
+
+    crop: float = 1.0
+    flip: float = 0.0
+    shift: float = 0.1
+    rotate: float = 12.0
+    scale: float = 0.12
+    policy: Literal["none", "trivial", "rand"] = "none"
+    erase: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    augment: bool = True
+    view_passes: int = 0
+
+    @property
+    def affine(self) -> bool:
+        """Whether images are shifted, rotated or scaled."""
+        return bool(self.shift or self.rotate or self.scale)
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed with others of their batch."""
+        return self.augment and bool(self.mixup or self.cutmix)
+
+
+@dataclass(frozen=True)
+class DeviceConfig:
+    """Where it runs.
+
+    Attributes:
+        parallel: How several devices share a batch; both give the same numbers.
+        devices: Number of devices; 0 takes all. More than a CPU has become virtual ones.
+        memory_gib: Most GiB that decoded images may take; a larger folder is read again and again
+            while training, to the same result.
+    """
+
+    parallel: Literal["jit", "pmap"] = "jit"
+    devices: int = 0
+    memory_gib: float = 4.0
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The folder of the run, and how often it is saved.
+
+    Attributes:
+        resume: Go on with the run in --out; its settings are taken from there.
+        save_minutes: Most minutes of work that a killed machine can cost; a checkpoint is also
+            saved at each tenth of the epochs.
+        keep: Number of newest checkpoints kept (at least 1); each also holds the best params.
+        tensorboard: Write event files for TensorBoard.
+    """
+
+    resume: bool = False
+    save_minutes: float = 1.0
+    keep: int = 3
+    tensorboard: bool = True
+
+
+@dataclass(frozen=True)
+class BaseConfig:
+    """What training and distillation have in common.
+
+    Attributes:
+        data: Dataset: mnist5k; folder:PATH with a folder of images per class, in train,
+            validation and test or not; tfds:NAME, prepared in array_record; or npz:PATH with
+            arrays image and label (or train_image, ...).
+        image_size: Side in pixels of the images that the model takes; 0 keeps the dataset's own,
+            or takes 224 where images have different sizes.
+        split_seed: Seed by which a validation split is cut from train, where there is none.
+        hidden_sizes: Widths of the hidden layers where the model is mlp; none given: 128 64.
+        norm: Normalisation of a ResNet: batch; frozen, by the running statistics in training
+            too; or group, which sees one example at a time.
+        epochs: Passes over the training split; 0 takes the model's default: 100 for mlp, 20 for
+            the others.
+        batch_size: Examples per update, over all devices together.
+        accumulate: Parts that a batch is split into, one after the other, to save memory; the
+            update is that of the whole batch.
+        label_smoothing: Share of the target spread evenly over the classes, in [0, 1).
+        class_weights: Weights of the classes in the loss; balanced: in inverse proportion to how
+            many training examples they have.
+        patience: Epochs without a better validation accuracy after which training ends, and the
+            params of the best epoch are reported; 0: never.
+        precision: Precision of the computation; params, statistics and losses are float32
+            always.
+        ema_decay: Decay of the running average of the params that is evaluated instead;
+            none at 0.
+        seed: Seed of the initial params, the order of the data and the views.
+        out: Folder of the run; none given: runs/MODEL, or runs/distill for distillation.
+    """
+
+    data: str = "mnist5k"
+    image_size: int = 0
+    split_seed: int = 0
+    hidden_sizes: tuple[int, ...] = ()
+    norm: Literal["batch", "frozen", "group"] = "batch"
+    epochs: int = 0
+    batch_size: int = 64
+    accumulate: int = 1
+    label_smoothing: float = 0.0
+    class_weights: Literal["none", "balanced"] = "none"
+    patience: int = 0
+    precision: Literal["float32", "bfloat16"] = "float32"
+    ema_decay: float = 0.0
+    seed: int = 0
+    out: str = ""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    views: AugmentConfig = field(default_factory=AugmentConfig)
+    device: DeviceConfig = field(default_factory=DeviceConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+@dataclass(frozen=True)
+class TrainConfig(BaseConfig):
+    """Train a model from scratch.
+
+    Attributes:
+        model: Name of the model: mlp, cnn, cnn_tiny, resnet18, resnet34, resnet50, resnet101,
+            resnet152, resnext50_32x4d, resnext101_32x8d, resnext101_64x4d, wide_resnet50_2,
+            wide_resnet101_2 or resnet_tiny; or for images of about 32 pixels resnet8, 14, 20, 32,
+            44, 56 and 110, and each of them four times as wide, such as resnet8x4.
+    """
+
+    model: str = "mlp"
+
+    def resolved(self) -> "TrainConfig":
+        """Returns the config with the defaults that depend on the model filled in."""
+        return dataclasses.replace(
+            self,
+            epochs=self.epochs or DEFAULT_EPOCHS.get(self.model, 20),
+            out=self.out or f"runs/{self.model}",
+        )

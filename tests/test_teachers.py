@@ -1,0 +1,61 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bmjax.errors import UserError
+from bmjax.models import create_model
+from bmjax.runs import Run
+from bmjax.teachers import combine, load_teacher
+from bmjax.weights.convert import to_torchvision
+from bmjax.weights.writing import write_state_dict
+
+
+def test_a_checkpoint_is_a_teacher(tmp_path, quiet):
+    model = create_model("resnet_tiny", 4)
+    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    path = tmp_path / "weights.safetensors"
+    write_state_dict(path, to_torchvision(variables, "resnet_tiny"))
+    teacher = load_teacher(str(path), "resnet_tiny", image_size=32)
+    assert teacher.num_classes == 4
+    assert tuple(teacher.run.data["image_shape"]) == (32, 32, 3)
+    assert len(teacher.fingerprint) == 64
+    images = np.zeros((2, 32, 32, 3), np.float32)
+    apply = jax.jit(model.apply)
+    np.testing.assert_array_equal(apply(teacher.variables, images), apply(variables, images))
+    assert teacher.model == model
+    with pytest.raises(UserError, match="--teacher-model says which ResNet, but is ''"):
+        load_teacher(str(path))
+
+
+def with_data(teacher, **changes):
+    run = teacher.run
+    return dataclasses.replace(
+        teacher, run=Run(run.path, run.config, {**run.data, **changes}, run.extra)
+    )
+
+
+def test_teachers_that_do_not_fit_are_named(teacher):
+    assert combine([teacher], (3.0,)) is teacher
+    for weights in ((0.0, 0.0), (1.0, -1.0), (float("nan"), 1.0), (float("inf"), 1.0)):
+        with pytest.raises(UserError, match="add up to more than 0"):
+            combine([teacher, teacher], weights)
+    with pytest.raises(UserError, match="1 weights"):
+        combine([teacher, teacher], (1.0,))
+    with pytest.raises(UserError, match="know different classes: left, top, mid; and a, b, c"):
+        combine([teacher, with_data(teacher, class_names=["a", "b", "c"])])
+    with pytest.raises(UserError, match="images of different shapes"):
+        combine([teacher, with_data(teacher, image_shape=(8, 8, 1))])
+
+
+def test_an_ensemble_is_known_by_its_members_and_weights(teacher):
+    other = dataclasses.replace(teacher, fingerprint="other")
+    known = {
+        combine([teacher, other], weights).fingerprint for weights in ((), (1.0, 2.0), (2.0, 1.0))
+    }
+    assert len(known) == 3
+    assert (
+        combine([teacher, other], (5.0, 5.0)).fingerprint == combine([teacher, other]).fingerprint
+    )
