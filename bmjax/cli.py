@@ -194,6 +194,9 @@ def _finetune(config: FinetuneConfig) -> None:
 
 def _distill(config: DistillConfig) -> None:
     check_distill(config)
+    if config.explain_loss:
+        _explain_loss(config)
+        return
     from bmjax.distill import distill
 
     console = Console()
@@ -224,6 +227,33 @@ def _distill(config: DistillConfig) -> None:
             highlight=False,
             soft_wrap=True,
         )
+
+
+def _explain_loss(config: DistillConfig) -> None:
+    from bmjax.loss_terms import explain
+
+    console = Console()
+    result = explain(config, console)
+    table = Table(
+        title=f"{result['student']} with {result['teacher']}, T = {result['temperature']:g}, "
+        f"first batch of {result['examples']} images, before the first step"
+    )
+    names = ("value", "weight", "contribution", "gradient_at_logits", "ratio")
+    columns = (*names, "gradient_at_params")
+    headings = ("mean", "weight", "weighted", "gradient at logits", "to the labels'")
+    for heading in ("part", *headings, "gradient at params"):
+        table.add_column(heading, justify="left" if heading == "part" else "right")
+    for term in result["terms"]:
+        numbers = [term[name] for name in columns]
+        shown = ["-" if number is None else f"{number:.4g}" for number in numbers]
+        table.add_row(term["name"], *shown)
+    console.print(table)
+    for term in result["terms"]:
+        console.print(f"{term['name']}: {term['convention']}", highlight=False, soft_wrap=True)
+    if result["elsewhere"]:
+        console.print("\nthe same loss, up to a factor, elsewhere:", highlight=False)
+    for name, typed in result["elsewhere"]:
+        console.print(f"  {name}: {typed}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _evaluate(config: EvaluateConfig) -> None:

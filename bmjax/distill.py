@@ -72,9 +72,12 @@ def distill(config: DistillConfig, console: Console | None = None) -> dict[str, 
 
     Raises:
         UserError: wrong settings, or a teacher that does not fit the data.
+        ValueError: `explain_loss`, which is `loss_terms.explain` and trains nothing.
         DivergenceError, StoppedError: see `fit`.
     """
     check_distill(config)
+    if config.explain_loss:
+        raise ValueError("explain_loss trains nothing: call bmjax.loss_terms.explain.")
     config = _settled(config)
     out = Path(config.out)
     console = console or Console()
@@ -87,12 +90,8 @@ def distill(config: DistillConfig, console: Console | None = None) -> dict[str, 
 
 
 def _distill(config: DistillConfig, out: Path, console: Console) -> dict[str, Any]:
-    teachers = [
-        load_teacher(source, config.teacher_model, config.image_size, console)
-        for source in ([] if config.follows_student else config.teacher)
-    ]
-    teacher = combine(teachers, config.teacher_weights) if teachers else None
-    dataset = _load_data(config, teachers)
+    teachers, teacher = load_teachers(config, console)
+    dataset = load_data(config, teachers)
     plan = _Plan(config, out, dataset, console)
     plan.check(teacher)
     if len(plan.folders) > 1 and not config.run.resume:
@@ -107,6 +106,25 @@ def _distill(config: DistillConfig, out: Path, console: Console) -> dict[str, An
         _distil(config, teacher, folder, dataset, console)
         teacher = load_run(folder)
     return _finish(config, dataset, plan, first)
+
+
+def load_teachers(
+    config: DistillConfig, console: Console | None = None
+) -> tuple[list[TrainedRun], TrainedRun | None]:
+    """Reads the teachers that are named; returns them, and all of them as one, or None."""
+    teachers = [
+        load_teacher(source, config.teacher_model, config.image_size, console)
+        for source in ([] if config.follows_student else config.teacher)
+    ]
+    return teachers, combine(teachers, config.teacher_weights) if teachers else None
+
+
+def match_with(
+    config: DistillConfig, model: nn.Module, teacher: TrainedRun | None, shape: tuple[int, int, int]
+) -> Matching | None:
+    """Returns how features are compared with a teacher's; None: with the student's own."""
+    theirs = (teacher.run.config.model, teacher.model) if teacher else (config.student, model)
+    return match_features(config, model, theirs, shape)
 
 
 class _Plan:
@@ -165,7 +183,7 @@ def _num_params(model: Any, shape: tuple[int, int, int]) -> int:
     return num_params(init["params"])
 
 
-def _load_data(config: DistillConfig, teachers: list[TrainedRun]) -> Dataset:
+def load_data(config: DistillConfig, teachers: list[TrainedRun]) -> Dataset:
     """Loads the data as the teachers take images; checks that they fit all of them."""
     memory_gib, seed = config.device.memory_gib, config.split_seed
     if not teachers:
@@ -278,8 +296,7 @@ def _distil(
     }
     weights = loss_weights(config, dataset)
     model = build_model(student, dataset.num_classes)
-    theirs = (teacher.run.config.model, teacher.model) if teacher else (config.student, model)
-    matching = match_features(config, model, theirs, dataset.image_shape)
+    matching = match_with(config, model, teacher, dataset.image_shape)
     statistics = pixel_statistics(dataset)
     beside: loader.Beside | None = None
     if teacher is not None and matching is None:

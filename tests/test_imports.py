@@ -29,6 +29,7 @@ LAYERS = [
     {"teacher_cache"},
     {"distill_loss"},
     {"convert", "distill", "doctor", "finetune"},
+    {"loss_terms"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
