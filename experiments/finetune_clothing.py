@@ -20,8 +20,8 @@ At 128 px for 8 epochs, by `--sizes 128 --epochs 8`, on the same machine:
     | pretrained | 128 px | 81.5 ± 1.9% | 81.8, 83.3, 79.5 |
     | scratch | 128 px | 77.8 ± 1.2% | 78.9, 76.5, 78.0 |
 
-A run took 6 minutes at 64 px and 10 at 128 px, beside other work. The standard error of an accuracy on
-so few photographs is 2 points; both sides are measured on the same ones. Learning rate, its
+A run took 6 minutes at 64 px and 10 at 128 px, beside other work. The standard error of an accuracy
+on so few photographs is 2 points; both sides are measured on the same ones. Learning rate, its
 optimizer and the random crops were chosen on a fifth of the training photographs, one seed each of
 five settings, not on those for validation. The linear probe, however, chooses its penalty on the
 validation split.
