@@ -103,7 +103,7 @@ def _distill(config: DistillConfig, out: Path, console: Console) -> dict[str, An
         teacher = load_run(plan.teacher.out)
     first = teacher
     for folder in plan.students:
-        _distil(config, teacher, folder, dataset, console)
+        train_student(config, teacher, folder, dataset, console)
         teacher = load_run(folder)
     return _finish(config, dataset, plan, first)
 
@@ -279,7 +279,7 @@ def _fit_or_go_on(
     fit(config, dataset, make_loss, extra, console, title, start, beside)
 
 
-def _distil(
+def train_student(
     config: DistillConfig,
     teacher: TrainedRun | None,
     out: Path,

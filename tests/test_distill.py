@@ -80,7 +80,7 @@ def test_a_tour_that_was_stopped_goes_on(tmp_path, quiet, as_data, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_distil", stop)
+        patch.setattr(module, "train_student", stop)
         with pytest.raises(KeyboardInterrupt):
             distill(config_of(tmp_path), quiet)
     with pytest.raises(UserError, match="already holds a run"):

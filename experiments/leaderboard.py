@@ -1,0 +1,315 @@
+"""Methods of distillation against each other: every method, seed and pair of one table.
+
+    uv run python experiments/leaderboard.py experiments/leaderboard_mnist5k.toml --out runs/board
+
+The table (TOML) has `data`, `seeds`, perhaps `train_examples` (a part of the training split, as
+many of each class), the settings in common by the names of `bmjax distill`'s flags under
+`[settings]`, pairs of a teacher with its own settings and a student under `[[pairs]]`, and under
+`[methods.NAME]` what each method changes; a figure of a paper may stand there as `paper` and
+`source`. It is stopped and started again at will. In OUT it writes `leaderboard.csv`,
+`leaderboard.md` and `leaderboard.png`: mean and sample standard deviation over seeds.
+
+The student alone comes first and the teacher last, all with the same views for the same number of
+steps. Test images are not loaded before every run is trained: what chooses an epoch cannot see
+them. Each run is measured on them once, after its last epoch and with the params of the epoch
+that validation chooses.
+"""
+
+import argparse
+import csv
+import dataclasses
+import json
+import statistics
+import time
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from bmjax.config import DistillConfig, EvaluateConfig, RunConfig, TrainConfig
+from bmjax.data import ArraySource, Dataset, load_dataset
+from bmjax.data.sources import all_images
+from bmjax.distill import train_student
+from bmjax.errors import UserError
+from bmjax.evaluate import TrainedRun, load_run, measure, predict_probabilities
+from bmjax.loop import fit
+from bmjax.runs import CONFIG, write_atomically
+from bmjax.settings import unflatten
+from bmjax.tracking import read_metrics
+
+ALONE, TEACHER = "alone", "teacher"
+COLUMNS = {
+    "accuracy": "test accuracy, last epoch (%)",
+    "best_accuracy": "the epoch chosen on validation (%)",
+    "over_alone": "over alone (points)",
+    "agreement": "agreement with the teacher (%)",
+    "calibration_error": "calibration error (%)",
+    "seconds": "seconds of training",
+    "images_per_second": "images/s of training",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Board:
+    """A table that was read.
+
+    Attributes:
+        data: name of the dataset.
+        seeds: of teacher and students alike.
+        train_examples: of the training split; 0: all.
+        settings: in common.
+        pairs: each with `student` and `teacher`, the teacher's settings.
+        methods: name to its settings; `paper` and `source` are none.
+        out: where all of it goes.
+    """
+
+    data: str
+    seeds: list[int]
+    train_examples: int
+    settings: dict[str, Any]
+    pairs: list[dict[str, Any]]
+    methods: dict[str, dict[str, Any]]
+    out: Path
+
+    @classmethod
+    def read(cls, path: Path, out: Path) -> "Board":
+        """Reads a table; raises UserError where it cannot be."""
+        try:
+            content = tomllib.loads(path.read_text())
+            return cls(
+                content["data"],
+                content["seeds"],
+                content.get("train_examples", 0),
+                content.get("settings", {}),
+                content["pairs"],
+                content["methods"],
+                out,
+            )
+        except (OSError, tomllib.TOMLDecodeError, KeyError) as error:
+            raise UserError(f"{path} is no table of a leaderboard: {error!r}.") from error
+
+    def folder(self, pair: dict[str, Any], seed: int) -> Path:
+        """Returns the folder of a pair's runs with a seed."""
+        return self.out / f"{pair['teacher']['model']}-to-{pair['student']}" / str(seed)
+
+    def student(self, pair: dict[str, Any], seed: int, method: str) -> DistillConfig:
+        """Returns the settings of a student; `alone` has those in common."""
+        own = {
+            k: v for k, v in self.methods.get(method, {}).items() if k not in ("paper", "source")
+        }
+        folder = self.folder(pair, seed)
+        flat = {**self.settings, **own, "student": pair["student"], "data": self.data, "seed": seed}
+        config: DistillConfig = unflatten(DistillConfig, flat, f"the table's {method}")
+        cached = bool(config.views.view_passes) and config.features == "none"
+        return dataclasses.replace(
+            config,
+            teacher=(str(folder / TEACHER),),
+            teacher_cache=str(folder / "logits") if cached else "",
+            out=str(folder / method),
+            run=RunConfig(resume=True, tensorboard=False),
+        )
+
+    def teacher(self, pair: dict[str, Any], seed: int) -> TrainConfig:
+        """Returns the settings of a pair's teacher."""
+        common = {k: v for k, v in self.settings.items() if k != "view_passes"}
+        known = {item.name for item in dataclasses.fields(TrainConfig)} | _flat_names()
+        flat = {k: v for k, v in {**common, **pair["teacher"]}.items() if k in known}
+        config: TrainConfig = unflatten(
+            TrainConfig, {**flat, "data": self.data, "seed": seed}, "the table's teacher"
+        )
+        return dataclasses.replace(config, out=str(self.folder(pair, seed) / TEACHER)).resolved()
+
+
+def _flat_names() -> set[str]:
+    from bmjax.settings import flatten
+
+    return set(flatten(TrainConfig()))
+
+
+def without_test(dataset: Dataset, train_examples: int) -> Dataset:
+    """Returns what runs are trained on: no test images, and a balanced part of those to train."""
+    images, labels = all_images(dataset.train), dataset.train.labels
+    if train_examples:
+        each = train_examples // dataset.num_classes
+        kept = [np.flatnonzero(labels == label)[:each] for label in range(dataset.num_classes)]
+        index = np.sort(np.concatenate(kept))
+        images, labels = images[index], labels[index]
+    train = ArraySource(images, labels)
+    test = ArraySource(images[:0], labels[:0])
+    return dataclasses.replace(dataset, train=train, test=test, content=None)
+
+
+def train_all(board: Board, dataset: Dataset, console: Console) -> None:
+    """Trains every run that is not finished yet; `dataset` has no test images."""
+    for seed in board.seeds:
+        for pair in board.pairs:
+            folder = board.folder(pair, seed)
+            timed(board.teacher(pair, seed), None, None, dataset, console)
+            teacher = load_run(folder / TEACHER)
+            alone = board.student(pair, seed, ALONE).train_config(
+                pair["student"], str(folder / ALONE)
+            )
+            timed(alone, None, None, dataset, console)
+            for method in board.methods:
+                config = board.student(pair, seed, method)
+                timed(
+                    config.train_config(config.student, config.out),
+                    config,
+                    teacher,
+                    dataset,
+                    console,
+                )
+
+
+def timed(
+    config: TrainConfig,
+    distillation: DistillConfig | None,
+    teacher: TrainedRun | None,
+    dataset: Dataset,
+    console: Console,
+) -> None:
+    """Trains one run, and keeps how long it took; of one that was interrupted nobody knows."""
+    path = Path(config.out)
+    if (path / "seconds.json").is_file():
+        return
+    resumed = (path / CONFIG).is_file()
+    begin = time.monotonic()
+    if distillation is None:
+        run = RunConfig(resume=resumed, tensorboard=False)
+        fit(dataclasses.replace(config, run=run), dataset, console=console, title=str(path))
+    else:
+        train_student(distillation, teacher, path, dataset, console)
+    seconds = None if resumed else time.monotonic() - begin
+    write_atomically(path / "seconds.json", json.dumps(seconds))
+
+
+def measure_once(path: Path, teacher: Path, dataset: Dataset) -> dict[str, Any]:
+    """Measures a run on the test images, or reads back what was measured."""
+    file = path / "test.json"
+    if not file.is_file():
+        source = dataset.test
+        images = all_images(source)
+        how = EvaluateConfig(str(path))
+        last, best = load_run(path), load_run(path, "best")
+        measured = measure(last, source, how)
+        predicted, asked = (
+            predict_probabilities(run, images).argmax(axis=-1) for run in (last, load_run(teacher))
+        )
+        rates = [
+            record["examples_per_second"]
+            for record in read_metrics(path / "metrics.jsonl")
+            if record["split"] == "train"
+        ]
+        result = {
+            "accuracy": 100 * measured["accuracy"],
+            "best_accuracy": 100 * measure(best, source, how)["accuracy"],
+            "agreement": 100 * float(np.mean(predicted == asked)),
+            "calibration_error": 100 * measured["expected_calibration_error"],
+            "seconds": json.loads((path / "seconds.json").read_text()),
+            "images_per_second": statistics.median(rates),
+        }
+        write_atomically(file, json.dumps(result))
+    values: dict[str, Any] = json.loads(file.read_text())
+    return values
+
+
+def rows_of(board: Board, pair: dict[str, Any], dataset: Dataset) -> list[dict[str, Any]]:
+    """Returns a row for the student alone, each method and the teacher, with a list by seed."""
+    rows: list[dict[str, Any]] = []
+    for method in [ALONE, *board.methods, TEACHER]:
+        folders = [board.folder(pair, seed) for seed in board.seeds]
+        measured = [measure_once(path / method, path / TEACHER, dataset) for path in folders]
+        row: dict[str, Any] = {
+            "teacher": pair["teacher"]["model"],
+            "student": pair["student"],
+            "method": method,
+            "paper": board.methods.get(method, {}).get("paper", ""),
+            **{name: [each[name] for each in measured] for name in measured[0]},
+        }
+        alone = rows[0]["accuracy"] if rows else row["accuracy"]
+        row["over_alone"] = [a - b for a, b in zip(row["accuracy"], alone, strict=True)]
+        rows.append(row)
+    return rows
+
+
+def spread(values: list[float | None]) -> str:
+    """Formats mean and sample standard deviation."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "-"
+    digits = 0 if max(known) > 1000 else 2
+    deviation = f" ± {statistics.stdev(known):.{digits}f}" if len(known) > 1 else ""
+    return f"{statistics.mean(known):.{digits}f}{deviation}"
+
+
+def write_tables(rows: list[dict[str, Any]], out: Path) -> None:
+    """Writes the CSV, with the value of each seed, and the table in Markdown."""
+    with (out / "leaderboard.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        names = [f"{name}_{part}" for name in COLUMNS for part in ("mean", "std", "each")]
+        writer.writerow(["teacher", "student", "method", "paper", *names])
+        for row in rows:
+            cells: list[Any] = [row[name] for name in ("teacher", "student", "method", "paper")]
+            for name in COLUMNS:
+                known = [value for value in row[name] if value is not None]
+                deviation = statistics.stdev(known) if len(known) > 1 else ""
+                each = " ".join("" if v is None else f"{v:.4f}" for v in row[name])
+                cells += [statistics.mean(known) if known else "", deviation, each]
+            writer.writerow(cells)
+    headings = ["teacher", "student", "method", *COLUMNS.values(), "paper (%)"]
+    lines = ["| " + " | ".join(headings) + " |", "|---" * len(headings) + "|"]
+    for row in rows:
+        cells = [row["teacher"], row["student"], row["method"]]
+        cells += [spread(row[name]) for name in COLUMNS]
+        if row["method"] not in (ALONE, TEACHER) and statistics.mean(row["over_alone"]) < 0:
+            cells[3 + list(COLUMNS).index("over_alone")] += " (below the student alone)"
+        lines.append("| " + " | ".join([*cells, str(row["paper"])]) + " |")
+    (out / "leaderboard.md").write_text("\n".join(lines) + "\n")
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draws the test accuracy of each method: a dot per seed, and the mean."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    pairs = list(dict.fromkeys((row["teacher"], row["student"]) for row in rows))
+    number = len(rows) // len(pairs)
+    figure = Figure(figsize=(6 * len(pairs), 1 + 0.4 * number), layout="constrained")
+    FigureCanvasAgg(figure)
+    for pair, axes in zip(pairs, figure.subplots(1, len(pairs), squeeze=False)[0], strict=True):
+        own = [row for row in rows if (row["teacher"], row["student"]) == pair]
+        for place, row in enumerate(reversed(own)):
+            colour = {ALONE: "C7", TEACHER: "C1"}.get(row["method"], "C0")
+            axes.plot(row["accuracy"], [place] * len(row["accuracy"]), "o", color=colour, alpha=0.4)
+            axes.plot(statistics.mean(row["accuracy"]), place, "|", color=colour, ms=18, mew=2.5)
+        axes.axvline(statistics.mean(own[0]["accuracy"]), color="C7", lw=0.8, ls=":")
+        axes.set_yticks(range(len(own)), [row["method"] for row in reversed(own)])
+        axes.set(title=f"{pair[0]} to {pair[1]}", xlabel="test accuracy, last epoch (%)")
+        axes.grid(axis="x", alpha=0.3)
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+
+
+def main() -> None:
+    """Trains what is not trained yet, measures, writes the tables and prints the one to read."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("table", type=Path)
+    parser.add_argument("--data", help="dataset, in place of the table's")
+    parser.add_argument("--out", type=Path, default=Path("runs/leaderboard"))
+    arguments = parser.parse_args()
+    board = Board.read(arguments.table, arguments.out)
+    board = dataclasses.replace(board, data=arguments.data or board.data)
+    size, split_seed = board.settings.get("image_size", 0), board.settings.get("split_seed", 0)
+    names = ("train", "validation")
+    seen = load_dataset(board.data, size, split_seed=split_seed, splits=names)
+    train_all(board, without_test(seen, board.train_examples), Console())
+    whole = load_dataset(board.data, size, split_seed=split_seed)
+    rows = [row for pair in board.pairs for row in rows_of(board, pair, whole)]
+    write_tables(rows, arguments.out)
+    draw(rows, arguments.out / "leaderboard.png")
+    print((arguments.out / "leaderboard.md").read_text())
+
+
+if __name__ == "__main__":
+    main()
