@@ -145,7 +145,11 @@ def params_of(folder, name="state/params/"):
 
 @pytest.mark.parametrize(
     ("features", "layers", "learned"),
-    [("hint", (), 2), ("similarity", (), 0), ("contrastive", ("hidden1=stage2",), 4)],
+    [
+        ("hint", (), 2),
+        pytest.param("similarity", (), 0, marks=pytest.mark.slow),
+        pytest.param("contrastive", ("hidden1=stage2",), 4, marks=pytest.mark.slow),
+    ],
 )
 def test_features_with_their_projections(
     teacher, tmp_path, quiet, as_data, features, layers, learned
@@ -170,6 +174,7 @@ def test_features_with_their_projections(
     assert all(not np.array_equal(begun[name], value) for name, value in saved.items())
 
 
+@pytest.mark.slow
 def test_the_student_begins_as_it_would_alone(teacher, tmp_path, quiet, as_data):
     kept = []
     for features in ("none", "hint"):
@@ -246,6 +251,7 @@ def test_a_resumed_run_with_a_cache_goes_on(teacher, tmp_path, quiet, as_data):
         distill(dataclasses.replace(again, method="dkd"), quiet)
 
 
+@pytest.mark.slow
 def test_generations_teach_the_next(teacher, tmp_path, quiet, as_data):
     config = config_of(tmp_path, teacher=(str(teacher.run.path),), generations=2)
     result = distill(config, quiet)
@@ -268,6 +274,7 @@ def test_the_student_follows_its_own_average(tmp_path, quiet, as_data):
     assert distill(again, quiet)["rows"][0]["loss"] == result["rows"][0]["loss"]
 
 
+@pytest.mark.slow
 def test_two_teachers_are_one(teacher, tmp_path, quiet, as_data):
     path = str(teacher.run.path)
     config = config_of(tmp_path, teacher=(path, path), teacher_weights=(2.0, 1.0))
