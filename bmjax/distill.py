@@ -101,11 +101,10 @@ def _distill(config: DistillConfig, out: Path, console: Console) -> dict[str, An
         _fit_or_go_on(plan.teacher, dataset, console, f"teacher {config.teacher_model}")
         _fit_or_go_on(plan.alone, dataset, console, f"{config.student} alone")
         teacher = load_run(plan.teacher.out)
-    first = teacher
-    for folder in plan.students:
-        train_student(config, teacher, folder, dataset, console)
-        teacher = load_run(folder)
-    return _finish(config, dataset, plan, first)
+    for number, folder in enumerate(plan.students):
+        before = load_run(plan.students[number - 1]) if number else teacher
+        train_student(config, before, folder, dataset, console)
+    return _finish(config, dataset, plan, teacher)
 
 
 def load_teachers(
@@ -297,39 +296,37 @@ def train_student(
     weights = loss_weights(config, dataset)
     model = build_model(student, dataset.num_classes)
     matching = match_with(config, model, teacher, dataset.image_shape)
-    statistics = pixel_statistics(dataset)
     beside: loader.Beside | None = None
     if teacher is not None and matching is None:
         beside = NoCache(config.batch_size, dataset.num_classes)
     if teacher is not None and config.teacher_cache:
         folder = Path(config.teacher_cache)
         folder = folder / out.name if config.generations > 1 else folder
-        beside = cached_teacher(folder, teacher, dataset, config, statistics["mean"], console)
+        mean = pixel_statistics(dataset)["mean"]
+        beside = cached_teacher(folder, teacher, dataset, config, mean, console)
 
     def make_loss(model: nn.Module, statistics: dict[str, Any]) -> LossFn:
         return distillation_loss(model, statistics, teacher, config, weights, matching)
 
-    start = _start(model, config, matching, dataset, statistics)
+    start = None
+    if matching and matching.learns:
+        variables = initial_variables(model, config, matching, dataset.image_shape)
+        start = Start(variables, pixel_statistics(dataset))
     title = f"{config.student} distilled"
     title += f", generation {out.name.partition('-')[2]}" if config.generations > 1 else ""
     _fit_or_go_on(student, dataset, console, title, make_loss, extra, start, beside)
 
 
-def _start(
-    model: nn.Module,
-    config: DistillConfig,
-    matching: Matching | None,
-    dataset: Dataset,
-    statistics: dict[str, Any],
-) -> Start | None:
-    """Returns the student's random params with those of the loss beside them, if it has any."""
+def initial_variables(
+    model: nn.Module, config: DistillConfig, matching: Matching | None, shape: tuple[int, int, int]
+) -> dict[str, Any]:
+    """Returns the student's random variables, as alone, with the params of the loss beside them."""
     init_key, _ = run_keys(config.seed)
+    variables = jax.jit(model.init)(init_key, jnp.zeros((1, *shape)))
     of_loss = matching.init(jax.random.fold_in(init_key, 1)) if matching else {}
     if not of_loss:
-        return None
-    variables = jax.jit(model.init)(init_key, jnp.zeros((1, *dataset.image_shape)))
-    params = {**variables["params"], LOSS_PARAMS: of_loss}
-    return Start({**variables, "params": params}, statistics)
+        return dict(variables)
+    return {**variables, "params": {**variables["params"], LOSS_PARAMS: of_loss}}
 
 
 def _finish(

@@ -99,17 +99,14 @@ def load_run(path: str | Path, which: str = "latest") -> TrainedRun:
     items = checkpoint.read(run.checkpoints, step, ("best",) if which == "best" else ("state",))
     if which == "best" and "best" not in items:
         raise UserError(f"the run in {path} has finished no epoch yet. Take the latest params.")
-    named = _of_best(items["best"]) if which == "best" else _evaluated(items["state"])
+    named = items["best"] if which == "best" else _evaluated(items["state"])
+    named = {k: v for k, v in named.items() if not k.startswith(f"params/{LOSS_PARAMS}/")}
     where = f"checkpoint {run.checkpoints / str(step)}"
     variables = {"batch_stats": {}, **checkpoint.from_named(named, like, where)}
     fingerprint = checkpoint.fingerprint(run.checkpoints / str(step))
     if warnings:
         warnings = [*warnings, f"the checkpoint at step {step} is used instead"]
     return TrainedRun(run, model, variables, step, fingerprint, tuple(warnings))
-
-
-def _of_best(best: checkpoint.Named) -> checkpoint.Named:
-    return {name: v for name, v in best.items() if not name.startswith(f"params/{LOSS_PARAMS}/")}
 
 
 def _evaluated(state: checkpoint.Named) -> checkpoint.Named:
@@ -121,7 +118,7 @@ def _evaluated(state: checkpoint.Named) -> checkpoint.Named:
         new + name.removeprefix(old): value
         for name, value in state.items()
         for old, new in homes.items()
-        if name.startswith(old) and not name.startswith(f"{old}{LOSS_PARAMS}/")
+        if name.startswith(old)
     }
 
 

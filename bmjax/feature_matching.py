@@ -122,6 +122,11 @@ class Matching:
         """Names of the teacher's layers that are looked at."""
         return tuple(dict.fromkeys(pair.teacher for pair in self.pairs))
 
+    @property
+    def learns(self) -> bool:
+        """Whether there are projections."""
+        return any(pair.projected for pair in self.pairs)
+
     def init(self, key: Array) -> dict[str, Any]:
         """Draws the projections: `{name: {"kernel", "bias"}}`, empty where none is needed."""
         sizes = {name: size for pair in self.pairs for name, size in pair.projected.items()}

@@ -14,7 +14,7 @@ from bmjax.compiled import draw_batches
 from bmjax.config import DistillConfig
 from bmjax.conventions import called_elsewhere
 from bmjax.data import loader, preprocess
-from bmjax.distill import load_data, load_teachers, match_with
+from bmjax.distill import initial_variables, load_data, load_teachers, match_with
 from bmjax.distill_loss import logit_loss
 from bmjax.feature_matching import Matching
 from bmjax.parallel import Parallel, request_devices
@@ -68,11 +68,8 @@ def explain(config: DistillConfig, console: Console | None = None) -> dict[str, 
     model = build_model(train, dataset.num_classes)
     statistics = pixel_statistics(dataset)
     matching = match_with(config, model, teacher, dataset.image_shape)
-    init_key, key = run_keys(config.seed)
-    variables = jax.jit(model.init)(init_key, jnp.zeros((1, *dataset.image_shape)))
-    if matching:
-        of_loss = matching.init(jax.random.fold_in(init_key, 1))
-        variables["params"] = {**variables["params"], LOSS_PARAMS: of_loss}
+    _, key = run_keys(config.seed)
+    variables = initial_variables(model, config, matching, dataset.image_shape)
     parallel = Parallel("jit", jax.devices()[:1])
     orders = epoch_orders(key, dataset, config)
     feed = loader.Feed(dataset.train, parallel.put, config.batch_size, orders, wide=True)

@@ -36,7 +36,7 @@ from bmjax.errors import UserError
 from bmjax.evaluate import TrainedRun, load_run, measure, predict_probabilities
 from bmjax.loop import fit
 from bmjax.runs import CONFIG, write_atomically
-from bmjax.settings import unflatten
+from bmjax.settings import flatten, unflatten
 from bmjax.tracking import read_metrics
 
 ALONE, TEACHER = "alone", "teacher"
@@ -114,18 +114,12 @@ class Board:
     def teacher(self, pair: dict[str, Any], seed: int) -> TrainConfig:
         """Returns the settings of a pair's teacher."""
         common = {k: v for k, v in self.settings.items() if k != "view_passes"}
-        known = {item.name for item in dataclasses.fields(TrainConfig)} | _flat_names()
+        known = flatten(TrainConfig())
         flat = {k: v for k, v in {**common, **pair["teacher"]}.items() if k in known}
         config: TrainConfig = unflatten(
             TrainConfig, {**flat, "data": self.data, "seed": seed}, "the table's teacher"
         )
         return dataclasses.replace(config, out=str(self.folder(pair, seed) / TEACHER)).resolved()
-
-
-def _flat_names() -> set[str]:
-    from bmjax.settings import flatten
-
-    return set(flatten(TrainConfig()))
 
 
 def without_test(dataset: Dataset, train_examples: int) -> Dataset:

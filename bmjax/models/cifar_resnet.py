@@ -11,16 +11,15 @@ from functools import partial
 from typing import Any
 
 import flax.linen as nn
-import jax.numpy as jnp
 from jax import Array
 
-from bmjax.models.layers import at_least_float32, name_intermediate
-from bmjax.models.resnet import Block, Layers, head_init
+from bmjax.models.layers import name_intermediate
+from bmjax.models.resnet import Block, ResidualNetwork
 
 _DEPTHS = (8, 14, 20, 32, 44, 56, 110)
 
 
-class CifarResNet(Layers):
+class CifarResNet(ResidualNetwork):
     """A residual network of three stages, the first of them at the images' own size.
 
     Intermediates: `stem`, `stage1` to `stage3`, and `pre_logits` [batch, features], the mean over
@@ -50,20 +49,16 @@ class CifarResNet(Layers):
         hidden = self._conv("stem_conv", self.stem_width, 3)(images)
         hidden = nn.relu(self._normalize("stem_norm", hidden, train, mask))
         hidden = name_intermediate(self, "stem", hidden)
-        for stage, width in enumerate(self.widths, 1):
-            for number in range(1, self.num_blocks + 1):
-                block = Block(
-                    width=width,
-                    features=width,
-                    stride=2 if stage > 1 and number == 1 else 1,
-                    name=f"stage{stage}_block{number}",
-                    **self._options,
-                )
-                hidden = block(hidden, train, mask)
-            hidden = name_intermediate(self, f"stage{stage}", hidden)
-        features = name_intermediate(self, "pre_logits", jnp.mean(hidden, axis=(1, 2)))
-        head = nn.Dense(self.num_classes, kernel_init=head_init, dtype=self.dtype, name="head")
-        return head(features).astype(at_least_float32(features.dtype))
+        return self._logits(hidden, (self.num_blocks,) * len(self.widths), train, mask)
+
+    def _block(self, stage: int, number: int) -> Block:
+        return Block(
+            width=self.widths[stage - 1],
+            features=self.widths[stage - 1],
+            stride=2 if stage > 1 and number == 1 else 1,
+            name=f"stage{stage}_block{number}",
+            **self._options,
+        )
 
 
 _WIDE: dict[str, Any] = {"stem_width": 32, "widths": (64, 128, 256)}

@@ -15,12 +15,12 @@ from jax import Array
 
 from bmjax.models.layers import Conv, at_least_float32, make_norm, max_pool_3x3, name_intermediate
 
-conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+_conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 # PyTorch's initial weights of a linear layer: uniform within 1 / sqrt(fan_in).
-head_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+_head_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
-class Layers(nn.Module):
+class _Layers(nn.Module):
     """What a ResNet and its parts have in common: how they convolve and normalise."""
 
     norm: str = "batch"
@@ -43,7 +43,7 @@ class Layers(nn.Module):
             stride,
             groups,
             use_bias=False,
-            kernel_init=conv_init,
+            kernel_init=_conv_init,
             dtype=self.dtype,
             name=name,
         )
@@ -55,7 +55,7 @@ class Layers(nn.Module):
         return layer(values, train, mask)
 
 
-class Downsample(Layers):
+class Downsample(_Layers):
     """The 1x1 convolution on the shortcut, where its shape has to change."""
 
     features: int = 64
@@ -68,7 +68,7 @@ class Downsample(Layers):
         return self._normalize("norm", values, train, mask)
 
 
-class Block(Layers):
+class Block(_Layers):
     """One residual block.
 
     Attributes:
@@ -115,7 +115,34 @@ class Block(Layers):
         return nn.relu(hidden + values)
 
 
-class ResNet(Layers):
+class ResidualNetwork(_Layers):
+    """What residual networks have in common after the stem: stages of blocks, and the head.
+
+    Attributes:
+        num_classes: number of logits.
+    """
+
+    num_classes: int = 1000
+
+    def _block(self, stage: int, number: int) -> Block:
+        """Returns a block; stages and the blocks in them count from 1."""
+        raise NotImplementedError
+
+    def _logits(
+        self, hidden: Array, num_blocks: Sequence[int], train: bool, mask: Array | None
+    ) -> Array:
+        """Maps what the stem gives to logits, through as many blocks in each stage."""
+        for stage, number_of_blocks in enumerate(num_blocks, 1):
+            for number in range(1, number_of_blocks + 1):
+                block = self._block(stage, number)
+                hidden = block(hidden, train, mask)
+            hidden = name_intermediate(self, f"stage{stage}", hidden)
+        features = name_intermediate(self, "pre_logits", jnp.mean(hidden, axis=(1, 2)))
+        head = nn.Dense(self.num_classes, kernel_init=_head_init, dtype=self.dtype, name="head")
+        return head(features).astype(at_least_float32(features.dtype))
+
+
+class ResNet(ResidualNetwork):
     """A residual network.
 
     Intermediates: `stem` (after pooling), `stage1` to `stage4`, and `pre_logits`
@@ -135,7 +162,6 @@ class ResNet(Layers):
         dtype: of the computation; params, statistics and logits are float32.
     """
 
-    num_classes: int = 1000
     num_blocks: Sequence[int] = (2, 2, 2, 2)
     bottleneck: bool = False
     groups: int = 1
@@ -155,14 +181,7 @@ class ResNet(Layers):
         hidden = self._normalize("stem_norm", hidden, train, mask)
         # Pooling first gives the same values, and ReLU then has a quarter of the work.
         hidden = name_intermediate(self, "stem", nn.relu(max_pool_3x3(hidden)))
-        for stage, num_blocks in enumerate(self.num_blocks, 1):
-            for number in range(1, num_blocks + 1):
-                block = self._block(stage, number)
-                hidden = block(hidden, train, mask)
-            hidden = name_intermediate(self, f"stage{stage}", hidden)
-        features = name_intermediate(self, "pre_logits", jnp.mean(hidden, axis=(1, 2)))
-        head = nn.Dense(self.num_classes, kernel_init=head_init, dtype=self.dtype, name="head")
-        return head(features).astype(at_least_float32(features.dtype))
+        return self._logits(hidden, self.num_blocks, train, mask)
 
     def _block(self, stage: int, number: int) -> Block:
         planes = self.width * 2 ** (stage - 1)
