@@ -5,9 +5,10 @@
 The table (TOML) has `data`, `seeds`, perhaps `train_examples` (a part of the training split, as
 many of each class), the settings in common by the names of `bmjax distill`'s flags under
 `[settings]`, pairs of a teacher with its own settings and a student under `[[pairs]]`, and under
-`[methods.NAME]` what each method changes; a figure of a paper may stand there as `paper` and
-`source`. It is stopped and started again at will. In OUT it writes `leaderboard.csv`,
-`leaderboard.md` and `leaderboard.png`: mean and sample standard deviation over seeds.
+`[methods.NAME]` what each method changes. Where a paper has figures for a pair, they stand there
+as `paper = { kd = 70.66 }` by method, with a `source`. It is stopped and started again at will. In
+OUT it writes `leaderboard.csv`, `leaderboard.md` and `leaderboard.png`: mean and sample standard
+deviation over seeds.
 
 The student alone comes first and the teacher last, all with the same views for the same number of
 steps. Test images are not loaded before every run is trained: what chooses an epoch cannot see
@@ -36,7 +37,7 @@ from bmjax.errors import UserError
 from bmjax.evaluate import TrainedRun, load_run, measure, predict_probabilities
 from bmjax.loop import fit
 from bmjax.runs import CONFIG, write_atomically
-from bmjax.settings import flatten, unflatten
+from bmjax.settings import check_distill, check_train, flatten, unflatten
 from bmjax.tracking import read_metrics
 
 ALONE, TEACHER = "alone", "teacher"
@@ -60,8 +61,9 @@ class Board:
         seeds: of teacher and students alike.
         train_examples: of the training split; 0: all.
         settings: in common.
-        pairs: each with `student` and `teacher`, the teacher's settings.
-        methods: name to its settings; `paper` and `source` are none.
+        pairs: each with `student`, `teacher`, the teacher's settings, and perhaps `paper`, figures
+            by method, and their `source`.
+        methods: name to its settings.
         out: where all of it goes.
     """
 
@@ -78,6 +80,8 @@ class Board:
         """Reads a table; raises UserError where it cannot be."""
         try:
             content = tomllib.loads(path.read_text())
+            for pair in content["pairs"]:
+                _ = pair["student"], pair["teacher"]["model"]
             return cls(
                 content["data"],
                 content["seeds"],
@@ -90,23 +94,31 @@ class Board:
         except (OSError, tomllib.TOMLDecodeError, KeyError) as error:
             raise UserError(f"{path} is no table of a leaderboard: {error!r}.") from error
 
+    def check(self) -> None:
+        """Raises UserError where a setting is not one, before hours are spent on the others."""
+        for pair in self.pairs:
+            check_train(self.teacher(pair, self.seeds[0]))
+            for method in [ALONE, *self.methods]:
+                check_distill(self.student(pair, self.seeds[0], method))
+
     def folder(self, pair: dict[str, Any], seed: int) -> Path:
         """Returns the folder of a pair's runs with a seed."""
         return self.out / f"{pair['teacher']['model']}-to-{pair['student']}" / str(seed)
 
     def student(self, pair: dict[str, Any], seed: int, method: str) -> DistillConfig:
         """Returns the settings of a student; `alone` has those in common."""
-        own = {
-            k: v for k, v in self.methods.get(method, {}).items() if k not in ("paper", "source")
-        }
+        own = self.methods.get(method, {})
         folder = self.folder(pair, seed)
         flat = {**self.settings, **own, "student": pair["student"], "data": self.data, "seed": seed}
         config: DistillConfig = unflatten(DistillConfig, flat, f"the table's {method}")
         cached = bool(config.views.view_passes) and config.features == "none"
+        # What a method changes about the views makes other logits.
+        changed = any(name in flatten(config.views) for name in own)
+        cache = str(folder / (f"logits-{method}" if changed else "logits"))
         return dataclasses.replace(
             config,
             teacher=(str(folder / TEACHER),),
-            teacher_cache=str(folder / "logits") if cached else "",
+            teacher_cache=cache if cached else "",
             out=str(folder / method),
             run=RunConfig(resume=True, tensorboard=False),
         )
@@ -219,7 +231,8 @@ def rows_of(board: Board, pair: dict[str, Any], dataset: Dataset) -> list[dict[s
             "teacher": pair["teacher"]["model"],
             "student": pair["student"],
             "method": method,
-            "paper": board.methods.get(method, {}).get("paper", ""),
+            "paper": pair.get("paper", {}).get(method, ""),
+            "source": pair.get("source", ""),
             **{name: [each[name] for each in measured] for name in measured[0]},
         }
         alone = rows[0]["accuracy"] if rows else row["accuracy"]
@@ -238,29 +251,46 @@ def spread(values: list[float | None]) -> str:
     return f"{statistics.mean(known):.{digits}f}{deviation}"
 
 
-def write_tables(rows: list[dict[str, Any]], out: Path) -> None:
-    """Writes the CSV, with the value of each seed, and the table in Markdown."""
-    with (out / "leaderboard.csv").open("w", newline="") as file:
+def write_csv(rows: list[dict[str, Any]], path: Path) -> None:
+    """Writes mean, standard deviation and the value of each seed."""
+    with path.open("w", newline="") as file:
         writer = csv.writer(file)
         names = [f"{name}_{part}" for name in COLUMNS for part in ("mean", "std", "each")]
-        writer.writerow(["teacher", "student", "method", "paper", *names])
+        first = ("teacher", "student", "method", "paper", "source")
+        writer.writerow([*first, *names])
         for row in rows:
-            cells: list[Any] = [row[name] for name in ("teacher", "student", "method", "paper")]
+            cells: list[Any] = [row[name] for name in first]
             for name in COLUMNS:
                 known = [value for value in row[name] if value is not None]
                 deviation = statistics.stdev(known) if len(known) > 1 else ""
                 each = " ".join("" if v is None else f"{v:.4f}" for v in row[name])
                 cells += [statistics.mean(known) if known else "", deviation, each]
             writer.writerow(cells)
+
+
+def write_markdown(rows: list[dict[str, Any]], caption: str, path: Path) -> None:
+    """Writes mean and standard deviation; says which method is below the student alone."""
     headings = ["teacher", "student", "method", *COLUMNS.values(), "paper (%)"]
-    lines = ["| " + " | ".join(headings) + " |", "|---" * len(headings) + "|"]
+    lines = [caption, "", "| " + " | ".join(headings) + " |", "|---" * len(headings) + "|"]
     for row in rows:
         cells = [row["teacher"], row["student"], row["method"]]
         cells += [spread(row[name]) for name in COLUMNS]
         if row["method"] not in (ALONE, TEACHER) and statistics.mean(row["over_alone"]) < 0:
             cells[3 + list(COLUMNS).index("over_alone")] += " (below the student alone)"
         lines.append("| " + " | ".join([*cells, str(row["paper"])]) + " |")
-    (out / "leaderboard.md").write_text("\n".join(lines) + "\n")
+    sources = dict.fromkeys(row["source"] for row in rows if row["source"])
+    lines += [f"\nFigures of papers: {source}." for source in sources]
+    path.write_text("\n".join(lines) + "\n")
+
+
+def caption_of(board: Board, images: int) -> str:
+    """Returns a line on what the rows have in common."""
+    common = ", ".join(f"{name} {value}" for name, value in board.settings.items())
+    # The folder that images lie in is no part of the result.
+    kind, _, place = board.data.partition(":")
+    data = f"{kind}:{Path(place).name}" if place else kind
+    seeds = ", ".join(map(str, board.seeds))
+    return f"{data}, {images:,} training images, {common}; seeds {seeds}; mean ± deviation."
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
@@ -285,24 +315,34 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120, metadata={"Software": None})
 
 
-def main() -> None:
+def run(board: Board) -> None:
     """Trains what is not trained yet, measures, writes the tables and prints the one to read."""
+    board.check()
+    size, split_seed = board.settings.get("image_size", 0), board.settings.get("split_seed", 0)
+    names = ("train", "validation")
+    seen = load_dataset(board.data, size, split_seed=split_seed, splits=names)
+    seen = without_test(seen, board.train_examples)
+    train_all(board, seen, Console())
+    whole = load_dataset(board.data, size, split_seed=split_seed)
+    rows = [row for pair in board.pairs for row in rows_of(board, pair, whole)]
+    write_csv(rows, board.out / "leaderboard.csv")
+    write_markdown(rows, caption_of(board, len(seen.train)), board.out / "leaderboard.md")
+    draw(rows, board.out / "leaderboard.png")
+    print((board.out / "leaderboard.md").read_text())
+
+
+def main() -> None:
+    """Reads the command line; what is wrong with it or the table is one line and exit code 2."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("table", type=Path)
     parser.add_argument("--data", help="dataset, in place of the table's")
     parser.add_argument("--out", type=Path, default=Path("runs/leaderboard"))
     arguments = parser.parse_args()
-    board = Board.read(arguments.table, arguments.out)
-    board = dataclasses.replace(board, data=arguments.data or board.data)
-    size, split_seed = board.settings.get("image_size", 0), board.settings.get("split_seed", 0)
-    names = ("train", "validation")
-    seen = load_dataset(board.data, size, split_seed=split_seed, splits=names)
-    train_all(board, without_test(seen, board.train_examples), Console())
-    whole = load_dataset(board.data, size, split_seed=split_seed)
-    rows = [row for pair in board.pairs for row in rows_of(board, pair, whole)]
-    write_tables(rows, arguments.out)
-    draw(rows, arguments.out / "leaderboard.png")
-    print((arguments.out / "leaderboard.md").read_text())
+    try:
+        board = Board.read(arguments.table, arguments.out)
+        run(dataclasses.replace(board, data=arguments.data or board.data))
+    except UserError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

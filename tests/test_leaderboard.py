@@ -1,5 +1,6 @@
 import csv
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,10 +23,11 @@ devices = 1
 [[pairs]]
 student = "mlp"
 teacher = {{ model = "cnn_tiny", epochs = 1, hidden_sizes = [] }}
+paper = {{ kd = 91.5 }}
+source = "A paper, 2020"
 
 [methods.kd]
 temperature = 2.0
-paper = 91.5
 
 [methods.hint]
 features = "hint"
@@ -60,25 +62,28 @@ def test_twice_the_same_files_and_no_test_image_before_the_end(
     assert [(out / name).read_bytes() for name in names] == first
     rows = list(csv.DictReader(first[0].decode().splitlines()))
     assert [row["method"] for row in rows] == ["alone", "kd", "hint", "teacher"]
-    assert rows[1]["paper"] == "91.5"
+    assert [row["paper"] for row in rows] == ["", "91.5", "", ""]
     assert float(rows[3]["agreement_mean"]) == 100
     alone, kd = ([float(v) for v in row["accuracy_each"].split()] for row in rows[:2])
     gains = [b - a for a, b in zip(alone, kd, strict=True)]
     assert float(rows[1]["over_alone_mean"]) == pytest.approx(np.mean(gains), abs=1e-3)
     assert float(rows[1]["accuracy_std"]) == pytest.approx(np.std(kd, ddof=1), abs=1e-3)
-    assert "| cnn_tiny | mlp | alone |" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "| cnn_tiny | mlp | alone |" in printed
+    assert "60 training images, epochs 2, batch_size 16" in printed
+    assert "Figures of papers: A paper, 2020." in printed
 
 
 def test_a_method_below_the_student_alone_is_told(tmp_path):
     values = {name: [1.0, 2.0] for name in leaderboard.COLUMNS}
-    row = {"teacher": "a", "student": "b", "paper": "", **values}
+    row = {"teacher": "a", "student": "b", "paper": "", "source": "", **values}
     rows = [
         {**row, "method": "alone", "over_alone": [0.0, 0.0]},
         {**row, "method": "kd", "over_alone": [-0.5, 0.2], "seconds": [None, None]},
         {**row, "method": "teacher", "over_alone": [-1.0, -1.0]},
     ]
-    leaderboard.write_tables(rows, tmp_path)
-    alone, kd, teacher = (tmp_path / "leaderboard.md").read_text().splitlines()[2:]
+    leaderboard.write_markdown(rows, "caption", tmp_path / "leaderboard.md")
+    alone, kd, teacher = (tmp_path / "leaderboard.md").read_text().splitlines()[4:]
     assert "-0.15 ± 0.49 (below the student alone)" in kd
     assert "below" not in alone + teacher
     assert "| - |" in kd
@@ -86,6 +91,26 @@ def test_a_method_below_the_student_alone_is_told(tmp_path):
 
 def test_what_is_no_table_is_named(tmp_path):
     (tmp_path / "table.toml").write_text("data = 'mnist5k'")
-    for name in ("table.toml", "nothing.toml"):
+    content = 'data = "mnist5k"\nseeds = [0]\npairs = [{student = "mlp"}]\nmethods = {}\n'
+    (tmp_path / "pair.toml").write_text(content)
+    for name in ("table.toml", "pair.toml", "nothing.toml"):
         with pytest.raises(UserError, match="is no table of a leaderboard"):
             leaderboard.Board.read(tmp_path / name, tmp_path)
+
+
+def test_a_method_with_other_views_has_a_cache_of_its_own(tmp_path):
+    methods: dict = {"kd": {}, "mixed": {"mixup": 0.8}, "hint": {"features": "hint"}}
+    pair = {"student": "mlp", "teacher": {"model": "cnn"}}
+    board = leaderboard.Board("mnist5k", [0], 0, {"view_passes": 2}, [pair], methods, tmp_path)
+    caches = [Path(board.student(pair, 0, name).teacher_cache).name for name in methods]
+    assert caches == ["logits", "logits-mixed", ""]
+
+
+def test_a_mistake_in_the_table_is_one_line(tmp_path, monkeypatch, capsys):
+    table = tmp_path / "table.toml"
+    table.write_text(TABLE.format(path="x").replace("temperature", "temprature"))
+    monkeypatch.setattr(sys, "argv", ["leaderboard", str(table), "--data", "mnist5k"])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        leaderboard.main()
+    assert "temprature" in capsys.readouterr().err

@@ -1,0 +1,133 @@
+r"""A fine-tuned ResNet-18 as the teacher of a small CNN and a ResNet-8: photographs of clothes.
+
+    uv run bmjax finetune --model resnet18 --weights FOLDER/resnet18-cifar10.pth \
+        --data folder:FOLDER/clothing --image-size 64 --out runs/teacher
+    uv run python experiments/distill_clothing.py runs/teacher
+
+The data are the teacher's. Each student is trained alone and distilled: same views, same number of
+steps, the params after the last step; no epoch is chosen. Speed is that of inference, teacher and
+student in turns on the same machine.
+"""
+
+import argparse
+import dataclasses
+import statistics
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from bmjax.config import (
+    AugmentConfig,
+    DistillConfig,
+    EvaluateConfig,
+    OptimConfig,
+    RunConfig,
+)
+from bmjax.data.sources import Source
+from bmjax.distill import load_data, train_student
+from bmjax.evaluate import TrainedRun, load_run, measure
+from bmjax.loop import fit
+from bmjax.models import num_params
+from bmjax.runs import CONFIG
+
+TURNS = 5
+
+
+def settings(arguments: argparse.Namespace, student: str, seed: int, kind: str) -> DistillConfig:
+    """Returns the settings of a student; one whose folder is there goes on."""
+    out = arguments.out / f"{student}-{kind}-{seed}"
+    teacher = load_run(arguments.teacher).run.config
+    return DistillConfig(
+        data=teacher.data,
+        image_size=teacher.image_size,
+        split_seed=teacher.split_seed,
+        teacher=(str(arguments.teacher),),
+        student=student,
+        epochs=arguments.epochs,
+        seed=seed,
+        out=str(out),
+        alpha=arguments.alpha,
+        temperature=arguments.temperature,
+        teacher_cache=str(arguments.out / f"logits-{seed}"),
+        optim=OptimConfig(weight_decay=0.05),
+        views=AugmentConfig(
+            crop=0.6, flip=0.5, shift=0.0, rotate=0.0, scale=0.0, view_passes=arguments.view_passes
+        ),
+        run=RunConfig(resume=(out / CONFIG).is_file(), tensorboard=False),
+    )
+
+
+def train(arguments: argparse.Namespace, student: str, seed: int, kind: str) -> TrainedRun:
+    """Trains a student, or reads back one that is finished."""
+    config = settings(arguments, student, seed, kind)
+    teacher = load_run(arguments.teacher)
+    dataset = load_data(config, [teacher])
+    out, console = Path(config.out), Console()
+    if kind == "alone":
+        alone = dataclasses.replace(config.train_config(student, config.out), run=config.run)
+        fit(alone, dataset, console=console, title=f"{student} alone, seed {seed},")
+    else:
+        train_student(config, teacher, out, dataset, console)
+    return load_run(out)
+
+
+def speeds(runs: list[TrainedRun], source: Source) -> list[float]:
+    """Returns images/s of inference of each run over those of the first: medians of turns."""
+    how = [EvaluateConfig(str(run.run.path)) for run in runs]
+    turns = []
+    for _ in range(TURNS):
+        pairs = zip(runs, how, strict=True)
+        rates = [measure(run, source, each)["inference_images_per_second"] for run, each in pairs]
+        turns.append([rate / rates[0] for rate in rates])
+    return [statistics.median(column) for column in zip(*turns, strict=True)]
+
+
+def row(name: str, runs: list[TrainedRun], source: Source, speed: float) -> str:
+    """Returns a row of the table."""
+    measured: list[dict[str, Any]] = [
+        measure(run, source, EvaluateConfig(str(run.run.path))) for run in runs
+    ]
+    cells = [name]
+    for key in ("accuracy", "expected_calibration_error"):
+        values = [100 * each[key] for each in measured]
+        deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+        cells.append(f"{statistics.mean(values):.1f}{deviation}%")
+    cells.append(", ".join(f"{100 * each['accuracy']:.1f}" for each in measured))
+    size = num_params(runs[0].variables["params"])
+    return "| " + " | ".join([*cells, f"{size:,}", f"{speed:.1f}"]) + " |"
+
+
+def main() -> None:
+    """Trains all and prints a table in Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("teacher", type=Path, help="folder of the fine-tuned run")
+    parser.add_argument("--students", nargs="+", default=["cnn", "resnet8"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--epochs", type=int, default=60)
+    parser.add_argument("--view-passes", type=int, default=20)
+    parser.add_argument("--alpha", type=float, default=0.9)
+    parser.add_argument("--temperature", type=float, default=4.0)
+    parser.add_argument("--out", type=Path, default=Path("runs/distilled-clothing"))
+    arguments = parser.parse_args()
+    runs = {
+        (student, kind): [train(arguments, student, seed, kind) for seed in arguments.seeds]
+        for student in arguments.students
+        for kind in ("alone", "distilled")
+    }
+    teacher = load_run(arguments.teacher)
+    config = settings(arguments, arguments.students[0], arguments.seeds[0], "alone")
+    dataset = load_data(config, [teacher])
+    source = dataset.test if len(dataset.test) else dataset.validation
+    firsts = [teacher, *(runs[student, "alone"][0] for student in arguments.students)]
+    of_teacher, *others = speeds(firsts, source)
+    speed = dict(zip(arguments.students, others, strict=True))
+    print("| model | accuracy | calibration error | each seed | parameters | speed |")
+    print("|---|---|---|---|---|---|")
+    print(row(f"{teacher.run.config.model}, teacher", [teacher], source, of_teacher))
+    for (student, kind), trained in runs.items():
+        print(row(f"{student}, {kind}", trained, source, speed[student]))
+
+
+if __name__ == "__main__":
+    main()
