@@ -142,6 +142,7 @@ def test_a_new_head_by_a_linear_probe_then_everything_learns(resnet, weights, tm
     assert read_settings(Path(config.out)).layer_decay == 1.0
 
 
+@pytest.mark.slow
 def test_what_is_frozen_stays_to_the_bit_and_has_no_state_of_the_optimizer(resnet, tmp_path):
     config = dataclasses.replace(
         resnet, freeze=("stem", "stage1", "stage2_block1/norm1/.*"), ema_decay=0.9
