@@ -7,7 +7,7 @@ import pytest
 from bmjax import feature_losses
 
 ON_FEATURES = {
-    name: getattr(feature_losses, name)
+    name: jax.jit(getattr(feature_losses, name))
     for name in (
         "hint",
         "attention_transfer",
@@ -97,11 +97,11 @@ def test_relations_of_a_constant_worked_out_by_hand():
     teacher = jnp.array([[0.0, 0.0], [1.0, 0.0], [0.5, 3**0.5 / 2]])
     # Divided by their means: 3/4, 3/4, 3/2 against 1. Gaps 1/4, 1/4, 1/2, halves of squares.
     near, far = (1 / 4) ** 2 / 2, (1 / 2) ** 2 / 2
-    loss = feature_losses.relational_distances(student, teacher)
+    loss = ON_FEATURES["relational_distances"](student, teacher)
     np.testing.assert_allclose(loss, [(near + far) / 3, 2 * near / 3, (near + far) / 3], rtol=1e-5)
     # Cosines at the ends 1, in the middle -1; 1/2 at every corner of the triangle. Each pair of
     # others counts twice in 9; 1.5 is beyond where huber turns linear.
-    loss = feature_losses.relational_angles(student, teacher)
+    loss = ON_FEATURES["relational_angles"](student, teacher)
     np.testing.assert_allclose(loss, [2 * 0.125 / 9, 2 * 1.0 / 9, 2 * 0.125 / 9], rtol=1e-5)
 
 
@@ -119,9 +119,8 @@ def test_what_fills_up_a_batch_is_compared_with_none(name):
 @pytest.mark.parametrize("make", [jnp.zeros_like, jnp.ones_like, lambda x: 1e4 * x, lambda x: x])
 def test_gradients_are_finite_and_none_flow_to_a_teacher_as_it_is(name, make):
     teacher = jnp.array(draw(name, 4))
-    to_student, to_teacher = jax.grad(lambda s, t: ON_FEATURES[name](s, t).sum(), (0, 1))(
-        make(teacher), teacher
-    )
+    gradients = jax.jit(jax.grad(lambda s, t: ON_FEATURES[name](s, t).sum(), (0, 1)))
+    to_student, to_teacher = gradients(make(teacher), teacher)
     chex.assert_tree_all_finite(to_student)
     if name == "contrastive":  # whose teacher's side is a projection that learns
         chex.assert_tree_all_finite(to_teacher)

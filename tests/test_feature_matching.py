@@ -108,14 +108,14 @@ def test_the_larger_side_is_pooled_be_it_the_teachers():
 def test_both_sides_of_a_contrast_are_projected_and_learn():
     matching = match("contrastive", ("stage2=hidden1",), 0.0, WIDE, VECTORS)
     student, teacher = draw(WIDE[1], 0), draw(VECTORS[1], 1)
-    projections = matching.init(jax.random.key(0))
+    projections = jax.jit(matching.init)(jax.random.key(0))
     assert sorted(layer["kernel"].shape for layer in projections.values()) == [(9, 128), (12, 128)]
     assert not np.array_equal(*(layer["kernel"][:9, :] for layer in projections.values()))
 
     def total(projections, teacher):
         return jnp.sum(matching(projections, student, teacher, jnp.ones(5, bool)))
 
-    of_projections, of_teacher = jax.grad(total, (0, 1))(projections, teacher)
+    of_projections, of_teacher = jax.jit(jax.grad(total, (0, 1)))(projections, teacher)
     assert all(float(jnp.abs(grad).max()) > 0 for grad in jax.tree.leaves(of_projections))
     assert all(float(jnp.abs(grad).max()) == 0 for grad in jax.tree.leaves(of_teacher))
 
@@ -124,14 +124,19 @@ def test_losses_of_several_pairs_add_up():
     student, teacher = draw(WIDE[1], 0), draw(NARROW[1], 1)
     mask = jnp.ones(5, bool)
     single = [
-        match("similarity", (pair,), 0.0, WIDE, NARROW)({}, student, teacher, mask)
+        jax.jit(match("similarity", (pair,), 0.0, WIDE, NARROW).__call__)(
+            {}, student, teacher, mask
+        )
         for pair in ("stage1=stage1", "stage2=pre_logits")
     ]
     both = match("similarity", ("stage1=stage1", "stage2=pre_logits"), 0.0, WIDE, NARROW)
     np.testing.assert_allclose(both({}, student, teacher, mask), sum(single), rtol=1e-5)
-    relational = match("relational", (), 0.0, WIDE, NARROW)({}, student, teacher, mask)
-    expected = feature_losses.relational_distances(student["pre_logits"], teacher["pre_logits"])
-    expected += 2 * feature_losses.relational_angles(student["pre_logits"], teacher["pre_logits"])
+    relational = jax.jit(match("relational", (), 0.0, WIDE, NARROW).__call__)(
+        {}, student, teacher, mask
+    )
+    last = student["pre_logits"], teacher["pre_logits"]
+    expected = jax.jit(feature_losses.relational_distances)(*last)
+    expected += 2 * jax.jit(feature_losses.relational_angles)(*last)
     np.testing.assert_allclose(relational, expected, rtol=1e-5)
 
 

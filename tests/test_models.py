@@ -17,8 +17,9 @@ from bmjax.optim import path_of
 
 
 @pytest.mark.parametrize("name", ["cnn", "cnn_tiny", "mlp", "resnet_tiny"])
-@pytest.mark.parametrize("shape", [(28, 28, 1), (13, 10, 3)])
-@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((28, 28, 1), jnp.bfloat16), ((13, 10, 3), None)], ids=["even", "odd"]
+)
 def test_every_model_keeps_the_contract(name, shape, dtype):
     keeps_the_contract(name, shape, dtype)
 
