@@ -258,12 +258,12 @@ def measure(trained: TrainedRun, source: Source, config: EvaluateConfig) -> dict
     sums = evaluate_split(run_evaluate, parallel.put(trained.variables), feed)
     return {
         **summarize(parallel.get(sums)),
-        "inference_images_per_second": _speed(trained, source, config.batch_size),
+        "inference_images_per_second": inference_speed(trained, source, config.batch_size),
     }
 
 
-def _speed(trained: TrainedRun, source: Source, batch_size: int) -> float:
-    """Times forward passes over one batch on one device; returns the median images/s."""
+def inference_speed(trained: TrainedRun, source: Source, batch_size: int) -> float:
+    """Times forward passes over one batch, already on one device; returns the median images/s."""
     predict = jax.jit(partial(_from_pixels, trained.model, trained.statistics))
     variables = jax.device_put(trained.variables)
     number = min(batch_size, len(source))

@@ -10,7 +10,6 @@ student in turns on the same machine.
 """
 
 import argparse
-import dataclasses
 import statistics
 from pathlib import Path
 from typing import Any
@@ -24,24 +23,27 @@ from bmjax.config import (
     OptimConfig,
     RunConfig,
 )
+from bmjax.data import Dataset
 from bmjax.data.sources import Source
 from bmjax.distill import load_data, train_student
-from bmjax.evaluate import TrainedRun, load_run, measure
+from bmjax.evaluate import TrainedRun, inference_speed, load_run, measure
 from bmjax.loop import fit
 from bmjax.models import num_params
 from bmjax.runs import CONFIG
 
+BATCH_SIZE = 256
 TURNS = 5
 
 
-def settings(arguments: argparse.Namespace, student: str, seed: int, kind: str) -> DistillConfig:
+def settings(
+    arguments: argparse.Namespace, teacher: TrainedRun, student: str, seed: int, kind: str
+) -> DistillConfig:
     """Returns the settings of a student; one whose folder is there goes on."""
     out = arguments.out / f"{student}-{kind}-{seed}"
-    teacher = load_run(arguments.teacher).run.config
     return DistillConfig(
-        data=teacher.data,
-        image_size=teacher.image_size,
-        split_seed=teacher.split_seed,
+        data=teacher.run.config.data,
+        image_size=teacher.run.config.image_size,
+        split_seed=teacher.run.config.split_seed,
         teacher=(str(arguments.teacher),),
         student=student,
         epochs=arguments.epochs,
@@ -58,15 +60,12 @@ def settings(arguments: argparse.Namespace, student: str, seed: int, kind: str) 
     )
 
 
-def train(arguments: argparse.Namespace, student: str, seed: int, kind: str) -> TrainedRun:
+def train(config: DistillConfig, teacher: TrainedRun, kind: str, dataset: Dataset) -> TrainedRun:
     """Trains a student, or reads back one that is finished."""
-    config = settings(arguments, student, seed, kind)
-    teacher = load_run(arguments.teacher)
-    dataset = load_data(config, [teacher])
     out, console = Path(config.out), Console()
     if kind == "alone":
-        alone = dataclasses.replace(config.train_config(student, config.out), run=config.run)
-        fit(alone, dataset, console=console, title=f"{student} alone, seed {seed},")
+        alone = config.train_config(config.student, config.out)
+        fit(alone, dataset, console=console, title=f"{config.student} alone, seed {config.seed},")
     else:
         train_student(config, teacher, out, dataset, console)
     return load_run(out)
@@ -74,11 +73,9 @@ def train(arguments: argparse.Namespace, student: str, seed: int, kind: str) -> 
 
 def speeds(runs: list[TrainedRun], source: Source) -> list[float]:
     """Returns images/s of inference of each run over those of the first: medians of turns."""
-    how = [EvaluateConfig(str(run.run.path)) for run in runs]
     turns = []
     for _ in range(TURNS):
-        pairs = zip(runs, how, strict=True)
-        rates = [measure(run, source, each)["inference_images_per_second"] for run, each in pairs]
+        rates = [inference_speed(run, source, BATCH_SIZE) for run in runs]
         turns.append([rate / rates[0] for rate in rates])
     return [statistics.median(column) for column in zip(*turns, strict=True)]
 
@@ -110,14 +107,17 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=4.0)
     parser.add_argument("--out", type=Path, default=Path("runs/distilled-clothing"))
     arguments = parser.parse_args()
+    teacher = load_run(arguments.teacher)
+    first = settings(arguments, teacher, arguments.students[0], arguments.seeds[0], "alone")
+    dataset = load_data(first, [teacher])
     runs = {
-        (student, kind): [train(arguments, student, seed, kind) for seed in arguments.seeds]
+        (student, kind): [
+            train(settings(arguments, teacher, student, seed, kind), teacher, kind, dataset)
+            for seed in arguments.seeds
+        ]
         for student in arguments.students
         for kind in ("alone", "distilled")
     }
-    teacher = load_run(arguments.teacher)
-    config = settings(arguments, arguments.students[0], arguments.seeds[0], "alone")
-    dataset = load_data(config, [teacher])
     source = dataset.test if len(dataset.test) else dataset.validation
     firsts = [teacher, *(runs[student, "alone"][0] for student in arguments.students)]
     of_teacher, *others = speeds(firsts, source)

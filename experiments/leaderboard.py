@@ -19,10 +19,12 @@ that validation chooses.
 import argparse
 import csv
 import dataclasses
+import functools
 import json
 import statistics
 import time
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ from rich.console import Console
 
 from bmjax.config import DistillConfig, EvaluateConfig, RunConfig, TrainConfig
 from bmjax.data import ArraySource, Dataset, load_dataset
-from bmjax.data.sources import all_images
+from bmjax.data.sources import Source, all_images
 from bmjax.distill import train_student
 from bmjax.errors import UserError
 from bmjax.evaluate import TrainedRun, load_run, measure, predict_probabilities
@@ -191,18 +193,24 @@ def timed(
     write_atomically(path / "seconds.json", json.dumps(seconds))
 
 
-def measure_once(path: Path, teacher: Path, dataset: Dataset) -> dict[str, Any]:
-    """Measures a run on the test images, or reads back what was measured."""
+def predictions(run: TrainedRun, test: Source) -> np.ndarray:
+    """Returns the predicted labels, [examples]."""
+    return predict_probabilities(run, all_images(test)).argmax(axis=-1)
+
+
+def measure_once(path: Path, asked: Callable[[], np.ndarray], test: Source) -> dict[str, Any]:
+    """Measures a run on the test images, or reads back what was measured.
+
+    Args:
+        path: the run's folder.
+        asked: gives the teacher's predictions.
+        test: the test images.
+    """
     file = path / "test.json"
     if not file.is_file():
-        source = dataset.test
-        images = all_images(source)
         how = EvaluateConfig(str(path))
         last, best = load_run(path), load_run(path, "best")
-        measured = measure(last, source, how)
-        predicted, asked = (
-            predict_probabilities(run, images).argmax(axis=-1) for run in (last, load_run(teacher))
-        )
+        measured = measure(last, test, how)
         rates = [
             record["examples_per_second"]
             for record in read_metrics(path / "metrics.jsonl")
@@ -210,8 +218,8 @@ def measure_once(path: Path, teacher: Path, dataset: Dataset) -> dict[str, Any]:
         ]
         result = {
             "accuracy": 100 * measured["accuracy"],
-            "best_accuracy": 100 * measure(best, source, how)["accuracy"],
-            "agreement": 100 * float(np.mean(predicted == asked)),
+            "best_accuracy": 100 * measure(best, test, how)["accuracy"],
+            "agreement": 100 * float(np.mean(predictions(last, test) == asked())),
             "calibration_error": 100 * measured["expected_calibration_error"],
             "seconds": json.loads((path / "seconds.json").read_text()),
             "images_per_second": statistics.median(rates),
@@ -221,12 +229,16 @@ def measure_once(path: Path, teacher: Path, dataset: Dataset) -> dict[str, Any]:
     return values
 
 
-def rows_of(board: Board, pair: dict[str, Any], dataset: Dataset) -> list[dict[str, Any]]:
+def rows_of(board: Board, pair: dict[str, Any], test: Source) -> list[dict[str, Any]]:
     """Returns a row for the student alone, each method and the teacher, with a list by seed."""
+    # A teacher is asked once for all of its students, and not at all where all is measured.
+    folders = {
+        path: functools.cache(lambda path=path: predictions(load_run(path / TEACHER), test))
+        for path in (board.folder(pair, seed) for seed in board.seeds)
+    }
     rows: list[dict[str, Any]] = []
     for method in [ALONE, *board.methods, TEACHER]:
-        folders = [board.folder(pair, seed) for seed in board.seeds]
-        measured = [measure_once(path / method, path / TEACHER, dataset) for path in folders]
+        measured = [measure_once(path / method, asked, test) for path, asked in folders.items()]
         row: dict[str, Any] = {
             "teacher": pair["teacher"]["model"],
             "student": pair["student"],
@@ -323,8 +335,8 @@ def run(board: Board) -> None:
     seen = load_dataset(board.data, size, split_seed=split_seed, splits=names)
     seen = without_test(seen, board.train_examples)
     train_all(board, seen, Console())
-    whole = load_dataset(board.data, size, split_seed=split_seed)
-    rows = [row for pair in board.pairs for row in rows_of(board, pair, whole)]
+    test = load_dataset(board.data, size, split_seed=split_seed, splits=("test",)).test
+    rows = [row for pair in board.pairs for row in rows_of(board, pair, test)]
     write_csv(rows, board.out / "leaderboard.csv")
     write_markdown(rows, caption_of(board, len(seen.train)), board.out / "leaderboard.md")
     draw(rows, board.out / "leaderboard.png")
