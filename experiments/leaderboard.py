@@ -5,7 +5,8 @@
 The table (TOML) has `data`, `seeds`, perhaps `train_examples` (a part of the training split, as
 many of each class), the settings in common by the names of `bmjax distill`'s flags under
 `[settings]`, pairs of a teacher with its own settings and a student under `[[pairs]]`, and under
-`[methods.NAME]` what each method changes. Where a paper has figures for a pair, they stand there
+`[methods.NAME]` what each method changes. A teacher with `members = 3` is an ensemble of three that
+differ by their seed. Where a paper has figures for a pair, they stand there
 as `paper = { kd = 70.66 }` by method, with a `source`. It is stopped and started again at will. In
 OUT it writes `leaderboard.csv`, `leaderboard.md` and `leaderboard.png`: mean and sample standard
 deviation over seeds.
@@ -40,9 +41,12 @@ from bmjax.evaluate import TrainedRun, load_run, measure, predict_probabilities
 from bmjax.loop import fit
 from bmjax.runs import CONFIG, write_atomically
 from bmjax.settings import check_distill, check_train, flatten, unflatten
+from bmjax.teachers import combine
 from bmjax.tracking import read_metrics
 
 ALONE, TEACHER = "alone", "teacher"
+# Between the seeds of an ensemble's members, so that no member of one is a member of another.
+MEMBER_SEED = 1000
 COLUMNS = {
     "accuracy": "test accuracy, last epoch (%)",
     "best_accuracy": "the epoch chosen on validation (%)",
@@ -99,18 +103,26 @@ class Board:
     def check(self) -> None:
         """Raises UserError where a setting is not one, before hours are spent on the others."""
         for pair in self.pairs:
-            check_train(self.teacher(pair, self.seeds[0]))
+            members = pair["teacher"].get("members", 1)
+            if not (isinstance(members, int) and members >= 1):
+                raise UserError(f"members = {members!r}: a teacher consists of 1 or more models.")
+        if len({self.folder(pair, 0) for pair in self.pairs}) < len(self.pairs):
+            raise UserError("two pairs of the table have the same teacher and student.")
+        for pair in self.pairs:
+            check_train(self.teachers(pair, self.seeds[0])[0])
             for method in [ALONE, *self.methods]:
                 check_distill(self.student(pair, self.seeds[0], method))
 
     def folder(self, pair: dict[str, Any], seed: int) -> Path:
         """Returns the folder of a pair's runs with a seed."""
-        return self.out / f"{pair['teacher']['model']}-to-{pair['student']}" / str(seed)
+        name = f"{teacher_name(pair)}-to-{pair['student']}".replace(" ", "")
+        return self.out / name / str(seed)
 
     def student(self, pair: dict[str, Any], seed: int, method: str) -> DistillConfig:
         """Returns the settings of a student; `alone` has those in common."""
         own = self.methods.get(method, {})
         folder = self.folder(pair, seed)
+        teachers = tuple(config.out for config in self.teachers(pair, seed))
         flat = {**self.settings, **own, "student": pair["student"], "data": self.data, "seed": seed}
         config: DistillConfig = unflatten(DistillConfig, flat, f"the table's {method}")
         cached = bool(config.views.view_passes) and config.features == "none"
@@ -119,21 +131,32 @@ class Board:
         cache = str(folder / (f"logits-{method}" if changed else "logits"))
         return dataclasses.replace(
             config,
-            teacher=(str(folder / TEACHER),),
+            teacher=teachers,
             teacher_cache=cache if cached else "",
             out=str(folder / method),
             run=RunConfig(resume=True, tensorboard=False),
         )
 
-    def teacher(self, pair: dict[str, Any], seed: int) -> TrainConfig:
-        """Returns the settings of a pair's teacher."""
-        common = {k: v for k, v in self.settings.items() if k != "view_passes"}
+    def teachers(self, pair: dict[str, Any], seed: int) -> list[TrainConfig]:
+        """Returns the settings of a pair's teacher, or of each member of an ensemble."""
         known = flatten(TrainConfig())
-        flat = {k: v for k, v in {**common, **pair["teacher"]}.items() if k in known}
-        config: TrainConfig = unflatten(
-            TrainConfig, {**flat, "data": self.data, "seed": seed}, "the table's teacher"
-        )
-        return dataclasses.replace(config, out=str(self.folder(pair, seed) / TEACHER)).resolved()
+        common = {k: v for k, v in self.settings.items() if k in known and k != "view_passes"}
+        own = {k: v for k, v in pair["teacher"].items() if k != "members"}
+        configs = []
+        for index in range(pair["teacher"].get("members", 1)):
+            each = {"data": self.data, "seed": seed + index * MEMBER_SEED}
+            config: TrainConfig = unflatten(
+                TrainConfig, {**common, **own, **each}, "the table's teacher"
+            )
+            out = self.folder(pair, seed) / (f"{TEACHER}-{index}" if index else TEACHER)
+            configs.append(dataclasses.replace(config, out=str(out)).resolved())
+        return configs
+
+    def paths(self, pair: dict[str, Any], seed: int, method: str) -> list[Path]:
+        """Returns the folders of what stands in one row: a run, or the members of an ensemble."""
+        if method == TEACHER:
+            return [Path(config.out) for config in self.teachers(pair, seed)]
+        return [self.folder(pair, seed) / method]
 
 
 def without_test(dataset: Dataset, train_examples: int) -> Dataset:
@@ -154,8 +177,9 @@ def train_all(board: Board, dataset: Dataset, console: Console) -> None:
     for seed in board.seeds:
         for pair in board.pairs:
             folder = board.folder(pair, seed)
-            timed(board.teacher(pair, seed), None, None, dataset, console)
-            teacher = load_run(folder / TEACHER)
+            for member in board.teachers(pair, seed):
+                timed(member, None, None, dataset, console)
+            teacher = load_all(board.paths(pair, seed, TEACHER))
             alone = board.student(pair, seed, ALONE).train_config(
                 pair["student"], str(folder / ALONE)
             )
@@ -198,21 +222,30 @@ def predictions(run: TrainedRun, test: Source) -> np.ndarray:
     return predict_probabilities(run, all_images(test)).argmax(axis=-1)
 
 
-def measure_once(path: Path, asked: Callable[[], np.ndarray], test: Source) -> dict[str, Any]:
-    """Measures a run on the test images, or reads back what was measured.
+def load_all(paths: list[Path], which: str = "latest") -> TrainedRun:
+    """Reads a run, or several as an ensemble."""
+    return combine([load_run(path, which) for path in paths])
+
+
+def measure_once(
+    paths: list[Path], asked: Callable[[], np.ndarray], test: Source
+) -> dict[str, Any]:
+    """Measures a run or an ensemble on the test images, or reads back what was measured.
 
     Args:
-        path: the run's folder.
+        paths: the folder of the run, or of each member of the ensemble.
         asked: gives the teacher's predictions.
         test: the test images.
     """
-    file = path / "test.json"
+    file = paths[0] / "test.json"
     if not file.is_file():
-        how = EvaluateConfig(str(path))
-        last, best = load_run(path), load_run(path, "best")
+        how = EvaluateConfig(str(paths[0]))
+        last, best = load_all(paths), load_all(paths, "best")
         measured = measure(last, test, how)
+        seconds = [json.loads((path / "seconds.json").read_text()) for path in paths]
         rates = [
             record["examples_per_second"]
+            for path in paths
             for record in read_metrics(path / "metrics.jsonl")
             if record["split"] == "train"
         ]
@@ -221,7 +254,7 @@ def measure_once(path: Path, asked: Callable[[], np.ndarray], test: Source) -> d
             "best_accuracy": 100 * measure(best, test, how)["accuracy"],
             "agreement": 100 * float(np.mean(predictions(last, test) == asked())),
             "calibration_error": 100 * measured["expected_calibration_error"],
-            "seconds": json.loads((path / "seconds.json").read_text()),
+            "seconds": None if None in seconds else sum(seconds),
             "images_per_second": statistics.median(rates),
         }
         write_atomically(file, json.dumps(result))
@@ -232,15 +265,19 @@ def measure_once(path: Path, asked: Callable[[], np.ndarray], test: Source) -> d
 def rows_of(board: Board, pair: dict[str, Any], test: Source) -> list[dict[str, Any]]:
     """Returns a row for the student alone, each method and the teacher, with a list by seed."""
     # A teacher is asked once for all of its students, and not at all where all is measured.
-    folders = {
-        path: functools.cache(lambda path=path: predictions(load_run(path / TEACHER), test))
-        for path in (board.folder(pair, seed) for seed in board.seeds)
+    asked = {
+        seed: functools.cache(
+            lambda seed=seed: predictions(load_all(board.paths(pair, seed, TEACHER)), test)
+        )
+        for seed in board.seeds
     }
     rows: list[dict[str, Any]] = []
     for method in [ALONE, *board.methods, TEACHER]:
-        measured = [measure_once(path / method, asked, test) for path, asked in folders.items()]
+        measured = [
+            measure_once(board.paths(pair, seed, method), asked[seed], test) for seed in board.seeds
+        ]
         row: dict[str, Any] = {
-            "teacher": pair["teacher"]["model"],
+            "teacher": teacher_name(pair),
             "student": pair["student"],
             "method": method,
             "paper": pair.get("paper", {}).get(method, ""),
@@ -251,6 +288,12 @@ def rows_of(board: Board, pair: dict[str, Any], test: Source) -> list[dict[str, 
         row["over_alone"] = [a - b for a, b in zip(row["accuracy"], alone, strict=True)]
         rows.append(row)
     return rows
+
+
+def teacher_name(pair: dict[str, Any]) -> str:
+    """Returns a teacher's model, and how many of it there are."""
+    model, members = pair["teacher"]["model"], pair["teacher"].get("members", 1)
+    return f"{members} x {model}" if members > 1 else str(model)
 
 
 def spread(values: list[float | None]) -> str:

@@ -1,11 +1,16 @@
 import csv
+import json
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from bmjax.data import load_dataset
+from bmjax.data.sources import all_images
 from bmjax.errors import UserError
+from bmjax.evaluate import load_run, predict_probabilities
+from bmjax.teachers import combine
 from experiments import leaderboard
 
 TABLE = """
@@ -104,6 +109,46 @@ def test_a_method_with_other_views_has_a_cache_of_its_own(tmp_path):
     board = leaderboard.Board("mnist5k", [0], 0, {"view_passes": 2}, [pair], methods, tmp_path)
     caches = [Path(board.student(pair, 0, name).teacher_cache).name for name in methods]
     assert caches == ["logits", "logits-mixed", ""]
+
+
+@pytest.mark.slow
+def test_a_teacher_of_several_members_is_asked_and_measured_as_one(tmp_path, shapes_npz):
+    text = TABLE.format(path=shapes_npz).replace("epochs = 1", "epochs = 1, members = 2")
+    text = text.replace("seeds = [0, 1]", "seeds = [3]").partition("[methods.hint]")[0]
+    (tmp_path / "table.toml").write_text(text)
+    board = leaderboard.Board.read(tmp_path / "table.toml", tmp_path / "board")
+    leaderboard.run(board)
+    folder = tmp_path / "board" / "2xcnn_tiny-to-mlp" / "3"
+    members = [load_run(folder / "teacher"), load_run(folder / "teacher-1")]
+    assert [run.run.config.seed for run in members] == [3, 1003]
+    test = load_dataset(board.data).test
+    logits = sum(np.log(predict_probabilities(run, all_images(test))) for run in members)
+    correct = 100 * np.mean(np.argmax(logits, -1) == test.labels)
+    rows = csv.DictReader((tmp_path / "board" / "leaderboard.csv").read_text().splitlines())
+    kd, teacher = [row for row in rows if row["method"] in ("kd", "teacher")]
+    assert teacher["teacher"] == "2 x cnn_tiny"
+    assert float(teacher["accuracy_mean"]) == pytest.approx(correct)
+    assert float(teacher["agreement_mean"]) == 100 > float(kd["agreement_mean"])
+    seconds = [float((run.run.path / "seconds.json").read_text()) for run in members]
+    assert float(teacher["seconds_mean"]) == pytest.approx(sum(seconds))
+    cache = json.loads((folder / "logits" / "cache.json").read_text())
+    assert cache["of"]["teacher"] == combine(members).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("pairs", "said"),
+    [
+        ([{"model": "cnn", "members": 0}], "members = 0"),
+        ([{"model": "cnn", "members": "two"}], "members = 'two'"),
+        ([{"model": "cnn"}, {"model": "cnn", "epochs": 3}], "the same teacher and student"),
+        ([{"model": "cnn", "epoch": 3}], "epoch"),
+    ],
+)
+def test_a_pair_that_cannot_be_is_named(tmp_path, pairs, said):
+    pairs = [{"student": "mlp", "teacher": teacher} for teacher in pairs]
+    board = leaderboard.Board("mnist5k", [0], 0, {}, pairs, {"kd": {}}, tmp_path)
+    with pytest.raises(UserError, match=said):
+        board.check()
 
 
 def test_a_mistake_in_the_table_is_one_line(tmp_path, monkeypatch, capsys):
