@@ -338,14 +338,24 @@ def write_markdown(rows: list[dict[str, Any]], caption: str, path: Path) -> None
     path.write_text("\n".join(lines) + "\n")
 
 
+def listed(settings: dict[str, Any]) -> str:
+    """Writes settings in a line."""
+    return ", ".join(f"{name} {value}" for name, value in settings.items())
+
+
 def caption_of(board: Board, images: int) -> str:
-    """Returns a line on what the rows have in common."""
-    common = ", ".join(f"{name} {value}" for name, value in board.settings.items())
+    """Returns what the rows have in common, and what is each one's own."""
     # The folder that images lie in is no part of the result.
     kind, _, place = board.data.partition(":")
     data = f"{kind}:{Path(place).name}" if place else kind
     seeds = ", ".join(map(str, board.seeds))
-    return f"{data}, {images:,} training images, {common}; seeds {seeds}; mean ± deviation."
+    common = [data, f"{images:,} training images", listed(board.settings)]
+    own = [f"{name}: {listed(settings)}" for name, settings in board.methods.items() if settings]
+    for pair in board.pairs:
+        settings = {k: v for k, v in pair["teacher"].items() if k not in ("model", "members")}
+        own += [f"teacher {teacher_name(pair)}: {listed(settings)}"] if settings else []
+    first = f"{', '.join(filter(None, common))}; seeds {seeds}; mean ± deviation."
+    return first + (f"\n\nSettings of their own: {'; '.join(own)}." if own else "")
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:

@@ -76,6 +76,7 @@ def test_twice_the_same_files_and_no_test_image_before_the_end(
     printed = capsys.readouterr().out
     assert "| cnn_tiny | mlp | alone |" in printed
     assert "60 training images, epochs 2, batch_size 16" in printed
+    assert "kd: temperature 2.0; hint: features hint; teacher cnn_tiny: epochs 1" in printed
     assert "Figures of papers: A paper, 2020." in printed
 
 
