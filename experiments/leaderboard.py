@@ -6,9 +6,9 @@ The table (TOML) has `data`, `seeds`, perhaps `train_examples` (a part of the tr
 many of each class), the settings in common by the names of `bmjax distill`'s flags under
 `[settings]`, pairs of a teacher with its own settings and a student under `[[pairs]]`, and under
 `[methods.NAME]` what each method changes. A teacher with `members = 3` is an ensemble of three that
-differ by their seed. Where a paper has figures for a pair, they stand there
-as `paper = { kd = 70.66 }` by method, with a `source`. It is stopped and started again at will. In
-OUT it writes `leaderboard.csv`, `leaderboard.md` and `leaderboard.png`: mean and sample standard
+differ by their seed. Where a paper has figures for a pair, they stand there as
+`paper = { kd = 70.66 }` by method, with a `source`. It is stopped and started again at will. In OUT
+it writes `leaderboard.csv`, `leaderboard.md` and `leaderboard.png`: mean and sample standard
 deviation over seeds.
 
 The student alone comes first and the teacher last, all with the same views for the same number of
@@ -18,7 +18,6 @@ that validation chooses.
 """
 
 import argparse
-import csv
 import dataclasses
 import functools
 import json
@@ -43,19 +42,10 @@ from bmjax.runs import CONFIG, write_atomically
 from bmjax.settings import check_distill, check_train, flatten, unflatten
 from bmjax.teachers import combine
 from bmjax.tracking import read_metrics
+from experiments.leaderboard_report import ALONE, TEACHER, draw, write_csv, write_markdown
 
-ALONE, TEACHER = "alone", "teacher"
 # Between the seeds of an ensemble's members, so that no member of one is a member of another.
 MEMBER_SEED = 1000
-COLUMNS = {
-    "accuracy": "test accuracy, last epoch (%)",
-    "best_accuracy": "the epoch chosen on validation (%)",
-    "over_alone": "over alone (points)",
-    "agreement": "agreement with the teacher (%)",
-    "calibration_error": "calibration error (%)",
-    "seconds": "seconds of training",
-    "images_per_second": "images/s of training",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +93,7 @@ class Board:
     def check(self) -> None:
         """Raises UserError where a setting is not one, before hours are spent on the others."""
         for pair in self.pairs:
-            members = pair["teacher"].get("members", 1)
+            members = members_of(pair)
             if not (isinstance(members, int) and members >= 1):
                 raise UserError(f"members = {members!r}: a teacher consists of 1 or more models.")
         if len({self.folder(pair, 0) for pair in self.pairs}) < len(self.pairs):
@@ -122,7 +112,6 @@ class Board:
         """Returns the settings of a student; `alone` has those in common."""
         own = self.methods.get(method, {})
         folder = self.folder(pair, seed)
-        teachers = tuple(config.out for config in self.teachers(pair, seed))
         flat = {**self.settings, **own, "student": pair["student"], "data": self.data, "seed": seed}
         config: DistillConfig = unflatten(DistillConfig, flat, f"the table's {method}")
         cached = bool(config.views.view_passes) and config.features == "none"
@@ -131,7 +120,7 @@ class Board:
         cache = str(folder / (f"logits-{method}" if changed else "logits"))
         return dataclasses.replace(
             config,
-            teacher=teachers,
+            teacher=tuple(str(path) for path in self.paths(pair, seed, TEACHER)),
             teacher_cache=cache if cached else "",
             out=str(folder / method),
             run=RunConfig(resume=True, tensorboard=False),
@@ -143,20 +132,19 @@ class Board:
         common = {k: v for k, v in self.settings.items() if k in known and k != "view_passes"}
         own = {k: v for k, v in pair["teacher"].items() if k != "members"}
         configs = []
-        for index in range(pair["teacher"].get("members", 1)):
+        for index, path in enumerate(self.paths(pair, seed, TEACHER)):
             each = {"data": self.data, "seed": seed + index * MEMBER_SEED}
             config: TrainConfig = unflatten(
                 TrainConfig, {**common, **own, **each}, "the table's teacher"
             )
-            out = self.folder(pair, seed) / (f"{TEACHER}-{index}" if index else TEACHER)
-            configs.append(dataclasses.replace(config, out=str(out)).resolved())
+            configs.append(dataclasses.replace(config, out=str(path)).resolved())
         return configs
 
     def paths(self, pair: dict[str, Any], seed: int, method: str) -> list[Path]:
         """Returns the folders of what stands in one row: a run, or the members of an ensemble."""
-        if method == TEACHER:
-            return [Path(config.out) for config in self.teachers(pair, seed)]
-        return [self.folder(pair, seed) / method]
+        folder = self.folder(pair, seed)
+        number = members_of(pair) if method == TEACHER else 1
+        return [folder / (f"{method}-{index}" if index else method) for index in range(number)]
 
 
 def without_test(dataset: Dataset, train_examples: int) -> Dataset:
@@ -290,52 +278,15 @@ def rows_of(board: Board, pair: dict[str, Any], test: Source) -> list[dict[str, 
     return rows
 
 
+def members_of(pair: dict[str, Any]) -> Any:
+    """Returns of how many models a pair's teacher consists, by the table."""
+    return pair["teacher"].get("members", 1)
+
+
 def teacher_name(pair: dict[str, Any]) -> str:
     """Returns a teacher's model, and how many of it there are."""
-    model, members = pair["teacher"]["model"], pair["teacher"].get("members", 1)
+    model, members = pair["teacher"]["model"], members_of(pair)
     return f"{members} x {model}" if members > 1 else str(model)
-
-
-def spread(values: list[float | None]) -> str:
-    """Formats mean and sample standard deviation."""
-    known = [value for value in values if value is not None]
-    if not known:
-        return "-"
-    digits = 0 if max(known) > 1000 else 2
-    deviation = f" ± {statistics.stdev(known):.{digits}f}" if len(known) > 1 else ""
-    return f"{statistics.mean(known):.{digits}f}{deviation}"
-
-
-def write_csv(rows: list[dict[str, Any]], path: Path) -> None:
-    """Writes mean, standard deviation and the value of each seed."""
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        names = [f"{name}_{part}" for name in COLUMNS for part in ("mean", "std", "each")]
-        first = ("teacher", "student", "method", "paper", "source")
-        writer.writerow([*first, *names])
-        for row in rows:
-            cells: list[Any] = [row[name] for name in first]
-            for name in COLUMNS:
-                known = [value for value in row[name] if value is not None]
-                deviation = statistics.stdev(known) if len(known) > 1 else ""
-                each = " ".join("" if v is None else f"{v:.4f}" for v in row[name])
-                cells += [statistics.mean(known) if known else "", deviation, each]
-            writer.writerow(cells)
-
-
-def write_markdown(rows: list[dict[str, Any]], caption: str, path: Path) -> None:
-    """Writes mean and standard deviation; says which method is below the student alone."""
-    headings = ["teacher", "student", "method", *COLUMNS.values(), "paper (%)"]
-    lines = [caption, "", "| " + " | ".join(headings) + " |", "|---" * len(headings) + "|"]
-    for row in rows:
-        cells = [row["teacher"], row["student"], row["method"]]
-        cells += [spread(row[name]) for name in COLUMNS]
-        if row["method"] not in (ALONE, TEACHER) and statistics.mean(row["over_alone"]) < 0:
-            cells[3 + list(COLUMNS).index("over_alone")] += " (below the student alone)"
-        lines.append("| " + " | ".join([*cells, str(row["paper"])]) + " |")
-    sources = dict.fromkeys(row["source"] for row in rows if row["source"])
-    lines += [f"\nFigures of papers: {source}." for source in sources]
-    path.write_text("\n".join(lines) + "\n")
 
 
 def listed(settings: dict[str, Any]) -> str:
@@ -356,28 +307,6 @@ def caption_of(board: Board, images: int) -> str:
         own += [f"teacher {teacher_name(pair)}: {listed(settings)}"] if settings else []
     first = f"{', '.join(filter(None, common))}; seeds {seeds}; mean ± deviation."
     return first + (f"\n\nSettings of their own: {'; '.join(own)}." if own else "")
-
-
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draws the test accuracy of each method: a dot per seed, and the mean."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    pairs = list(dict.fromkeys((row["teacher"], row["student"]) for row in rows))
-    number = len(rows) // len(pairs)
-    figure = Figure(figsize=(6 * len(pairs), 1 + 0.4 * number), layout="constrained")
-    FigureCanvasAgg(figure)
-    for pair, axes in zip(pairs, figure.subplots(1, len(pairs), squeeze=False)[0], strict=True):
-        own = [row for row in rows if (row["teacher"], row["student"]) == pair]
-        for place, row in enumerate(reversed(own)):
-            colour = {ALONE: "C7", TEACHER: "C1"}.get(row["method"], "C0")
-            axes.plot(row["accuracy"], [place] * len(row["accuracy"]), "o", color=colour, alpha=0.4)
-            axes.plot(statistics.mean(row["accuracy"]), place, "|", color=colour, ms=18, mew=2.5)
-        axes.axvline(statistics.mean(own[0]["accuracy"]), color="C7", lw=0.8, ls=":")
-        axes.set_yticks(range(len(own)), [row["method"] for row in reversed(own)])
-        axes.set(title=f"{pair[0]} to {pair[1]}", xlabel="test accuracy, last epoch (%)")
-        axes.grid(axis="x", alpha=0.3)
-    figure.savefig(path, dpi=120, metadata={"Software": None})
 
 
 def run(board: Board) -> None:

@@ -80,21 +80,6 @@ def test_twice_the_same_files_and_no_test_image_before_the_end(
     assert "Figures of papers: A paper, 2020." in printed
 
 
-def test_a_method_below_the_student_alone_is_told(tmp_path):
-    values = {name: [1.0, 2.0] for name in leaderboard.COLUMNS}
-    row = {"teacher": "a", "student": "b", "paper": "", "source": "", **values}
-    rows = [
-        {**row, "method": "alone", "over_alone": [0.0, 0.0]},
-        {**row, "method": "kd", "over_alone": [-0.5, 0.2], "seconds": [None, None]},
-        {**row, "method": "teacher", "over_alone": [-1.0, -1.0]},
-    ]
-    leaderboard.write_markdown(rows, "caption", tmp_path / "leaderboard.md")
-    alone, kd, teacher = (tmp_path / "leaderboard.md").read_text().splitlines()[4:]
-    assert "-0.15 ± 0.49 (below the student alone)" in kd
-    assert "below" not in alone + teacher
-    assert "| - |" in kd
-
-
 def test_what_is_no_table_is_named(tmp_path):
     (tmp_path / "table.toml").write_text("data = 'mnist5k'")
     content = 'data = "mnist5k"\nseeds = [0]\npairs = [{student = "mlp"}]\nmethods = {}\n'
