@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from bmjax.config import (
+    BenchConfig,
     ConvertConfig,
     DistillConfig,
     DoctorConfig,
@@ -85,6 +86,7 @@ def _parse(argv: list[str], defaults: dict[type, Any]) -> Any:
         "evaluate": EvaluateConfig,
         "predict": PredictConfig,
         "convert": ConvertConfig,
+        "bench": BenchConfig,
         "doctor": DoctorConfig,
     }
     kinds = tuple(
@@ -335,6 +337,16 @@ def _convert(config: ConvertConfig) -> None:
     )
 
 
+def _bench(config: BenchConfig) -> None:
+    from bmjax.bench.run import bench, show
+
+    result = bench(config)
+    if config.json:
+        print(json.dumps(result))
+    else:
+        show(result, Console())
+
+
 def _doctor(config: DoctorConfig) -> None:
     from bmjax.doctor import examine
 
@@ -371,6 +383,7 @@ _COMMANDS: dict[type, Callable[[Any], None]] = {
     EvaluateConfig: _evaluate,
     PredictConfig: _predict,
     ConvertConfig: _convert,
+    BenchConfig: _bench,
     DoctorConfig: _doctor,
 }
 if __name__ == "__main__":

@@ -1,187 +1,217 @@
-"""Steady-state training speed of the MLP: bmjax's epoch as one call against PyTorch's usual loops.
+"""Training and inference, bmjax against what one would use instead: all workloads, one table.
 
-The same network (784-128-64-10, ReLU), the same optimizer (SGD with momentum 0.9), the same
-batch size, the same 3,500 digits, without augmentation. Two loops of PyTorch, both with a shuffling
-DataLoader and `loss.item()` each step:
+    uv run --extra bench python experiments/bench_train.py --out runs/bench
+    uv run --extra bench python experiments/bench_train.py --only resnet18 --turns 5
 
-- `script`: the data as most scripts have it, a Dataset whose items are made when they are asked
-  for, as torchvision's MNIST does: a PIL image through torchvision's own ToTensor and Normalize.
-- `tensors`: a TensorDataset of the finished, normalised tensors, the fastest DataLoader there is.
+Each workload is one process, `bmjax bench`, in which the contenders take turns: the same images in
+memory, batch and optimizer (SGD with momentum 0.9); the numbers of params and of FLOPs are compared
+before anything is timed, and the loss is looked at after each step. What counts is the median
+over the turns of how many times as fast bmjax was than the faster of the others of a family.
 
-bmjax holds uint8 on the device, normalises at every step, and reads its losses once per call.
-After a warm-up all take turns in one process, and the ratios are taken turn by turn.
+Peak memory and the time to the first turn are those of bmjax, and of PyTorch, alone in a process:
+`cold` with nothing compiled before, `warm` with bmjax's compilation cache filled.
 
-    uv run --extra torch python experiments/bench_train.py --turns 30
-
-On two virtual cores of an AMD EPYC, a busy machine, jax 0.10.2, torch 2.15.0, torchvision 0.29.2,
-medians of 30 turns:
-
-    bmjax       167,795 images/s (123,602 to 193,550)
-    script        7,488 images/s (4,196 to 9,177)
-    tensors      52,451 images/s (35,416 to 68,708)
-    bmjax / script     22.3 (16.0 to 36.4)
-    bmjax / tensors     3.2 (2.2 to 4.7)
-
-Another run, of 20 turns, gave 21.9 (18.8 to 32.0) and 3.0 (2.5 to 4.6).
+Writes `bench_train.csv`, `bench_train.md` and `bench_train.png` to OUT.
 """
 
 import argparse
+import csv
+import json
 import os
-import platform
 import statistics
-import time
-from collections.abc import Callable
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
-import jax
-import numpy as np
-import torch
-from jax.tree_util import Partial
-from PIL import Image
-from torchvision import transforms
-
-from bmjax import create_model, load_dataset
-from bmjax.compiled import make_train_steps, zero_totals
-from bmjax.config import AugmentConfig, OptimConfig
-from bmjax.data import Dataset, loader, preprocess
-from bmjax.data.sources import all_images
-from bmjax.optim import make_optimizer
-from bmjax.parallel import Parallel
-from bmjax.train import classification_loss, create_state
-
-LEARNING_RATE = 0.02
-# One epoch of bmjax is over in milliseconds: a turn takes several, to be timed well.
-EPOCHS_PER_TURN = {"bmjax": 20, "script": 1, "tensors": 1}
+PYTORCH = ("torch", "torch-nchw", "torch-compiled")
 
 
-class Digits(torch.utils.data.Dataset):
-    """Items made when they are asked for, the way torchvision's MNIST makes them."""
+@dataclass(frozen=True)
+class Job:
+    """A workload, and how often it is done."""
 
-    def __init__(self, dataset: Dataset):
-        self.images = torch.tensor(all_images(dataset.train)[..., 0])
-        self.labels = torch.tensor(dataset.train.labels).long()
-        statistics_ = preprocess.pixel_statistics(all_images(dataset.train))
-        self.transform = transforms.Compose(
-            [
-                transforms.ToTensor(),
-                transforms.Normalize(statistics_["mean"], statistics_["std"]),
-            ]
-        )
+    model: str
+    image_size: int
+    batch_size: int
+    steps: int
+    teacher: str = ""
+    precision: str = "float32"
+    more: tuple[str, ...] = ("linen", "keras")
 
-    def __len__(self) -> int:
-        return len(self.labels)
+    @property
+    def flags(self) -> list[str]:
+        """The flags of `bmjax bench`."""
+        words = [f"--model={self.model}", f"--image-size={self.image_size}"]
+        words += [f"--batch-size={self.batch_size}", f"--steps={self.steps}"]
+        words += [f"--precision={self.precision}"]
+        return [*words, f"--teacher={self.teacher}"] if self.teacher else words
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        picture = Image.fromarray(self.images[index].numpy())
-        return self.transform(picture), int(self.labels[index])
+    @property
+    def contenders(self) -> list[str]:
+        """Names of all contenders, bmjax first."""
+        return ["bmjax", *PYTORCH, *(n for n in self.more if n != "keras" or not self.teacher)]
 
 
-def bmjax_turn(dataset: Dataset, batch_size: int) -> Callable[[], float]:
-    """Returns a function that trains one turn with bmjax and gives the mean loss."""
-    model = create_model("mlp", dataset.num_classes)
-    statistics_ = preprocess.pixel_statistics(all_images(dataset.train))
-    config = OptimConfig(optimizer="sgd", nesterov=False, weight_decay=0.0)
-    optimizer = make_optimizer(config, lambda _: LEARNING_RATE)
-    state = create_state(model, optimizer, dataset.image_shape, seed=0)
-    loss_fn = classification_loss(model, statistics_)
-    arrays = {"image": all_images(dataset.train), "label": dataset.train.labels}
-    parallel = Parallel("jit", jax.devices()[:1])
-    view = loader.make_view(
-        AugmentConfig(augment=False), dataset.image_shape[:2], statistics_["mean"]
+JOBS = [
+    Job("mlp", 28, 64, steps=100, more=("torch-dataloader", "linen", "keras")),
+    Job("mlp", 28, 1024, steps=20),
+    Job("cnn", 28, 32, steps=10),
+    Job("cnn", 28, 128, steps=4),
+    Job("resnet18", 32, 128, steps=1),
+    Job("resnet18", 64, 8, steps=4),
+    Job("resnet18", 64, 64, steps=1),
+    Job("resnet18", 224, 16, steps=1),
+    Job("resnet50", 224, 8, steps=1),
+    Job("cnn", 32, 128, steps=2, teacher="resnet18"),
+]
+
+
+def run(job: Job, contenders: list[str], turns: int, **environment: str) -> dict[str, Any]:
+    """Returns what `bmjax bench` measures, in a process of its own."""
+    command = [sys.executable, "-m", "bmjax.cli", "bench", "--json", *job.flags]
+    command += [f"--turns={turns}", "--contenders", *contenders]
+    result = subprocess.run(
+        command, env={**os.environ, **environment}, capture_output=True, text=True, check=False
     )
-    steps = make_train_steps(parallel, optimizer, batch_size, view)
-    held = {
-        "state": parallel.put(state),
-        "totals": parallel.put(zero_totals(loss_fn, state, dataset.image_shape)),
-        "loss_fn": parallel.put(Partial(loss_fn)),
+    if result.returncode:
+        sys.exit(result.stderr)
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def alone(job: Job) -> dict[str, float]:
+    """Returns peak memory in MiB, and seconds to the first turn cold and warm."""
+    short = replace(job, steps=1)
+    with tempfile.TemporaryDirectory() as cache:
+        cold = run(short, ["bmjax"], 1, BMJAX_CACHE=cache)
+        warm = run(short, ["bmjax"], 1, BMJAX_CACHE=cache)
+    torch = run(short, ["torch"], 1)
+    return {
+        "bmjax_mib": cold["peak_memory_mib"],
+        "torch_mib": torch["peak_memory_mib"],
+        "bmjax_cold_seconds": cold["seconds_to_first_turn"],
+        "bmjax_warm_seconds": warm["seconds_to_first_turn"],
+        "torch_seconds": torch["seconds_to_first_turn"],
     }
-    on_device = parallel.put(arrays)
-    batches = loader.num_batches(len(dataset.train), batch_size)
-
-    def turn() -> float:
-        loss, done = 0.0, int(held["state"].step)
-        for _ in range(EPOCHS_PER_TURN["bmjax"]):
-            done += batches
-            held["state"], held["totals"] = steps(
-                held["state"], held["totals"], held["loss_fn"], on_device, np.int32(done)
-            )
-            totals = parallel.get(held["totals"])  # as `fit` reads them
-            loss = float(totals["loss"] / totals["count"])
-        return loss
-
-    return turn
 
 
-def pytorch_turn(dataset: Dataset, batch_size: int, name: str) -> Callable[[], float]:
-    """Returns a function that trains one turn with PyTorch and gives the mean loss."""
-    torch.manual_seed(0)
-    items: torch.utils.data.Dataset = Digits(dataset)
-    if name == "tensors":
-        finished = torch.stack([items[index][0] for index in range(len(dataset.train))])
-        items = torch.utils.data.TensorDataset(finished, torch.tensor(dataset.train.labels).long())
-    batches = torch.utils.data.DataLoader(items, batch_size=batch_size, shuffle=True)
-    model = torch.nn.Sequential(
-        torch.nn.Flatten(),
-        torch.nn.Linear(784, 128),
-        torch.nn.ReLU(),
-        torch.nn.Linear(128, 64),
-        torch.nn.ReLU(),
-        torch.nn.Linear(64, 10),
+def fastest_of_pytorch(rows: list[dict[str, Any]], job: str) -> dict[str, Any]:
+    """Returns the row of the fastest PyTorch loop over tensors in memory."""
+    names = ("PyTorch eager", "PyTorch compiled")
+    return min(
+        (row for row in rows if row["job"] == job and row["contender"].startswith(names)),
+        key=lambda row: row["seconds"],
     )
-    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9)
 
-    def turn() -> float:
-        total = 0.0
-        for _ in range(EPOCHS_PER_TURN[name]):
-            total = 0.0
-            for batch, labels in batches:
-                optimizer.zero_grad()
-                loss = torch.nn.functional.cross_entropy(model(batch), labels)
-                loss.backward()
-                optimizer.step()
-                total += loss.item() * len(labels)
-        return total / len(dataset.train)
 
-    return turn
+def markdown(results: list[dict[str, Any]], command: str) -> str:
+    """Returns all results as tables in Markdown."""
+    lines = ["# Training and inference side by side", "", f"`{command}`", ""]
+    lines += [results[0]["machine"], ""]
+    peaks = sorted(result["peak"] / 1e9 for result in results)
+    lines += [f"Matmul peak {peaks[0]:,.0f} to {peaks[-1]:,.0f} GFLOP/s, by workload.", ""]
+    lines += [
+        "| workload | job | contender | images/s | of peak | bmjax is faster |",
+        "|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        for row in result["rows"]:
+            low, high = row["ratio_range"]
+            share = "" if row["share_of_peak"] is None else f"{row['share_of_peak']:.0%}"
+            faster = f"{row['ratio']:.2f} ({low:.2f} to {high:.2f})"
+            cells = [result["workload"], row["job"], row["contender"]]
+            cells += [f"{row['images_per_second']:,.0f}", share]
+            cells += ["" if row["contender"] == "bmjax" else faster]
+            lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", "Alone in a process, one batch a turn:", ""]
+    lines += [
+        "| workload | bmjax, peak MiB | PyTorch, peak MiB | bmjax, first turn after s, cold | warm "
+        "| PyTorch |",
+        "|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        own = result["alone"]
+        cells = [result["workload"], f"{own['bmjax_mib']:,.0f}", f"{own['torch_mib']:,.0f}"]
+        seconds = ("bmjax_cold_seconds", "bmjax_warm_seconds", "torch_seconds")
+        cells += [f"{own[name]:.1f}" for name in seconds]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, ""])
+
+
+def write_csv(results: list[dict[str, Any]], path: Path) -> None:
+    """Writes a line for each workload, job and contender."""
+    lines = [{"workload": each["workload"], **row} for each in results for row in each["rows"]]
+    for line in lines:
+        for name in ("seconds", "ratio"):
+            line[f"lowest_{name}"], line[f"highest_{name}"] = line.pop(f"{name}_range")
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(lines[0]))
+        writer.writeheader()
+        writer.writerows(lines)
+
+
+def draw(results: list[dict[str, Any]], path: Path) -> None:
+    """Draws how many times as fast bmjax is as the fastest of PyTorch, a bar per workload."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = [result["workload"] for result in results]
+    figure, axes = pyplot.subplots(figsize=(8, 0.6 * len(names) + 1.5), layout="constrained")
+    for offset, job in ((-0.2, "training"), (0.2, "inference")):
+        rows = [fastest_of_pytorch(result["rows"], job) for result in results]
+        ratios = [row["ratio"] for row in rows]
+        spread = [
+            [row["ratio"] - row["ratio_range"][0] for row in rows],
+            [row["ratio_range"][1] - row["ratio"] for row in rows],
+        ]
+        places = [index + offset for index in range(len(names))]
+        axes.barh(places, ratios, 0.38, xerr=spread, label=job, error_kw={"linewidth": 0.8})
+    axes.axvline(1.0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlabel("times as fast as the fastest of PyTorch (median; lowest and highest turn)")
+    axes.legend()
+    figure.savefig(path, dpi=120)
 
 
 def main() -> None:
-    """Lets the two take turns and prints medians and the ratio's spread."""
+    """Runs all workloads and writes the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--batch-size", type=int, default=64, help="(default: 64)")
-    parser.add_argument("--turns", type=int, default=20, help="counted turns (default: 20)")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"))
+    parser.add_argument("--only", default="", help="models whose name begins so")
+    parser.add_argument("--turns", type=int, default=15)
+    parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--without", nargs="*", default=[], help="contenders that are left out")
     arguments = parser.parse_args()
-    dataset = load_dataset("mnist5k")
-    turns = {
-        "bmjax": bmjax_turn(dataset, arguments.batch_size),
-        "script": pytorch_turn(dataset, arguments.batch_size, "script"),
-        "tensors": pytorch_turn(dataset, arguments.batch_size, "tensors"),
-    }
-    speeds: dict[str, list[float]] = {name: [] for name in turns}
-    losses: dict[str, float] = {}
-    for number in range(arguments.turns + 2):
-        for name, turn in turns.items():
-            begin = time.perf_counter()
-            losses[name] = turn()
-            seconds = time.perf_counter() - begin
-            if number >= 2:  # the first turns compile and warm up
-                speeds[name].append(len(dataset.train) * EPOCHS_PER_TURN[name] / seconds)
-    print(
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python "
-        f"{platform.python_version()}, jax {jax.__version__}, torch {torch.__version__}, "
-        f"{torch.get_num_threads()} threads, batch {arguments.batch_size}"
-    )
-    for name, values in speeds.items():
-        print(
-            f"{name:8} {statistics.median(values):>10,.0f} images/s (median; "
-            f"{min(values):,.0f} to {max(values):,.0f}), last loss {losses[name]:.4f}"
-        )
-    for name in ("script", "tensors"):
-        pairs = zip(speeds["bmjax"], speeds[name], strict=True)
-        ratios = [ours / theirs for ours, theirs in pairs]
-        print(
-            f"bmjax / {name:8} {statistics.median(ratios):>6.1f} (median of {len(ratios)} turns; "
-            f"{min(ratios):.1f} to {max(ratios):.1f})"
-        )
+    results = []
+    for job in JOBS:
+        if not job.model.startswith(arguments.only):
+            continue
+        job = replace(job, precision=arguments.precision)
+        contenders = [name for name in job.contenders if name not in arguments.without]
+        result = run(job, contenders, arguments.turns)
+        result["alone"] = alone(job)
+        results.append(result)
+        for kind in ("training", "inference"):
+            row = fastest_of_pytorch(result["rows"], kind)
+            low, high = row["ratio_range"]
+            print(
+                f"{result['workload']}, {kind}: {row['ratio']:.2f} times {row['contender']} "
+                f"({low:.2f} to {high:.2f})",
+                flush=True,
+            )
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    command = "python experiments/bench_train.py " + " ".join(sys.argv[1:])
+    (arguments.out / "bench_train.md").write_text(markdown(results, command.strip()))
+    write_csv(results, arguments.out / "bench_train.csv")
+    draw(results, arguments.out / "bench_train.png")
+    best = [fastest_of_pytorch(result["rows"], "training")["ratio"] for result in results]
+    print(f"training, median over {len(best)} workloads: {statistics.median(best):.2f}")
 
 
 if __name__ == "__main__":

@@ -5,52 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bmjax.models import layers
-from bmjax.models.layers import BatchNorm, Conv, make_norm, max_pool_3x3
-
-
-@pytest.mark.parametrize(
-    ("size", "stride", "groups", "channels"),
-    [(3, 2, 1, 8), (1, 2, 1, 8), (7, 2, 1, 3), (3, 1, 4, 8), (3, 2, 4, 8)],
-)
-@pytest.mark.parametrize("images_at_once", [1, 2, 4])
-def test_convolutions_equal_those_of_linen(
-    size, stride, groups, channels, images_at_once, monkeypatch
-):
-    # Tests see several devices, where a batch would be convolved in one piece.
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
-    monkeypatch.setattr(layers, "_chunk_size", lambda *_: images_at_once)
-    images = np.random.default_rng(0).normal(size=(4, 9, 12, channels)).astype(np.float32)
-    padding = ((size // 2,) * 2,) * 2
-    ours = Conv(16, (size, size), padding, stride, groups, use_bias=False)
-    theirs = nn.Conv(
-        16, (size, size), (stride, stride), padding, feature_group_count=groups, use_bias=False
-    )
-    variables = jax.jit(theirs.init)(jax.random.key(1), images)
-
-    def value_and_grads(layer):
-        def loss(variables, images):
-            out = layer.apply(variables, images)
-            return jnp.sum(jnp.sin(out)), out
-
-        return jax.jit(jax.grad(loss, (0, 1), has_aux=True))(variables, images)
-
-    for got, expected in zip(
-        jax.tree.leaves(value_and_grads(ours)),
-        jax.tree.leaves(value_and_grads(theirs)),
-        strict=True,
-    ):
-        np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
-
-
-@pytest.mark.parametrize(
-    ("batch", "side", "size", "expected"),
-    # 64 channels: 3 patches of a pixel are 768 bytes; 3 MiB are 4 images of 32 px.
-    [(64, 32, 3, 4), (62, 32, 3, 2), (61, 32, 3, 1), (64, 32, 1, 64), (61, 4, 3, 61)],
-)
-def test_as_many_images_are_convolved_at_once_as_fit_a_cache(batch, side, size, expected):
-    images, kernel = jnp.zeros((batch, side, side, 64)), jnp.zeros((size, size, 64, 64))
-    assert layers._chunk_size(images, kernel, stride=1, groups=1) == expected
+from bmjax.models.layers import BatchNorm, make_norm, max_pool_3x3
 
 
 @pytest.mark.parametrize("side", [8, 9])

@@ -4,7 +4,13 @@ Nothing here imports JAX, so that help texts and wrong flags are answered at onc
 attributes' descriptions are the help texts of the flags.
 """
 
-from bmjax.config.commands import ConvertConfig, DoctorConfig, EvaluateConfig, PredictConfig
+from bmjax.config.commands import (
+    BenchConfig,
+    ConvertConfig,
+    DoctorConfig,
+    EvaluateConfig,
+    PredictConfig,
+)
 from bmjax.config.distillation import EMA_TEACHER, DistillConfig
 from bmjax.config.finetuning import FinetuneConfig
 from bmjax.config.training import (
@@ -22,6 +28,7 @@ __all__ = [
     "EMA_TEACHER",
     "AugmentConfig",
     "BaseConfig",
+    "BenchConfig",
     "ConvertConfig",
     "DeviceConfig",
     "DistillConfig",

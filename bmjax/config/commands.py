@@ -95,3 +95,34 @@ class DoctorConfig:
     """
 
     json: bool = False
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """Time training and inference on random images in memory, against what one would use instead.
+
+    Contenders take turns in one process. bmjax, alone or first, is what the others are compared
+    with: 2 means that the first was twice as fast.
+
+    Attributes:
+        model: Model to train: mlp, cnn, resnet18, resnet34 or resnet50; bmjax alone takes any.
+        image_size: Side of the images in pixels.
+        batch_size: Images of a step.
+        precision: Type that is computed with; params stay float32.
+        teacher: ResNet that teaches the model; none given: plain training.
+        contenders: bmjax, linen, torch, torch-nchw, torch-compiled, torch-dataloader or keras; none
+            given: the first two, and torch and torch-compiled where PyTorch is installed.
+        steps: Batches of a turn.
+        turns: Turns that count, after two that compile and warm up.
+        json: Print one JSON object instead of a table.
+    """
+
+    model: str = "resnet18"
+    image_size: int = 64
+    batch_size: int = 64
+    precision: Literal["float32", "bfloat16"] = "float32"
+    teacher: str = ""
+    contenders: tuple[str, ...] = ()
+    steps: int = 2
+    turns: int = 10
+    json: bool = False

@@ -1,8 +1,4 @@
-"""Convolution, pooling and normalisation, lowered per backend.
-
-XLA's convolution on CPU is slow, most of all its gradient by the kernel; there a convolution is
-lowered to matmuls over slices of the image.
-"""
+"""Convolution, pooling and normalisation, each as fast as its backend allows."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -13,18 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-_NHWC = ("NHWC", "HWIO", "NHWC")
-# Patches that a core works on at once, on CPU: of about the size of its cache. Measured on shapes
-# of ResNet-18 at 128 px, batch 64: forward 1.1 to 2.5 times, backward 1.2 to 1.8 times as fast as
-# the whole batch at once.
-_PATCH_BYTES = 5 << 20
-# Fewer channels make thin matmuls.
-_THIN = 8
-
-
-def at_least_float32(dtype: Any) -> Any:
-    """Returns the type that sums and statistics of values of `dtype` are kept in."""
-    return jnp.promote_types(dtype, jnp.float32)
+from bmjax.models.convolution import convolve
+from bmjax.models.matmul_convolution import at_least_float32
 
 
 class Conv(nn.Module):
@@ -56,103 +42,11 @@ class Conv(nn.Module):
         shape = (*self.kernel_size, images.shape[-1] // self.groups, self.features)
         kernel = self.param("kernel", self.kernel_init, shape)
         images, kernel = nn.dtypes.promote_dtype(images, kernel, dtype=self.dtype)
-
-        def lowered(convolve: Callable[..., Array]) -> Callable[[Array, Array], Array]:
-            return lambda *arrays: convolve(*arrays, self.padding, self.stride, self.groups)
-
-        by_matmul, by_xla = lowered(_conv_in_chunks), lowered(_conv_by_xla)
-        out = lax.platform_dependent(images, kernel, cpu=by_matmul, default=by_xla)
+        out = convolve(images, kernel, self.padding, self.stride, self.groups)
         if not self.use_bias:
             return out
         bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
         return out + bias.astype(out.dtype)[None, None, None, :]
-
-
-def _conv_by_xla(
-    images: Array, kernel: Array, padding: Sequence[tuple[int, int]], stride: int, groups: int
-) -> Array:
-    return lax.conv_general_dilated(
-        images,
-        kernel,
-        (stride, stride),
-        padding,
-        dimension_numbers=_NHWC,
-        feature_group_count=groups,
-    )
-
-
-def _conv_in_chunks(
-    images: Array, kernel: Array, padding: Sequence[tuple[int, int]], stride: int, groups: int
-) -> Array:
-    """Convolves a few images at a time, so that their patches stay in the processor's cache.
-
-    Backward the patches are made again, which costs less than to write all and read them back.
-    """
-
-    @jax.checkpoint
-    def convolve(part: Array) -> Array:
-        padded = jnp.pad(part, ((0, 0), *padding, (0, 0)))
-        return _conv_by_matmul(padded, kernel, stride, groups)
-
-    batch = len(images)
-    size = _chunk_size(images, kernel, stride, groups)
-    # Where a batch is divided over (virtual) devices, a loop over its parts would gather it.
-    if size == batch or jax.device_count() > 1:
-        return convolve(images)
-    out = lax.map(convolve, images.reshape(batch // size, size, *images.shape[1:]))
-    return out.reshape(batch, *out.shape[2:])
-
-
-def _chunk_size(images: Array, kernel: Array, stride: int, groups: int) -> int:
-    """Returns the largest divisor of the batch whose patches fit; the batch if that is tiny."""
-    batch, height, width, channels = images.shape
-    rows, columns = kernel.shape[:2]
-    if columns == 1:
-        return batch
-    depth = rows * columns if groups > 1 or channels < _THIN else columns
-    patches = height * width * depth * channels * images.dtype.itemsize // stride**2
-    sizes = [n for n in range(1, batch + 1) if batch % n == 0 and n * patches <= _PATCH_BYTES]
-    size = max(sizes, default=1)
-    return size if size * patches * 8 > _PATCH_BYTES else batch
-
-
-def _conv_by_matmul(images: Array, kernel: Array, stride: int, groups: int) -> Array:
-    rows, columns, channels, features = kernel.shape
-    height = (images.shape[1] - rows) // stride + 1
-    width = (images.shape[2] - columns) // stride + 1
-
-    def along_rows(array: Array, i: int) -> Array:
-        return array[:, i : i + (height - 1) * stride + 1 : stride]
-
-    # [batch, padded height, width, columns, channels]: each pixel with its right neighbours.
-    shifted = [images[:, :, j : j + (width - 1) * stride + 1 : stride] for j in range(columns)]
-    if groups > 1:
-        patches = jnp.stack(shifted, axis=3)
-        return _grouped(jnp.stack([along_rows(patches, i) for i in range(rows)], 3), kernel, groups)
-    patches = jnp.concatenate(shifted, axis=-1)
-    if channels < _THIN:
-        # So few channels make thin matmuls: gather the rows as well and do a single one.
-        patches = jnp.concatenate([along_rows(patches, i) for i in range(rows)], axis=-1)
-        parts = [(patches, kernel.reshape(rows * columns * channels, features))]
-    else:
-        flat = kernel.reshape(rows, columns * channels, features)
-        parts = [(along_rows(patches, i), flat[i]) for i in range(rows)]
-    # Sums stay in float32, those of the gradients too, so that bfloat16 is rounded to once, as by
-    # XLA's convolution.
-    wide = at_least_float32(images.dtype)
-    sums = [jnp.matmul(*part, preferred_element_type=wide) for part in parts]
-    return functools.reduce(jnp.add, sums).astype(images.dtype)
-
-
-def _grouped(patches: Array, kernel: Array, groups: int) -> Array:
-    """Multiplies patches [batch, height, width, rows, columns, channels] group by group."""
-    *outer, rows, columns, _ = patches.shape
-    size, features = kernel.shape[2:]
-    split = patches.reshape(*outer, rows, columns, groups, size)
-    flat = kernel.reshape(rows, columns, size, groups, features // groups)
-    wide = at_least_float32(patches.dtype)
-    out = jnp.einsum("bhwijgc,ijcgf->bhwgf", split, flat, preferred_element_type=wide)
-    return out.reshape(*outer, features).astype(patches.dtype)
 
 
 class BatchNorm(nn.Module):

@@ -1,0 +1,268 @@
+"""bmjax itself, and Flax Linen as one writes it without bmjax."""
+
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from jax.tree_util import Partial
+
+from bmjax import losses
+from bmjax.bench.workload import (
+    ALPHA,
+    LEARNING_RATE,
+    MOMENTUM,
+    NUM_CLASSES,
+    STATISTICS,
+    TEMPERATURE,
+    Workload,
+    count_flops,
+    normalized,
+)
+from bmjax.compiled import make_train_steps, zero_totals
+from bmjax.config import AugmentConfig, OptimConfig
+from bmjax.data import loader, preprocess
+from bmjax.models import create_model
+from bmjax.optim import make_optimizer
+from bmjax.parallel import Parallel
+from bmjax.train import Batch, apply_train, classification_loss, create_state
+
+_DTYPES = {"float32": None, "bfloat16": jnp.bfloat16}
+
+
+def _model(name: str, precision: str) -> nn.Module:
+    return create_model(name, NUM_CLASSES, dtype=_DTYPES[precision])
+
+
+def _shape(workload: Workload) -> tuple[int, int, int]:
+    return workload.image_size, workload.image_size, workload.channels
+
+
+def initial_variables(workload: Workload, name: str = "") -> Any:
+    """Returns the variables that all contenders which can be given any begin with."""
+    name = name or workload.model
+    images = jnp.zeros((1, *_shape(workload)))
+    return jax.jit(_model(name, "float32").init)(jax.random.key(0), images)
+
+
+class Bmjax:
+    """bmjax's own loop: a turn is one compiled call over uint8 images on the device.
+
+    It draws an order, gathers, normalises, looks at each step's loss on the device, and the mean
+    loss is read once a call; that is how `bmjax train` works.
+    """
+
+    name = "bmjax"
+
+    def __init__(self, workload: Workload, steps: int):
+        self._workload, self._steps = workload, steps
+        model = _model(workload.model, workload.precision)
+        statistics = {name: [value] * workload.channels for name, value in STATISTICS.items()}
+        config = OptimConfig(optimizer="sgd", nesterov=False, weight_decay=0.0, momentum=MOMENTUM)
+        optimizer = make_optimizer(config, lambda _: LEARNING_RATE)
+        variables = initial_variables(workload)
+        state = create_state(model, optimizer, _shape(workload), seed=0, variables=variables)
+        loss_fn = Partial(classification_loss(model, statistics))
+        if workload.teacher:
+            teacher = _model(workload.teacher, workload.precision)
+            held = initial_variables(workload, workload.teacher)
+            loss_fn = Partial(partial(_distillation, model, teacher, statistics), held)
+        self._parallel = Parallel("jit", jax.local_devices()[:1])
+        put = self._parallel.put
+        view = loader.make_view(
+            AugmentConfig(augment=False), _shape(workload)[:2], statistics["mean"]
+        )
+        self._run = make_train_steps(self._parallel, optimizer, workload.batch_size, view)
+        self._state = put(state)
+        self._totals = put(zero_totals(loss_fn, state, _shape(workload)))
+        self._loss_fn = put(loss_fn)
+        data = workload.data(steps)
+        self._arrays, self._done = put(data), 0
+        self._variables = put(variables)
+        self._images = put(jnp.asarray(normalized(data["image"][: workload.batch_size])))
+        self._apply = jax.jit(model.apply)
+        flops = count_flops(self._apply, variables, self._images)
+        self.flops = flops // workload.batch_size
+
+    def variables(self) -> list[np.ndarray]:
+        """See `Contender`."""
+        return [np.asarray(leaf) for leaf in jax.tree.leaves(self._variables["params"])]
+
+    def train(self) -> float:
+        """See `Contender`."""
+        self._done += self._steps
+        arguments = self._loss_fn, self._arrays, np.int32(self._done)
+        self._state, self._totals = self._run(self._state, self._totals, *arguments)
+        totals = self._parallel.get(self._totals)
+        return float(totals["loss"] / totals["count"])
+
+    def infer(self) -> None:
+        """See `Contender`."""
+        jax.block_until_ready(self._apply(self._variables, self._images))
+
+
+def _distillation(
+    model: nn.Module,
+    teacher: nn.Module,
+    statistics: dict[str, Any],
+    held: Any,
+    params: Any,
+    batch_stats: Any,
+    batch: Batch,
+    key: Array,
+) -> tuple[Array, tuple[Any, dict[str, Array]]]:
+    del key
+    images = preprocess.normalize(batch["image"], statistics)
+    logits, batch_stats = apply_train(model, params, batch_stats, images, batch["mask"])
+    taught = teacher.apply(held, images)
+    return _mixed(logits, taught, batch["label"]), (batch_stats, {})
+
+
+def _mixed(logits: Array, taught: Any, labels: Array) -> Array:
+    between = losses.distillation(logits, taught, TEMPERATURE)
+    return ALPHA * between + (1 - ALPHA) * losses.cross_entropy(logits, labels)
+
+
+class Linen:
+    """Flax Linen with its own layers, one jitted step a batch, the loss read each step."""
+
+    name = "plain Linen"
+
+    def __init__(self, workload: Workload, steps: int):
+        self._workload, self._steps = workload, steps
+        dtype = _DTYPES[workload.precision]
+        model = plain_model(workload.model, dtype)
+        data = workload.data(steps)
+        images = normalized(data["image"])
+        self._images, self._labels = jnp.asarray(images), jnp.asarray(data["label"])
+        self._variables = jax.jit(model.init)(jax.random.key(0), self._images[:1])
+        params = self._variables["params"]
+        optimizer = optax.sgd(LEARNING_RATE, MOMENTUM)
+        stats = self._variables.get("batch_stats", {})
+        self._state = jax.tree.map(jnp.copy, (params, stats, optimizer.init(params)))
+        taught: Any = None
+        if workload.teacher:
+            teacher = plain_model(workload.teacher, dtype)
+            held = jax.jit(teacher.init)(jax.random.key(1), self._images[:1])
+            taught = partial(teacher.apply, held)
+
+        @partial(jax.jit, donate_argnums=0)
+        def step(state: Any, images: Array, labels: Array) -> tuple[Any, Array]:
+            params, stats, opt_state = state
+
+            def loss_fn(params: Any) -> tuple[Array, Any]:
+                variables = {"params": params, "batch_stats": stats}
+                logits, new = model.apply(variables, images, train=True, mutable=["batch_stats"])
+                if taught is None:
+                    loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+                else:
+                    loss = _mixed(logits, taught(images), labels)
+                return loss.mean(), new.get("batch_stats", {})
+
+            (loss, stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+            updates, opt_state = optimizer.update(grads, opt_state)
+            return (optax.apply_updates(params, updates), stats, opt_state), loss
+
+        self._step, self._apply = step, jax.jit(model.apply)
+        batch = self._images[: workload.batch_size]
+        flops = count_flops(self._apply, self._variables, batch)
+        self.flops = flops // workload.batch_size
+
+    def variables(self) -> list[np.ndarray]:
+        """See `Contender`."""
+        return [np.asarray(leaf) for leaf in jax.tree.leaves(self._variables["params"])]
+
+    def train(self) -> float:
+        """See `Contender`."""
+        size, value = self._workload.batch_size, 0.0
+        for first in range(0, self._steps * size, size):
+            part = slice(first, first + size)
+            self._state, loss = self._step(self._state, self._images[part], self._labels[part])
+            value = float(loss)
+        return value
+
+    def infer(self) -> None:
+        """See `Contender`."""
+        images = self._images[: self._workload.batch_size]
+        jax.block_until_ready(self._apply(self._variables, images))
+
+
+class _PlainConvolutional(nn.Module):
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, hidden: Array, train: bool = False) -> Array:
+        del train
+        for features in (64, 128):
+            hidden = nn.relu(nn.Conv(features, (3, 3), dtype=self.dtype)(hidden))
+            hidden = nn.max_pool(hidden, (2, 2), (2, 2))
+        flat = hidden.reshape(len(hidden), -1)
+        return nn.Dense(NUM_CLASSES, dtype=self.dtype)(flat).astype(jnp.float32)
+
+
+class _PlainMlp(nn.Module):
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, images: Array, train: bool = False) -> Array:
+        del train
+        hidden = images.reshape(len(images), -1)
+        for features in (128, 64):
+            hidden = nn.relu(nn.Dense(features, dtype=self.dtype)(hidden))
+        return nn.Dense(NUM_CLASSES, dtype=self.dtype)(hidden).astype(jnp.float32)
+
+
+class _PlainResNet(nn.Module):
+    """ResNet-18 or -50, v1.5."""
+
+    num_blocks: tuple[int, ...]
+    bottleneck: bool
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, hidden: Array, train: bool = False) -> Array:
+        conv = partial(nn.Conv, use_bias=False, dtype=self.dtype)
+        norm = partial(nn.BatchNorm, use_running_average=not train, dtype=self.dtype)
+
+        def convolve(values: Array, features: int, size: int, stride: int = 1) -> Array:
+            side = (size // 2, size // 2)
+            layer = conv(features, (size, size), (stride, stride), padding=(side, side))
+            return norm()(layer(values))
+
+        hidden = nn.relu(convolve(hidden, 64, 7, 2))
+        hidden = nn.max_pool(hidden, (3, 3), (2, 2), ((1, 1), (1, 1)))
+        for stage, number in enumerate(self.num_blocks):
+            for block in range(number):
+                width, stride = 64 * 2**stage, 2 if stage and not block else 1
+                features = 4 * width if self.bottleneck else width
+                shortcut = hidden
+                if stride > 1 or hidden.shape[-1] != features:
+                    shortcut = convolve(hidden, features, 1, stride)
+                if self.bottleneck:
+                    hidden = nn.relu(convolve(hidden, width, 1))
+                    hidden = nn.relu(convolve(hidden, width, 3, stride))
+                    hidden = convolve(hidden, features, 1)
+                else:
+                    hidden = nn.relu(convolve(hidden, width, 3, stride))
+                    hidden = convolve(hidden, width, 3)
+                hidden = nn.relu(hidden + shortcut)
+        pooled = hidden.mean((1, 2))
+        return nn.Dense(NUM_CLASSES, dtype=self.dtype)(pooled).astype(jnp.float32)
+
+
+def plain_model(name: str, dtype: Any) -> nn.Module:
+    """Returns a model of Linen's own layers, equal in work to that of bmjax.
+
+    Raises:
+        KeyError: there is none by that name.
+    """
+    blocks = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3)}
+    if name == "mlp":
+        return _PlainMlp(dtype)
+    if name == "cnn":
+        return _PlainConvolutional(dtype)
+    return _PlainResNet(blocks[name], name == "resnet50", dtype)

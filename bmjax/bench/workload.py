@@ -1,0 +1,125 @@
+"""What is timed: a model, images, a batch; and the data and FLOPs that go with it."""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+NUM_CLASSES = 10
+LEARNING_RATE = 0.01
+MOMENTUM = 0.9
+TEMPERATURE = 4.0
+ALPHA = 0.9
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Training or inference of a model on random images that lie in memory.
+
+    Attributes:
+        model: name of the model; of the student where there is a teacher.
+        image_size: side in pixels.
+        batch_size: images of a step.
+        precision: `float32` or `bfloat16`, of the computation; params are float32.
+        teacher: name of the teacher of a distillation; empty: there is none.
+    """
+
+    model: str
+    image_size: int
+    batch_size: int
+    precision: str = "float32"
+    teacher: str = ""
+
+    @property
+    def channels(self) -> int:
+        """Channels of the images: digits are grey, all others have colours."""
+        return 1 if self.model == "mlp" else 3
+
+    @property
+    def name(self) -> str:
+        """Such as `resnet18 64 px, batch 64`."""
+        taught = f" taught by {self.teacher}" if self.teacher else ""
+        wide = "" if self.precision == "float32" else f", {self.precision}"
+        return f"{self.model}{taught} {self.image_size} px, batch {self.batch_size}{wide}"
+
+    def data(self, batches: int) -> dict[str, np.ndarray]:
+        """Returns that many batches of random pixels, uint8, and their labels, int32."""
+        random = np.random.default_rng(0)
+        number = batches * self.batch_size
+        shape = (number, self.image_size, self.image_size, self.channels)
+        return {
+            "image": random.integers(0, 256, shape, dtype=np.uint8),
+            "label": random.integers(0, NUM_CLASSES, number, dtype=np.int32),
+        }
+
+
+# Of uniform pixels in [0, 1].
+STATISTICS = {"mean": 0.5, "std": 12**-0.5}
+
+
+def normalized(images: np.ndarray) -> np.ndarray:
+    """Returns pixels as all contenders see them: float32, mean 0 and standard deviation 1."""
+    return ((images / np.float32(255) - STATISTICS["mean"]) / STATISTICS["std"]).astype(np.float32)
+
+
+class Contender(Protocol):
+    """One way to do the work."""
+
+    @property
+    def name(self) -> str:
+        """What it is called in tables."""
+        ...
+
+    @property
+    def flops(self) -> int | None:
+        """Floating-point operations of the network's matmuls and convolutions.
+
+        For one image, forward; a multiplication and an addition are two. None where it cannot
+        count them.
+        """
+        ...
+
+    def variables(self) -> list[np.ndarray]:
+        """Returns the params, in any layout."""
+        ...
+
+    def train(self) -> float:
+        """Trains for one turn; returns the loss of an example, the last or the mean."""
+        ...
+
+    def infer(self) -> None:
+        """Computes the logits of one batch, and waits for them."""
+        ...
+
+
+def count_flops(function: Any, *arguments: Any) -> int:
+    """Counts the FLOPs of the matmuls and convolutions in a function of JAX, by its jaxpr.
+
+    Of a convolution, all of the kernel counts for each pixel of the output, padding too.
+    """
+    return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def _count(jaxpr: Any) -> int:
+    total = 0
+    for equation in jaxpr.eqns:
+        inputs, name = [each.aval for each in equation.invars], equation.primitive.name
+        if name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            depth = int(np.prod([inputs[0].shape[axis] for axis in contracted]))
+            total += 2 * depth * equation.outvars[0].aval.size
+        elif name == "conv_general_dilated":
+            spec = equation.params["dimension_numbers"].rhs_spec
+            kernel = inputs[1]
+            per_output = kernel.size // kernel.shape[spec[0]]
+            total += 2 * per_output * equation.outvars[0].aval.size
+        elif name == "convolution_in_roles":
+            geometry = equation.params["geometry"]
+            kernel, output = geometry.shape("kernel"), geometry.shape("output")
+            total += 2 * int(np.prod(kernel[:3])) * int(np.prod(output))
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                total += _count(inner)
+    return total
