@@ -47,6 +47,8 @@ def examine() -> dict[str, Any]:
         )
     if backend == "cpu" and "cpu" not in os.environ.get("JAX_PLATFORMS", ""):
         problems += _unused_accelerators()
+    if backend == "cpu":
+        problems += _slow_convolutions()
     if not _can_write(cache_folder()):
         problems.append(
             f"the cache folder {cache_folder()} cannot be written. Set BMJAX_CACHE to one that can."
@@ -97,6 +99,20 @@ def _unused_accelerators() -> list[str]:
             'pip install --upgrade "jax[tpu]", and restart the runtime.'
         )
     return problems
+
+
+def _slow_convolutions() -> list[str]:
+    """Says why convolutions are slower on this CPU than they can be."""
+    from bmjax.models import onednn
+
+    if (platform.system(), platform.machine()) != ("Linux", "x86_64") or onednn.library():
+        return []
+    cause, remedy = "cannot be loaded", "install libgomp1 (Debian, Ubuntu) or libgomp (Fedora)"
+    if os.environ.get("BMJAX_ONEDNN") == "0":
+        cause, remedy = "is switched off by BMJAX_ONEDNN=0", "unset it"
+    elif _version(onednn.PACKAGE) is None:
+        cause, remedy = "is not installed", f"pip install {onednn.PACKAGE}"
+    return [f"oneDNN {cause}, so that convolutions take two to three times as long; {remedy}."]
 
 
 def _version(name: str) -> str | None:

@@ -1,5 +1,6 @@
 import json
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from PIL import Image
 from bmjax import cli
 from bmjax.config import DistillConfig, EvaluateConfig, TrainConfig
 from bmjax.errors import UserError
+from bmjax.models import onednn
 from bmjax.settings import flatten, unflatten
 
 
@@ -149,7 +151,20 @@ def test_doctor(capsys, monkeypatch, tmp_path):
         assert part in shown
 
 
-@pytest.mark.parametrize("command", ["train", "distill", "evaluate", "predict", "doctor"])
+def test_doctor_says_why_convolutions_are_slow(capsys, monkeypatch):
+    monkeypatch.setattr(onednn, "library", lambda: None)
+    monkeypatch.setattr(platform, "system", lambda: "Linux")
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(onednn, "PACKAGE", "no-such-package")
+    code, shown, _ = run(capsys, "doctor")
+    assert code == 1
+    assert "oneDNN is not installed" in shown
+    assert "pip install no-such-package" in shown
+    monkeypatch.setenv("BMJAX_ONEDNN", "0")
+    assert "switched off by BMJAX_ONEDNN=0" in run(capsys, "doctor")[1]
+
+
+@pytest.mark.parametrize("command", ["train", "distill", "evaluate", "predict", "bench", "doctor"])
 def test_every_flag_has_a_help_text(capsys, monkeypatch, command):
     monkeypatch.setenv("COLUMNS", "200")
     code, shown, _ = run(capsys, command, "--help")

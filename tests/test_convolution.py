@@ -147,16 +147,15 @@ def test_as_many_images_are_convolved_at_once_as_fit_a_cache(batch, side, size, 
     assert matmul_convolution.part_size(geometry, jnp.float32) == expected
 
 
-def lowered_for(platform, side=8):
-    images, kernel = jnp.zeros((2, side, side, 8)), jnp.zeros((3, 3, 8, 8))
+def lowered_for(platform):
+    images, kernel = jnp.zeros((2, 8, 8, 8)), jnp.zeros((3, 3, 8, 8))
     traced = jax.jit(lambda x, k: convolve(x, k, ((1, 1), (1, 1)))).trace(images, kernel)
     return traced.lower(lowering_platforms=(platform,)).as_text()
 
 
 @needs_onednn
-def test_a_cpu_has_onednn_where_that_pays_and_other_backends_the_convolution_of_xla():
+def test_a_cpu_has_onednn_and_other_backends_the_convolution_of_xla():
     assert "bmjax_convolution" in lowered_for("cpu")
-    assert "dot_general" in lowered_for("cpu", side=2)
     for platform in ("cuda", "tpu"):
         text = lowered_for(platform)
         assert "stablehlo.convolution" in text

@@ -28,7 +28,7 @@ LAYERS = [
     {"teachers"},
     {"teacher_cache"},
     {"distill_loss"},
-    {"convert", "distill", "doctor", "finetune"},
+    {"bench", "convert", "distill", "doctor", "finetune"},
     {"loss_terms"},
     {"cli"},
 ]

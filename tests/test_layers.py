@@ -1,44 +1,10 @@
 import chex
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bmjax.models.layers import BatchNorm, make_norm, max_pool_3x3
-
-
-@pytest.mark.parametrize("side", [8, 9])
-@pytest.mark.parametrize("ties", [False, True])
-def test_the_pooling_of_the_stem_equals_that_of_linen(side, ties):
-    images = np.random.default_rng(0).normal(size=(3, side, side, 4)).astype(np.float32) - 3
-    if ties:
-        images = np.round(images)
-
-    def by_linen(values):
-        return nn.max_pool(values, (3, 3), (2, 2), ((1, 1), (1, 1)))
-
-    def value_and_grad(pool):
-        def loss(values):
-            return jnp.sum(jnp.sin(pool(values))), pool(values)
-
-        return jax.jit(jax.grad(loss, has_aux=True))(images)
-
-    chex.assert_trees_all_close(value_and_grad(max_pool_3x3), value_and_grad(by_linen), atol=1e-6)
-
-
-def test_of_equal_pixels_the_first_by_row_has_the_gradient():
-    images = np.zeros((1, 2, 2, 1), np.float32)
-    images[0, 0, 1] = images[0, 1, 0] = 2.0  # one window sees both
-    grad = jax.grad(lambda values: jnp.sum(max_pool_3x3(values)))(jnp.array(images))
-    np.testing.assert_array_equal(grad[0, :, :, 0], [[0, 1], [0, 0]])
-
-
-def test_what_is_not_a_number_stays_seen_by_the_pooling():
-    for row, column in np.ndindex(3, 3):
-        images = np.zeros((1, 3, 3, 1), np.float32)
-        images[0, row, column] = np.nan
-        assert np.isnan(max_pool_3x3(jnp.array(images))).any()
+from bmjax.models.layers import BatchNorm, make_norm
 
 
 def normalize(values, mask=None, variables=None, **options):

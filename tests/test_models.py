@@ -12,7 +12,7 @@ import pytest
 import bmjax
 from bmjax.errors import UserError
 from bmjax.models import CIFAR_RESNETS, num_params
-from bmjax.models.layers import Conv, max_pool_2x2
+from bmjax.models.layers import Conv
 from bmjax.optim import path_of
 
 
@@ -225,19 +225,6 @@ def test_conv_equals_that_of_linen(channels, dtype):
     ):
         got, expected = np.asarray(got, np.float32), np.asarray(expected, np.float32)
         np.testing.assert_allclose(got, expected, rtol=0, atol=share * np.abs(expected).max())
-
-
-@pytest.mark.parametrize("side", [8, 9])
-def test_max_pool_equals_that_of_linen(side):
-    images = jax.random.normal(jax.random.key(0), (3, side, side, 4))
-
-    def value_and_grad(pool):
-        gradient = jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(pool(x)))))
-        return pool(images), gradient(images)
-
-    chex.assert_trees_all_close(
-        value_and_grad(max_pool_2x2), value_and_grad(lambda x: nn.max_pool(x, (2, 2), (2, 2)))
-    )
 
 
 def test_misuse_is_named():

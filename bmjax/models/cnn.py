@@ -6,7 +6,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from bmjax.models.layers import Conv, max_pool_2x2, name_intermediate
+from bmjax.models.layers import Conv, name_intermediate
+from bmjax.models.pooling import max_pool_2x2
 
 
 class CNN(nn.Module):

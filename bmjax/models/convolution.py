@@ -18,6 +18,7 @@ from jax.interpreters import ad, batching, mlir
 
 from bmjax.models import matmul_convolution, onednn
 from bmjax.models.geometry import ROLES, Geometry, Role
+from bmjax.models.memory import keep_memory
 
 
 def convolve(
@@ -122,11 +123,12 @@ def _rule(lowered: Callable[..., Array], *options: Any) -> Callable[..., Any]:
 
 
 def _on_cpu(context: Any, *operands: Any, role: Role, geometry: Geometry) -> Any:
+    keep_memory()
     # A call into a library, and a loop over parts of the batch, cannot be divided over (virtual)
     # devices: the compiler would gather the whole batch on each.
     axes = context.module_context.axis_context
     alone = getattr(axes, "num_devices", None) == 1 or hasattr(axes, "manual_axes")
-    if alone and onednn.pays(geometry, context.avals_in[0].dtype):
+    if alone and onednn.can(geometry, context.avals_in[0].dtype):
         rule = _rule(onednn.convolve)
     else:
         rule = _rule(matmul_convolution.convolve, alone)

@@ -1,6 +1,5 @@
 """Convolution, pooling and normalisation, each as fast as its backend allows."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -141,51 +140,6 @@ def make_norm(kind: str, **options: Any) -> Callable[..., Array]:
         return layer(values)
 
     return group_norm
-
-
-def max_pool_3x3(images: Array) -> Array:
-    """Maximum over 3x3 windows with stride 2 and padding 1, as in the stem of ResNets.
-
-    By maxima of shifted slices, whose gradient is much cheaper than that of a window reduction.
-    Where several pixels of a window are the maximum, the first by row and then by column has the
-    gradient, as in PyTorch.
-
-    Args:
-        images: [batch, height, width, channels].
-
-    Returns:
-        [batch, (height + 1) // 2, (width + 1) // 2, channels].
-    """
-    lowest = jnp.array(-jnp.inf, images.dtype)
-    padded = jnp.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=lowest)
-    height, width = (images.shape[1] - 1) // 2, (images.shape[2] - 1) // 2
-    columns = [padded[:, :, j : j + 2 * width + 1 : 2] for j in range(3)]
-    wide = functools.reduce(_first_maximum, columns)
-    rows = [wide[:, i : i + 2 * height + 1 : 2] for i in range(3)]
-    return functools.reduce(_first_maximum, rows)
-
-
-def _first_maximum(first: Array, second: Array) -> Array:
-    """Elementwise maximum; where both are equal, the first has the gradient, and not half of it."""
-    return jnp.where((first >= second) | jnp.isnan(first), first, second)
-
-
-def max_pool_2x2(images: Array) -> Array:
-    """Maximum over 2x2 windows with stride 2; an odd last row or column is left out.
-
-    By reshaping, whose gradient is much cheaper than that of a window reduction. Where several
-    pixels of a window are the maximum, they share the gradient.
-
-    Args:
-        images: [batch, height, width, channels].
-
-    Returns:
-        [batch, height // 2, width // 2, channels].
-    """
-    batch, height, width, channels = images.shape
-    even = images[:, : height // 2 * 2, : width // 2 * 2]
-    windows = even.reshape(batch, height // 2, 2, width // 2, 2, channels)
-    return jnp.max(windows, axis=(2, 4))
 
 
 def name_intermediate(module: nn.Module, name: str, value: Array) -> Array:

@@ -32,18 +32,11 @@ from bmjax.models.geometry import ROLES, Geometry, Role
 PACKAGE = "onednn-cpu-gomp"
 _TARGET = "bmjax_convolution"
 _DATA_TYPES = {"bfloat16": 2, "float32": 3}
-# Below this many outputs of an image, matmuls of its patches are faster.
-_FEW_PIXELS = 4
 
 
-def pays(geometry: Geometry, dtype: jnp.dtype) -> bool:
-    """Says whether oneDNN is there and is faster for such a convolution than matmuls are."""
-    if dtype.name not in _DATA_TYPES or 0 in geometry.shape("output"):
-        return False
-    _, height, width, _ = geometry.shape("output")
-    if height * width <= _FEW_PIXELS and geometry.rows * geometry.columns > 1:
-        return False
-    return library() is not None
+def can(geometry: Geometry, dtype: jnp.dtype) -> bool:
+    """Says whether oneDNN is there and does such a convolution."""
+    return dtype.name in _DATA_TYPES and 0 not in geometry.shape("output") and bool(library())
 
 
 def convolve(role: Role, geometry: Geometry, first: Array, second: Array) -> Array:

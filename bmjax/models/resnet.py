@@ -13,7 +13,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from bmjax.models.layers import Conv, at_least_float32, make_norm, max_pool_3x3, name_intermediate
+from bmjax.models.layers import Conv, at_least_float32, make_norm, name_intermediate
+from bmjax.models.pooling import max_pool_3x3
 
 _conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 # PyTorch's initial weights of a linear layer: uniform within 1 / sqrt(fan_in).

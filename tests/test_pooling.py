@@ -1,0 +1,84 @@
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bmjax.models.pooling import _max_pool, max_pool_2x2, max_pool_3x3
+
+
+def by_linen(window):
+    padding = ((1, 1), (1, 1)) if window == 3 else ((0, 0), (0, 0))
+    return lambda values: nn.max_pool(values, (window, window), (2, 2), padding)
+
+
+def pictures(side, ties=False):
+    images = np.random.default_rng(0).normal(size=(3, side, side + 3, 4)).astype(np.float32) - 3
+    return np.round(images) if ties else images
+
+
+@pytest.mark.parametrize("window", [2, 3])
+@pytest.mark.parametrize("side", [4, 5, 8, 9])
+@pytest.mark.parametrize("ties", [False, True])
+def test_pooling_equals_that_of_linen(window, side, ties):
+    images = pictures(side, ties)
+
+    def value_and_grad(pool):
+        def loss(values):
+            return jnp.sum(jnp.sin(pool(values))), pool(values)
+
+        return jax.jit(jax.grad(loss, has_aux=True))(images)
+
+    ours = value_and_grad({2: max_pool_2x2, 3: max_pool_3x3}[window])
+    chex.assert_trees_all_close(ours, value_and_grad(by_linen(window)), atol=1e-6)
+
+
+@pytest.mark.parametrize("window", [2, 3])
+def test_derivatives_forward_and_of_second_order_equal_those_of_linen(window):
+    images, other = pictures(7), pictures(7)[::-1]
+
+    def every(pool):
+        def loss(values):
+            return jnp.sum(jnp.sin(pool(values)))
+
+        slope = jax.grad(loss)
+        return jax.jvp(pool, (images,), (other,)), jax.jvp(slope, (images,), (other,))[1]
+
+    ours = every(lambda values: _max_pool(values, window))
+    chex.assert_trees_all_close(ours, every(by_linen(window)), atol=1e-6)
+
+
+@pytest.mark.parametrize("window", [2, 3])
+@pytest.mark.parametrize("axis", [0, 3])
+def test_mapped_pooling_equals_that_of_each(window, axis):
+    images = np.stack([pictures(6), 2 * pictures(6), -pictures(6)], axis)
+
+    def every(pool):
+        gradient = jax.vmap(jax.grad(lambda values: jnp.sum(jnp.sin(pool(values)))), axis)
+        return jax.jit(gradient)(images), jax.vmap(pool, axis)(images)
+
+    ours = every(lambda values: _max_pool(values, window))
+    chex.assert_trees_all_close(ours, every(by_linen(window)), atol=1e-6)
+
+
+@pytest.mark.parametrize("pool", [max_pool_2x2, max_pool_3x3])
+def test_of_equal_pixels_the_first_by_row_has_the_gradient(pool):
+    images = np.zeros((1, 2, 2, 1), np.float32)
+    images[0, 0, 1] = images[0, 1, 0] = 2.0  # one window sees both
+    grad = jax.grad(lambda values: jnp.sum(pool(values)))(jnp.array(images))
+    np.testing.assert_array_equal(grad[0, :, :, 0], [[0, 1], [0, 0]])
+
+
+@pytest.mark.parametrize(("pool", "side"), [(max_pool_2x2, 2), (max_pool_3x3, 3)])
+def test_what_is_not_a_number_stays_seen(pool, side):
+    for row, column in np.ndindex(side, side):
+        images = np.zeros((1, side, side, 1), np.float32)
+        images[0, row, column] = np.nan
+        assert np.isnan(pool(jnp.array(images))).any()
+
+
+def test_bfloat16_stays_bfloat16():
+    images = jnp.asarray(pictures(8), jnp.bfloat16)
+    grad = jax.grad(lambda values: jnp.sum(max_pool_3x3(values).astype(jnp.float32)))(images)
+    assert max_pool_3x3(images).dtype == grad.dtype == jnp.bfloat16
