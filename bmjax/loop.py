@@ -33,7 +33,7 @@ from bmjax.setup import (
     make_phases,
 )
 from bmjax.signals import Stop, noting_signals
-from bmjax.tracking import Display, EventFiles, MetricsFile
+from bmjax.tracking import Display, EventFiles, MetricsFile, Profile
 from bmjax.train import TrainState
 
 # A compiled call lasts about so long: after it the bar moves and a signal is answered.
@@ -171,6 +171,8 @@ class _Session:
             if self._config.run.tensorboard
             else None
         )
+        folder = self._run.path / "profile" if self._config.run.profile else None
+        self._profile = Profile(folder)
         self._writer = checkpoint.CheckpointWriter(self._run.checkpoints, self._config.run.keep)
         self._display = Display(
             self._title, self._config.epochs, self._num_batches, start, self._console
@@ -179,6 +181,7 @@ class _Session:
             state, step = self._loop(state, totals, start, stop)
             self._writer.wait()
         finally:
+            self._profile.close()
             self._display.close()
             self._writer.close()
             self._metrics.close()
@@ -248,6 +251,7 @@ class _Session:
         while step < phase.last and not self._gave_up(step):
             arrays, end = self._train.at(step)
             until = min(end, step + calls.steps_that_fit())
+            self._profile.before_call()
             begin = time.monotonic()
             state, totals = steps(state, totals, loss_fn, arrays, np.int32(until))
             self._train.read_ahead()

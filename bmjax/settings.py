@@ -29,6 +29,7 @@ FREE_FIELDS = frozenset(
         "save_minutes",
         "keep",
         "tensorboard",
+        "profile",
     ]
 )
 

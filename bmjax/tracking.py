@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -17,6 +18,7 @@ from rich.progress import (
 from bmjax.runs import write_atomically
 
 _PLAIN_LINES = 20
+_TRACED_CALLS = 5
 
 
 class MetricsFile:
@@ -52,6 +54,34 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         if isinstance(record, dict) and isinstance(record.get("step"), int):
             records.append(record)
     return records
+
+
+class Profile:
+    """A trace of some compiled calls, for TensorBoard's profiler and for Perfetto.
+
+    The first call of a run, which may compile, is left out.
+    """
+
+    def __init__(self, folder: Path | None):
+        """Traces into `folder`; None traces nothing."""
+        self._folder, self._calls, self._running = folder, 0, False
+
+    def before_call(self) -> None:
+        """Begins with the second call, and ends after some."""
+        self._calls += 1
+        if self._folder is None:
+            return
+        if self._calls == 2:
+            jax.profiler.start_trace(self._folder, create_perfetto_trace=True)
+            self._running = True
+        elif self._calls == 2 + _TRACED_CALLS:
+            self.close()
+
+    def close(self) -> None:
+        """Writes what was traced."""
+        if self._running:
+            jax.profiler.stop_trace()
+            self._running = False
 
 
 class EventFiles:

@@ -1,5 +1,6 @@
 import contextlib
 import dataclasses
+import gzip
 import json
 import math
 import os
@@ -371,3 +372,15 @@ def test_data_read_window_by_window_give_the_run_of_data_in_memory(
             fit(config, read, console=quiet)
     other, _ = fit(resumed(config), read, console=quiet)
     chex.assert_trees_all_equal(on_host(one), on_host(other))
+
+
+def test_a_profile_holds_the_compiled_calls(small, shapes, quiet):
+    config = dataclasses.replace(small, run=RunConfig(tensorboard=False, profile=True))
+    fit(config, shapes, console=quiet)
+    folder = Path(config.out) / "profile"
+    (trace,) = folder.rglob("perfetto_trace.json.gz")
+    (planes,) = folder.rglob("*.xplane.pb")
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    names = {event.get("name", "") for event in events}
+    assert any("steps" in name for name in names)
+    assert planes.stat().st_size > 0

@@ -107,12 +107,15 @@ class RunConfig:
             saved at each tenth of the epochs.
         keep: Number of newest checkpoints kept (at least 1); each also holds the best params.
         tensorboard: Write event files for TensorBoard.
+        profile: Trace some of the first steps into the folder profile of the run, to be read by
+            TensorBoard's profiler, or by Perfetto (perfetto_trace.json.gz).
     """
 
     resume: bool = False
     save_minutes: float = 1.0
     keep: int = 3
     tensorboard: bool = True
+    profile: bool = False
 
 
 @dataclass(frozen=True)
