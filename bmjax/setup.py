@@ -288,8 +288,11 @@ def build_model(config: TrainConfig, num_classes: int, axis_name: str | None = N
             raise UserError(f"--hidden-sizes belongs to mlp, but --model is {config.model}.")
         options["hidden_sizes"] = config.hidden_sizes
     if config.norm != "batch":
-        if config.model not in {**RESNETS, **CIFAR_RESNETS}:
-            raise UserError(f"--norm belongs to ResNets, but --model is {config.model}.")
         options["norm"] = config.norm
+    if config.remat:
+        options["remat"] = True
+    for name in ("norm", "remat"):
+        if name in options and config.model not in {**RESNETS, **CIFAR_RESNETS}:
+            raise UserError(f"--{name} belongs to ResNets, but --model is {config.model}.")
     model = create_model(config.model, num_classes, **options)
     return model.clone(axis_name=axis_name) if hasattr(model, "axis_name") else model

@@ -144,6 +144,26 @@ def test_cifar_resnets_are_those_of_the_papers(name):
     }
 
 
+def test_a_block_that_is_computed_again_has_the_same_gradients():
+    images = jax.random.normal(jax.random.key(1), (4, 16, 16, 3))
+    plain = bmjax.create_model("resnet8", num_classes=3)
+    variables = jax.jit(plain.init)(jax.random.key(0), images)
+
+    def trace(model):
+        def loss(params):
+            both = {**variables, "params": params}
+            logits, new = model.apply(both, images, train=True, mutable=["batch_stats"])
+            return jnp.sum(jnp.sin(logits)), new
+
+        return jax.jit(jax.grad(loss, has_aux=True)).trace(variables["params"])
+
+    ours = trace(bmjax.create_model("resnet8", num_classes=3, remat=True))
+    assert str(ours.jaxpr).count("prevent_cse=True") == 3  # blocks
+    expected = trace(plain)
+    results = [each.lower().compile()(variables["params"]) for each in (ours, expected)]
+    chex.assert_trees_all_close(*results, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("norm", ["frozen", "group"])
 def test_the_normalisation_of_a_resnet_can_be_chosen(norm):
     model = bmjax.create_model("resnet_tiny", num_classes=3, norm=norm)

@@ -137,6 +137,8 @@ class BaseConfig:
         batch_size: Examples per update, over all devices together.
         accumulate: Parts that a batch is split into, one after the other, to save memory; the
             update is that of the whole batch.
+        remat: Compute each block of a ResNet again backward, instead of keeping what is inside, to
+            save memory on GPU and TPU; XLA undoes it on CPU.
         label_smoothing: Share of the target spread evenly over the classes, in [0, 1).
         class_weights: Weights of the classes in the loss; balanced: in inverse proportion to how
             many training examples they have.
@@ -158,6 +160,7 @@ class BaseConfig:
     epochs: int = 0
     batch_size: int = 64
     accumulate: int = 1
+    remat: bool = False
     label_smoothing: float = 0.0
     class_weights: Literal["none", "balanced"] = "none"
     patience: int = 0

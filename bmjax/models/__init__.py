@@ -54,7 +54,7 @@ def create_model(name: str, num_classes: int, **options: Any) -> nn.Module:
         name: one of `list_models()`.
         num_classes: number of logits, at least 1.
         **options: attributes of the module: `dtype` (of the computation), `hidden_sizes` of mlp,
-            `features` of cnn, `norm` of ResNets.
+            `features` of cnn, `norm` and `remat` of ResNets.
 
     Raises:
         UserError: an unknown name, the nearest ones named, or an option it does not have.

@@ -14,7 +14,7 @@ import flax.linen as nn
 from jax import Array
 
 from bmjax.models.layers import name_intermediate
-from bmjax.models.resnet import Block, ResidualNetwork
+from bmjax.models.resnet import ResidualNetwork
 
 _DEPTHS = (8, 14, 20, 32, 44, 56, 110)
 
@@ -23,7 +23,7 @@ class CifarResNet(ResidualNetwork):
     """A residual network of three stages, the first of them at the images' own size.
 
     Intermediates: `stem`, `stage1` to `stage3`, and `pre_logits` [batch, features], the mean over
-    height and width of the last. Norm and dtype as those of `ResNet`.
+    height and width of the last. Norm, remat and dtype as those of `ResNet`.
 
     Attributes:
         num_classes: number of logits.
@@ -51,14 +51,10 @@ class CifarResNet(ResidualNetwork):
         hidden = name_intermediate(self, "stem", hidden)
         return self._logits(hidden, (self.num_blocks,) * len(self.widths), train, mask)
 
-    def _block(self, stage: int, number: int) -> Block:
-        return Block(
-            width=self.widths[stage - 1],
-            features=self.widths[stage - 1],
-            stride=2 if stage > 1 and number == 1 else 1,
-            name=f"stage{stage}_block{number}",
-            **self._options,
-        )
+    def _block(self, stage: int, number: int) -> dict[str, Any]:
+        width = self.widths[stage - 1]
+        stride = 2 if stage > 1 and number == 1 else 1
+        return {"width": width, "features": width, "stride": stride}
 
 
 _WIDE: dict[str, Any] = {"stem_width": 32, "widths": (64, 128, 256)}

@@ -121,21 +121,25 @@ class ResidualNetwork(_Layers):
 
     Attributes:
         num_classes: number of logits.
+        remat: whether backward each block is computed again, instead of keeping what is inside.
     """
 
     num_classes: int = 1000
+    remat: bool = False
 
-    def _block(self, stage: int, number: int) -> Block:
-        """Returns a block; stages and the blocks in them count from 1."""
+    def _block(self, stage: int, number: int) -> dict[str, Any]:
+        """Returns the attributes of a block; stages and the blocks in them count from 1."""
         raise NotImplementedError
 
     def _logits(
         self, hidden: Array, num_blocks: Sequence[int], train: bool, mask: Array | None
     ) -> Array:
         """Maps what the stem gives to logits, through as many blocks in each stage."""
+        kind: Any = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
         for stage, number_of_blocks in enumerate(num_blocks, 1):
             for number in range(1, number_of_blocks + 1):
-                block = self._block(stage, number)
+                name = f"stage{stage}_block{number}"
+                block = kind(name=name, **self._block(stage, number), **self._options)
                 hidden = block(hidden, train, mask)
             hidden = name_intermediate(self, f"stage{stage}", hidden)
         features = name_intermediate(self, "pre_logits", jnp.mean(hidden, axis=(1, 2)))
@@ -157,6 +161,7 @@ class ResNet(ResidualNetwork):
         group_width: channels per group at the first stage, torchvision's `width_per_group`.
         width: channels of the stem; the stages have 1, 2, 4, 8 times as many.
         norm: `batch`, `frozen` (running statistics in training mode too) or `group`.
+        remat: whether backward each block is computed again, instead of keeping what is inside.
         axis_name: under pmap, the axis of the devices that share a batch.
         frozen_layers: paths of layers that are not trained, such as `stage1_block1/norm1`: the
             batch normalisations among them use their running statistics in training mode too.
@@ -184,17 +189,15 @@ class ResNet(ResidualNetwork):
         hidden = name_intermediate(self, "stem", nn.relu(max_pool_3x3(hidden)))
         return self._logits(hidden, self.num_blocks, train, mask)
 
-    def _block(self, stage: int, number: int) -> Block:
+    def _block(self, stage: int, number: int) -> dict[str, Any]:
         planes = self.width * 2 ** (stage - 1)
-        return Block(
-            width=planes * self.group_width // 64 * self.groups if self.bottleneck else planes,
-            features=planes * 4 if self.bottleneck else planes,
-            stride=2 if stage > 1 and number == 1 else 1,
-            groups=self.groups,
-            bottleneck=self.bottleneck,
-            name=f"stage{stage}_block{number}",
-            **self._options,
-        )
+        return {
+            "width": planes * self.group_width // 64 * self.groups if self.bottleneck else planes,
+            "features": planes * 4 if self.bottleneck else planes,
+            "stride": 2 if stage > 1 and number == 1 else 1,
+            "groups": self.groups,
+            "bottleneck": self.bottleneck,
+        }
 
 
 RESNETS = {
