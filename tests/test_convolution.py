@@ -163,6 +163,22 @@ def test_a_cpu_has_onednn_and_other_backends_the_convolution_of_xla():
 
 
 @needs_onednn
+def test_what_onednn_does_not_do_is_left_to_matmuls(monkeypatch):
+    geometry, _ = operands(CASES[0], jnp.float32)
+    assert onednn.can("output", geometry, jnp.dtype("float32"))
+    assert not onednn.can("output", geometry, jnp.dtype("float64"))
+    assert not onednn.can("output", geometry._replace(batch=0), jnp.dtype("float32"))
+
+    def fail(name, *_):
+        raise onednn._OneDnnError(f"{name} is not implemented")
+
+    monkeypatch.setattr(onednn._Library, "new", fail)
+    onednn._convolution.cache_clear()
+    assert not onednn.can("output", geometry, jnp.dtype("float32"))
+    assert "dot_general" in lowered_for("cpu")
+
+
+@needs_onednn
 def test_without_onednn_convolutions_are_matmuls():
     code = (
         "import jax.numpy as jnp; from bmjax.models.convolution import convolve; import jax;"

@@ -128,7 +128,7 @@ def _on_cpu(context: Any, *operands: Any, role: Role, geometry: Geometry) -> Any
     # devices: the compiler would gather the whole batch on each.
     axes = context.module_context.axis_context
     alone = getattr(axes, "num_devices", None) == 1 or hasattr(axes, "manual_axes")
-    if alone and onednn.can(geometry, context.avals_in[0].dtype):
+    if alone and onednn.can(role, geometry, context.avals_in[0].dtype):
         rule = _rule(onednn.convolve)
     else:
         rule = _rule(matmul_convolution.convolve, alone)

@@ -17,7 +17,7 @@ import os
 import re
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from ctypes import POINTER, Structure, byref, c_int, c_int64, c_size_t, c_uint32, c_void_p
 from pathlib import Path
 from typing import Any
@@ -34,16 +34,30 @@ _TARGET = "bmjax_convolution"
 _DATA_TYPES = {"bfloat16": 2, "float32": 3}
 
 
-def can(geometry: Geometry, dtype: jnp.dtype) -> bool:
-    """Says whether oneDNN is there and does such a convolution."""
-    return dtype.name in _DATA_TYPES and 0 not in geometry.shape("output") and bool(library())
+def can(role: Role, geometry: Geometry, dtype: jnp.dtype) -> bool:
+    """Says whether oneDNN is there and does such a convolution on this processor."""
+    if dtype.name not in _DATA_TYPES or 0 in geometry.shape("output") or library() is None:
+        return False
+    try:
+        _convolution(_key(role, geometry, dtype).tobytes())
+    except _OneDnnError:  # bfloat16 without AVX-512, for one
+        return False
+    return True
 
 
 def convolve(role: Role, geometry: Geometry, first: Array, second: Array) -> Array:
     """Computes a role from the other two, in a program for the CPU; see `convolution.convolve`."""
-    key = (ROLES.index(role), _DATA_TYPES[first.dtype.name], *geometry)
     result = jax.ShapeDtypeStruct(geometry.shape(role), first.dtype)
-    return jax.ffi.ffi_call(_TARGET, result)(first, second, key=np.array(key, np.int64))
+    key = _key(role, geometry, first.dtype)
+    return jax.ffi.ffi_call(_TARGET, result)(first, second, key=key)
+
+
+def _key(role: Role, geometry: Geometry, dtype: jnp.dtype) -> np.ndarray:
+    return np.array([ROLES.index(role), _DATA_TYPES[dtype.name], *geometry], np.int64)
+
+
+class _OneDnnError(RuntimeError):
+    """A function of oneDNN that failed."""
 
 
 @functools.cache
@@ -60,9 +74,14 @@ def library() -> "_Library | None":
     except OSError:  # such as no libgomp.so.1 on this machine
         return None
     jax.ffi.register_ffi_target(_TARGET, jax.ffi.pycapsule(_HANDLER), platform="cpu", api_version=1)
-    # A call into Python after the interpreter has gone would crash.
-    atexit.register(lambda: jax.block_until_ready(jax.live_arrays("cpu")))
+    atexit.register(_wait)
     return found
+
+
+def _wait() -> None:
+    """Waits for what is computed still: a call into Python after its end would crash."""
+    with suppress(RuntimeError):  # of a computation that failed, the program has heard
+        jax.block_until_ready(jax.live_arrays("cpu"))
 
 
 def _path() -> str | None:
@@ -125,10 +144,10 @@ class _Library:
         return getattr(self._functions, f"dnnl_{name}")(*arguments)
 
     def check(self, name: str, *arguments: Any) -> None:
-        """Calls `dnnl_NAME`; raises RuntimeError where it fails."""
+        """Calls `dnnl_NAME`; raises _OneDnnError where it fails."""
         status = self.call(name, *arguments)
         if status:
-            raise RuntimeError(f"oneDNN: {name} ends with status {status}")
+            raise _OneDnnError(f"oneDNN: {name} ends with status {status}")
 
     def new(self, name: str, *arguments: Any) -> c_void_p:
         """Returns what `dnnl_NAME` makes."""
