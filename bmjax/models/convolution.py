@@ -125,9 +125,9 @@ def _rule(lowered: Callable[..., Array], *options: Any) -> Callable[..., Any]:
 def _on_cpu(context: Any, *operands: Any, role: Role, geometry: Geometry) -> Any:
     keep_memory()
     # A call into a library, and a loop over parts of the batch, cannot be divided over (virtual)
-    # devices: the compiler would gather the whole batch on each.
-    axes = context.module_context.axis_context
-    alone = getattr(axes, "num_devices", None) == 1 or hasattr(axes, "manual_axes")
+    # devices: the compiler would gather the whole batch on each. And where each device has its
+    # part, their threads wait for one another, and oneDNN's come on top of them.
+    alone = getattr(context.module_context.axis_context, "num_devices", None) == 1
     if alone and onednn.can(role, geometry, context.avals_in[0].dtype):
         rule = _rule(onednn.convolve)
     else:

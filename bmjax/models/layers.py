@@ -12,6 +12,9 @@ from jax import Array, lax
 from bmjax.models.convolution import convolve
 from bmjax.models.matmul_convolution import at_least_float32
 
+# Rows that are added up elementwise before a sum.
+_ROWS_AT_ONCE = 8
+
 
 class Conv(nn.Module):
     """2-D convolution; params `kernel` and `bias` as those of `flax.linen.Conv`.
@@ -116,12 +119,29 @@ def _number(values: Array, weights: Array | None, axis_name: str | None) -> Arra
     return lax.psum(number, axis_name) if axis_name else number
 
 
-def _average(terms: Array, weights: Array | None, number: Array, axis_name: str | None) -> Array:
-    """Returns the mean per channel over the values that count."""
-    kept = terms if weights is None else terms * weights[:, None, None, None]
-    total = jnp.sum(kept, axis=(0, 1, 2))
+def _average(
+    of_images: Array, weights: Array | None, number: Array, axis_name: str | None
+) -> Array:
+    """Returns the mean per channel from the sums of each image, [batch, channels]."""
+    total = jnp.sum(of_images, axis=0) if weights is None else weights @ of_images
     total = lax.psum(total, axis_name) if axis_name else total
     return total / jnp.maximum(number, 1)
+
+
+def _squares(values: Array, mean: Array) -> Array:
+    """Returns the sum of squared deviations of each image and channel."""
+
+    def plain(values: Array, mean: Array) -> Array:
+        return jnp.sum((values - _wide(mean)) ** 2, axis=(1, 2))
+
+    def in_slices(values: Array, mean: Array) -> Array:
+        # XLA on CPU hands a sum to a library, and writes what is summed to memory first. Rows that
+        # are added up elementwise are fused instead, and leave it a fraction.
+        parts = max(n for n in range(1, _ROWS_AT_ONCE + 1) if values.shape[1] % n == 0)
+        squares = [(values[:, i::parts] - _wide(mean)) ** 2 for i in range(parts)]
+        return jnp.sum(functools.reduce(jnp.add, squares), axis=(1, 2))
+
+    return lax.platform_dependent(values, mean, cpu=in_slices, default=plain)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(5, 6))
@@ -136,8 +156,8 @@ def _normalize(
 ) -> tuple[Array, tuple[Array, Array]]:
     """Returns values normalised by the batch, and the batch's mean and biased variance."""
     average = functools.partial(_average, weights=weights, number=number, axis_name=axis_name)
-    mean = average(values)
-    var = average((values - _wide(mean)) ** 2)
+    mean = average(jnp.sum(values, axis=(1, 2)))
+    var = average(_squares(values, mean))
     factor = lax.rsqrt(var + epsilon) * scale
     return (values - _wide(mean)) * _wide(factor) + _wide(bias), (mean, var)
 
@@ -156,7 +176,7 @@ def _normalize_jvp(epsilon: float, axis_name: str | None, primals: Any, tangents
     average = functools.partial(_average, weights=weights, number=number, axis_name=axis_name)
     deviation = lax.rsqrt(var + epsilon)
     unit = (values - _wide(mean)) * _wide(deviation)
-    d_mean, along = average(d_values), average(unit * d_values)
+    d_mean, along = (average(jnp.sum(d, axis=(1, 2))) for d in (d_values, unit * d_values))
     factor = deviation * scale
     d_out = _wide(factor) * d_values + _wide(d_bias - factor * d_mean)
     d_out += unit * _wide(d_scale - factor * along)
