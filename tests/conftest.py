@@ -1,5 +1,6 @@
 """Eight virtual CPU devices, strict settings, a small dataset, and a cache of the tests' own."""
 
+import contextlib
 import dataclasses
 import os
 import tempfile
@@ -61,6 +62,17 @@ def draw_shapes(num: int, seed: int, channels: int = 1, size: int = 12) -> Array
     images[labels == 1, :half] += 120
     images[labels == 2, quarter:-quarter, quarter:-quarter] += 120
     return ArraySource(images.astype(np.uint8), labels.astype(np.int32))
+
+
+@contextlib.contextmanager
+def float64_enabled() -> Iterator[None]:
+    """Has JAX compute in float64; its own context manager has another name in each version."""
+    before = bool(jax.config.read("jax_enable_x64"))
+    jax.config.update("jax_enable_x64", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_x64", before)
 
 
 @pytest.fixture(scope="session")

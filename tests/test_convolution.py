@@ -14,6 +14,7 @@ from jax import lax
 from bmjax.models import matmul_convolution, onednn
 from bmjax.models.convolution import by_xla, convolve
 from bmjax.models.geometry import Geometry
+from tests.conftest import float64_enabled
 
 CASES = [
     # side, channels, window, features, stride, padding, groups
@@ -45,7 +46,7 @@ def operands(case, dtype, batch=4):
 
 def in_float64(geometry, arrays):
     """Returns output, gradient by the images and gradient by the kernel, as Linen has them."""
-    with jax.enable_x64():
+    with float64_enabled():
         wide = {role: jnp.asarray(np.asarray(each, np.float64)) for role, each in arrays.items()}
         out, transposed = jax.vjp(
             lambda images, kernel: lax.conv_general_dilated(
@@ -104,7 +105,8 @@ def test_derivatives_of_any_order_are_those_of_xla(case):
             return sum(jnp.sum(g**2) for g in jax.grad(loss, (0, 1))(images, kernel))
 
         forward = jax.jvp(function, (images, kernel), (images + 1, kernel - 1))
-        return jax.jit(lambda: (forward, jax.grad(slope, (0, 1))(images, kernel)))()
+        # Arguments, not constants: XLA of jax 0.7.2 folds its own convolution of constants wrongly.
+        return forward, jax.jit(jax.grad(slope, (0, 1)))(images, kernel)
 
     ours = every(
         lambda images, kernel: convolve(

@@ -8,6 +8,7 @@ import pytest
 
 from bmjax.models import layers
 from bmjax.models.layers import BatchNorm, make_norm
+from tests.conftest import float64_enabled
 
 
 def normalize(values, mask=None, variables=None, **options):
@@ -113,7 +114,7 @@ def test_derivatives_are_those_of_the_definition_in_float64(masked, devices):
         return out.reshape(values.shape), mean[0], var[0]
 
     got = every(ours, jnp.float32)
-    with jax.enable_x64():
+    with float64_enabled():
         weights = jnp.asarray(mask, jnp.float64)
         expected = every(partial(step_by_step, weights=weights), jnp.float64)
         expected = jax.tree.map(np.asarray, expected)
