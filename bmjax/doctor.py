@@ -112,7 +112,7 @@ def _slow_convolutions() -> list[str]:
         cause, remedy = "is switched off by BMJAX_ONEDNN=0", "unset it"
     elif _version(onednn.PACKAGE) is None:
         cause, remedy = "is not installed", f"pip install {onednn.PACKAGE}"
-    return [f"oneDNN {cause}, so that convolutions take two to three times as long; {remedy}."]
+    return [f"oneDNN {cause}, so that convolutions are slower; {remedy}."]
 
 
 def _version(name: str) -> str | None:

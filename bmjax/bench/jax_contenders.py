@@ -14,6 +14,7 @@ from jax.tree_util import Partial
 from bmjax import losses
 from bmjax.bench.workload import (
     ALPHA,
+    BLOCKS,
     LEARNING_RATE,
     MOMENTUM,
     NUM_CLASSES,
@@ -260,9 +261,8 @@ def plain_model(name: str, dtype: Any) -> nn.Module:
     Raises:
         KeyError: there is none by that name.
     """
-    blocks = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3)}
     if name == "mlp":
         return _PlainMlp(dtype)
     if name == "cnn":
         return _PlainConvolutional(dtype)
-    return _PlainResNet(blocks[name], name == "resnet50", dtype)
+    return _PlainResNet(BLOCKS[name], name == "resnet50", dtype)

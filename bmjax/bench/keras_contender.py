@@ -8,9 +8,7 @@ import numpy as np
 os.environ.setdefault("KERAS_BACKEND", "jax")
 import keras
 
-from bmjax.bench.workload import LEARNING_RATE, MOMENTUM, NUM_CLASSES, Workload, normalized
-
-_BLOCKS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3)}
+from bmjax.bench.workload import BLOCKS, LEARNING_RATE, MOMENTUM, NUM_CLASSES, Workload, normalized
 
 
 class Keras:
@@ -80,7 +78,7 @@ def _resnet(name: str, values: Any) -> Any:
     relu = layers.ReLU
     values = relu()(convolve(values, 64, 7, 2))
     values = layers.MaxPooling2D(3, 2)(layers.ZeroPadding2D(1)(values))
-    for stage, number in enumerate(_BLOCKS[name]):
+    for stage, number in enumerate(BLOCKS[name]):
         for block in range(number):
             width, stride = 64 * 2**stage, 2 if stage and not block else 1
             features = 4 * width if name == "resnet50" else width

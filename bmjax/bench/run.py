@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bmjax.bench import jax_contenders, timing
-from bmjax.bench.workload import Contender, Workload
+from bmjax.bench.workload import BLOCKS, Contender, Workload
 from bmjax.config import BenchConfig
 from bmjax.errors import UserError
 from bmjax.models import list_models
@@ -29,8 +29,7 @@ _NEEDS = {
     "keras": ("keras",),
 }
 # Linen, Keras and PyTorch have to have the model as well.
-_MODELS = ("mlp", "cnn", "resnet18", "resnet34", "resnet50")
-_TEACHERS = ("resnet18", "resnet34", "resnet50")
+_MODELS = ("mlp", "cnn", *BLOCKS)
 
 
 def bench(config: BenchConfig) -> dict[str, Any]:
@@ -115,8 +114,8 @@ def check(config: BenchConfig, names: Sequence[str]) -> None:
             f"--model {config.model} cannot be timed against others; these can: "
             f"{', '.join(_MODELS)}. bmjax alone takes any: --contenders bmjax."
         )
-    if config.teacher and config.teacher not in _TEACHERS:
-        raise UserError(f"--teacher {config.teacher} is none of {', '.join(_TEACHERS)}.")
+    if config.teacher and config.teacher not in BLOCKS:
+        raise UserError(f"--teacher {config.teacher} is none of {', '.join(BLOCKS)}.")
     if config.teacher and "keras" in names:
         raise UserError("--contenders keras does not distil. Leave it, or --teacher, out.")
     if "torch-dataloader" in names and (config.model, config.image_size) != ("mlp", 28):

@@ -54,6 +54,9 @@ class Workload:
         }
 
 
+# Residual blocks of each stage, of the ResNets that the contenders build themselves.
+BLOCKS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3)}
+
 # Of uniform pixels in [0, 1].
 STATISTICS = {"mean": 0.5, "std": 12**-0.5}
 
