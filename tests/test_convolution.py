@@ -2,6 +2,7 @@ import itertools
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,7 @@ from jax import lax
 
 from bmjax.models import matmul_convolution, onednn
 from bmjax.models.convolution import by_xla, convolve
-from bmjax.models.geometry import Geometry
+from bmjax.models.geometry import ROLES, Geometry
 from tests.conftest import float64_enabled
 
 CASES = [
@@ -178,6 +179,31 @@ def test_what_onednn_does_not_do_is_left_to_matmuls(monkeypatch):
     onednn._convolution.cache_clear()
     assert not onednn.can("output", geometry, jnp.dtype("float32"))
     assert "dot_general" in lowered_for("cpu")
+
+
+@needs_onednn
+@pytest.mark.parametrize("role", ROLES)
+def test_onednn_computes_the_same_in_several_threads_at_a_time(role):
+    # As XLA does with independent convolutions of a program.
+    geometry, _ = operands((4, 128, 3, 128, 1, (1, 1), 1), jnp.bfloat16, batch=16)
+    compute = onednn._convolution(onednn._key(role, geometry, jnp.dtype("bfloat16")).tobytes())
+    random = np.random.default_rng(0)
+
+    def draw(of):
+        return random.normal(size=geometry.shape(of)).astype(jnp.bfloat16)
+
+    inputs = [[draw(of) for of in ROLES if of != role] for _ in range(4)]
+
+    def result(arrays):
+        out = np.zeros(geometry.shape(role), jnp.bfloat16)
+        compute(*(each.ctypes.data for each in (*arrays, out)))
+        return out
+
+    alone = [result(each) for each in inputs]
+    with ThreadPoolExecutor(4) as threads:
+        for _ in range(20):
+            for expected, found in zip(alone, threads.map(result, inputs), strict=True):
+                np.testing.assert_array_equal(expected, found)
 
 
 @needs_onednn

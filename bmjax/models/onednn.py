@@ -1,12 +1,11 @@
 """Convolutions of oneDNN inside compiled JAX programs, on the CPU.
 
 oneDNN is the library that PyTorch's convolutions come from. `onednn-cpu-gomp` brings it as a shared
-library with a C interface. XLA calls `_handle`, a Python function, by its foreign function
+library with a C interface. XLA calls `_compute`, a Python function, by its foreign function
 interface; that looks up the primitive made for the shapes and has oneDNN execute it. A call costs
 some tens of microseconds more than from C, and asks no compiler of anyone.
 
-The structures are those of XLA's `xla/ffi/api/c_api.h`, which JAX ships, as of versions 0.1 to 0.5
-of the interface; the names and numbers of oneDNN those of its C interface, version 3.
+Names and numbers are those of oneDNN's C interface, version 3.
 """
 
 import atexit
@@ -14,12 +13,10 @@ import ctypes
 import functools
 import importlib.metadata
 import os
-import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from ctypes import POINTER, Structure, byref, c_int, c_int64, c_size_t, c_uint32, c_void_p
-from pathlib import Path
+from ctypes import Structure, byref, c_int, c_int64, c_size_t, c_void_p
 from typing import Any
 
 import jax
@@ -27,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from bmjax.models import xla_interface
 from bmjax.models.geometry import ROLES, Geometry, Role
 
 PACKAGE = "onednn-cpu-gomp"
@@ -66,7 +64,7 @@ def library() -> "_Library | None":
     path = _path()
     if path is None or os.environ.get("BMJAX_ONEDNN") == "0":
         return None
-    if _interface_version() is None:
+    if xla_interface.version() is None:
         return None
     try:
         with _no_spinning():
@@ -92,17 +90,6 @@ def _path() -> str | None:
     return next((str(file.locate()) for file in files if file.name == "libdnnl.so.3"), None)
 
 
-@functools.cache
-def _interface_version() -> tuple[int, int] | None:
-    """Returns the version of XLA's interface; None where it isn't one that is known here."""
-    header = Path(jax.ffi.include_dir()) / "xla" / "ffi" / "api" / "c_api.h"
-    if not header.is_file():
-        return None
-    pattern = r"#define XLA_FFI_API_(?:MAJOR|MINOR) (\d+)"
-    major, minor = (int(number) for number in re.findall(pattern, header.read_text()))
-    return (major, minor) if major == 0 and 1 <= minor <= 5 else None
-
-
 @contextmanager
 def _no_spinning() -> Iterator[None]:
     """Has OpenMP's threads sleep between two convolutions: XLA needs their cores meanwhile."""
@@ -116,11 +103,13 @@ def _no_spinning() -> Iterator[None]:
             del os.environ[name]
 
 
+_Memory = Callable[[c_void_p, int], c_void_p]
 _Dims = c_int64 * 12
 # Numbers of oneDNN's interface.
 _CPU, _IN_ORDER, _TRAINING, _DIRECT, _ANY_LAYOUT = map(c_int, (1, 1, 64, 1, 1))
-_WEIGHTS, _GRADIENT_OF_WEIGHTS = c_int(131), c_int(132)
-_FROM, _TO = 1, 17
+_WEIGHTS, _GRADIENT_OF_WEIGHTS, _SCRATCHPAD = c_int(131), c_int(132), c_int(136)
+_OF_THE_CALLER = c_int(1)
+_FROM, _TO, _SCRATCH = 1, 17, 80
 # What first operand, second operand and result of each role are to its primitive.
 _ARGUMENTS = {"output": (1, 33, 17), "images": (33, 145, 129), "kernel": (1, 145, 161)}
 
@@ -136,6 +125,10 @@ class _Library:
         self._functions = functions
         functions.dnnl_primitive_desc_query_md.restype = c_void_p
         functions.dnnl_memory_desc_get_size.restype = c_size_t
+        # By default a primitive belongs to the thread that made it, whose scratchpad it uses: XLA
+        # has it run by any of its threads, by several at a time.
+        self._attributes = self.new("primitive_attr_create")
+        self.check("primitive_attr_set_scratchpad_mode", self._attributes, _OF_THE_CALLER)
         self.engine = self.new("engine_create", _CPU, c_size_t(0))
         self.stream = self.new("stream_create", self.engine, _IN_ORDER)
 
@@ -164,17 +157,47 @@ class _Library:
         arguments = c_int(len(sizes)), _Dims(*sizes), c_int(dtype), _Dims(*strides)
         return self.new("memory_desc_create_with_strides", *arguments)
 
-    def primitive(self, name: str, *arguments: Any) -> tuple[c_void_p, c_void_p]:
-        """Returns a primitive and its description."""
-        description = self.new(f"{name}_primitive_desc_create", *arguments)
-        return self.new("primitive_create", description), description
+    def describe(self, name: str, *arguments: Any) -> c_void_p:
+        """Returns the description of a primitive, which needs its caller's scratchpad."""
+        return self.new(f"{name}_primitive_desc_create", *arguments, self._attributes)
 
-    def execute(self, primitive: c_void_p, arguments: dict[int, c_void_p]) -> None:
-        """Runs a primitive on memories, by what they are to it."""
-        array = (_Argument * len(arguments))(
-            *(_Argument(kind, memory.value) for kind, memory in arguments.items())
+    def layout_of(self, description: c_void_p, kind: c_int) -> c_void_p:
+        """Returns the layout of one of a primitive's arrays."""
+        return c_void_p(self.call("primitive_desc_query_md", description, kind, 0))
+
+    @contextmanager
+    def memories(self) -> Iterator[_Memory]:
+        """Gives a function from layout and address to a memory, which is gone afterwards."""
+        made: list[c_void_p] = []
+
+        def memory(layout: c_void_p, pointer: int) -> c_void_p:
+            made.append(self.new("memory_create", layout, self.engine, c_void_p(pointer)))
+            return made[-1]
+
+        try:
+            yield memory
+        finally:
+            for each in made:
+                self.check("memory_destroy", each)
+
+
+class _Primitive:
+    """What oneDNN compiled, with the layout of the scratchpad that it needs."""
+
+    def __init__(self, library: _Library, description: c_void_p):
+        self._library = library
+        self._made = library.new("primitive_create", description)
+        self._scratchpad = library.layout_of(description, _SCRATCHPAD)
+
+    def __call__(self, arguments: dict[int, c_void_p], memory: _Memory) -> None:
+        """Runs on memories, by what they are to it."""
+        scratch = memory(self._scratchpad, _scratch("pad", self._library, self._scratchpad))
+        everything = {**arguments, _SCRATCH: scratch}
+        array = (_Argument * len(everything))(
+            *(_Argument(kind, each.value) for kind, each in everything.items())
         )
-        self.check("primitive_execute", primitive, self.stream, len(arguments), array)
+        library = self._library
+        library.check("primitive_execute", self._made, library.stream, len(array), array)
 
 
 class _Convolution:
@@ -203,53 +226,46 @@ class _Convolution:
             _Dims(geometry.bottom, geometry.right),
         )
         engine = library.engine
-        made, description = library.primitive(
+        description = library.describe(
             *("convolution_forward", engine, _TRAINING, _DIRECT),
-            *(images, kernel, None, output, *steps, None),
+            *(images, kernel, None, output, *steps),
         )
         if role == "images":
-            made, description = library.primitive(
+            description = library.describe(
                 *("convolution_backward_data", engine, _DIRECT),
-                *(images, kernel, output, *steps, description, None),
+                *(images, kernel, output, *steps, description),
             )
         elif role == "kernel":
-            made, description = library.primitive(
+            description = library.describe(
                 *("convolution_backward_weights", engine, _DIRECT),
-                *(images, kernel, None, output, *steps, description, None),
+                *(images, kernel, None, output, *steps, description),
             )
-        self._primitive = made
+        self._primitive = _Primitive(library, description)
         asked = _GRADIENT_OF_WEIGHTS if role == "kernel" else _WEIGHTS
-        fast = c_void_p(library.call("primitive_desc_query_md", description, asked, 0))
+        fast = library.layout_of(description, asked)
         layouts = {"images": images, "kernel": plain, "output": output}
         of = [each for each in ROLES if each != role]
         self._layouts = [layouts[each] for each in (*of, role)]
         self._kernel = [*of, role].index("kernel")
-        self._fast, self._bytes = fast, 0
+        self._fast, self._reorder = fast, None
         if not library.call("memory_desc_equal", fast, plain):
-            self._bytes = library.call("memory_desc_get_size", fast)
             ends = (fast, plain) if role == "kernel" else (plain, fast)
-            self._reorder, _ = library.primitive("reorder", ends[0], engine, ends[1], engine, None)
+            description = library.describe("reorder", ends[0], engine, ends[1], engine)
+            self._reorder = _Primitive(library, description)
 
     def __call__(self, *pointers: int) -> None:
         """Computes, from the addresses of first operand, second operand and result."""
-        library, made = self._library, []
-
-        def memory(layout: c_void_p, pointer: int) -> c_void_p:
-            made.append(library.new("memory_create", layout, library.engine, c_void_p(pointer)))
-            return made[-1]
-
-        memories = [memory(*pair) for pair in zip(self._layouts, pointers, strict=True)]
-        plain, used = memories[self._kernel], list(memories)
-        if self._bytes:
-            used[self._kernel] = memory(self._fast, _scratch(self._bytes))
-            if self._role != "kernel":
-                library.execute(self._reorder, {_FROM: plain, _TO: used[self._kernel]})
-        arguments = dict(zip(_ARGUMENTS[self._role], used, strict=True))
-        library.execute(self._primitive, arguments)
-        if self._bytes and self._role == "kernel":
-            library.execute(self._reorder, {_FROM: used[self._kernel], _TO: plain})
-        for each in made:
-            library.check("memory_destroy", each)
+        library = self._library
+        with library.memories() as memory:
+            memories = [memory(*pair) for pair in zip(self._layouts, pointers, strict=True)]
+            plain, used = memories[self._kernel], list(memories)
+            if self._reorder:
+                used[self._kernel] = memory(self._fast, _scratch("kernel", library, self._fast))
+                if self._role != "kernel":
+                    self._reorder({_FROM: plain, _TO: used[self._kernel]}, memory)
+            self._primitive(dict(zip(_ARGUMENTS[self._role], used, strict=True)), memory)
+            if self._reorder and self._role == "kernel":
+                self._reorder({_FROM: used[self._kernel], _TO: plain}, memory)
 
 
 def _kernel_sizes(geometry: Geometry) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -262,14 +278,17 @@ def _kernel_sizes(geometry: Geometry) -> tuple[tuple[int, ...], tuple[int, ...]]
 
 
 _of_thread = threading.local()
+_LINE = 64  # bytes, of a cache line
 
 
-def _scratch(size: int) -> int:
-    """Returns the address of some bytes that this thread may write until its next call."""
-    held = getattr(_of_thread, "held", None)
-    if held is None or held.nbytes < size:
-        held = _of_thread.held = np.empty(size, np.uint8)
-    return int(held.ctypes.data)
+def _scratch(use: str, library: _Library, layout: c_void_p) -> int:
+    """Returns the address of as many bytes as a layout has, this thread's for that use."""
+    size = library.call("memory_desc_get_size", layout)
+    held = getattr(_of_thread, use, None)
+    if held is None or held.nbytes < size + _LINE:
+        held = np.empty(size + _LINE, np.uint8)
+        setattr(_of_thread, use, held)
+    return -(-int(held.ctypes.data) // _LINE) * _LINE
 
 
 @functools.cache
@@ -281,93 +300,9 @@ def _convolution(key: bytes) -> _Convolution:
     return _Convolution(found, ROLES[role], dtype, Geometry(*sizes))
 
 
-# From here on, structures of XLA's interface; fields that are not read are plain addresses.
+def _compute(key: bytes, operands: tuple[int, int], result: int) -> None:
+    """Is called by XLA, with what `_key` made and the addresses of the arrays."""
+    _convolution(key)(*operands, result)
 
 
-class _Extension(Structure):
-    _fields_ = (("size", c_size_t), ("kind", c_int), ("next", c_void_p))
-
-
-class _Metadata(Structure):
-    _fields_ = (
-        *(("size", c_size_t), ("version_size", c_size_t), ("version_extension", c_void_p)),
-        *(("major", c_int), ("minor", c_int), ("traits", c_uint32)),
-    )
-
-
-class _MetadataExtension(Structure):
-    _fields_ = (("base", _Extension), ("metadata", POINTER(_Metadata)))
-
-
-class _Buffer(Structure):
-    _fields_ = (
-        *(("size", c_size_t), ("extension", c_void_p), ("dtype", c_int)),
-        *(("data", c_void_p), ("rank", c_int64), ("sizes", c_void_p)),
-    )
-
-
-class _Buffers(Structure):
-    _fields_ = (
-        *(("size", c_size_t), ("extension", c_void_p), ("number", c_int64)),
-        *(("kinds", c_void_p), ("each", POINTER(POINTER(_Buffer)))),
-    )
-
-
-class _Array(Structure):
-    _fields_ = (("dtype", c_int), ("size", c_size_t), ("data", c_void_p))
-
-
-class _Attributes(Structure):
-    _fields_ = (
-        *(("size", c_size_t), ("extension", c_void_p), ("number", c_int64)),
-        *(("kinds", c_void_p), ("names", c_void_p), ("each", POINTER(POINTER(_Array)))),
-    )
-
-
-class _ErrorArguments(Structure):
-    _fields_ = (
-        *(("size", c_size_t), ("extension", c_void_p)),
-        *(("message", ctypes.c_char_p), ("code", c_int)),
-    )
-
-
-class _Api(Structure):
-    _fields_ = (
-        *(("size", c_size_t), ("extension", c_void_p), ("version", c_void_p * 3)),
-        ("internal", c_void_p),
-        ("new_error", ctypes.CFUNCTYPE(c_void_p, POINTER(_ErrorArguments))),
-    )
-
-
-class _Frame(Structure):
-    _fields_ = (
-        *(("size", c_size_t), ("extension", POINTER(_MetadataExtension))),
-        *(("api", POINTER(_Api)), ("context", c_void_p), ("stage", c_int)),
-        *(("arguments", _Buffers), ("results", _Buffers), ("attributes", _Attributes)),
-    )
-
-
-_METADATA, _INTERNAL_ERROR = 1, 13
-
-
-def _handle(frame_pointer: Any) -> int | None:
-    """Is called by XLA: for the version that is spoken here, or to compute a convolution."""
-    frame = frame_pointer.contents
-    if frame.extension and frame.extension.contents.base.kind == _METADATA:
-        metadata = frame.extension.contents.metadata.contents
-        metadata.major, metadata.minor = _interface_version() or (0, 0)
-        return None
-    try:
-        key = frame.attributes.each[0].contents
-        buffers = [frame.arguments.each[0], frame.arguments.each[1], frame.results.each[0]]
-        run = _convolution(ctypes.string_at(key.data, 8 * key.size))
-        run(*(buffer.contents.data for buffer in buffers))
-    except Exception as error:  # whatever it is, XLA has to hear of it; C cannot raise
-        arguments = _ErrorArguments(
-            ctypes.sizeof(_ErrorArguments), None, repr(error).encode(), _INTERNAL_ERROR
-        )
-        return frame.api.contents.new_error(byref(arguments))
-    return None
-
-
-_HANDLER = ctypes.CFUNCTYPE(c_void_p, POINTER(_Frame))(_handle)
+_HANDLER = xla_interface.handler(_compute)
