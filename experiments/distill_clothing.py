@@ -26,6 +26,7 @@ from bmjax.config import (
 from bmjax.data import Dataset
 from bmjax.data.sources import Source
 from bmjax.distill import load_data, train_student
+from bmjax.errors import UserError
 from bmjax.evaluate import TrainedRun, inference_speed, load_run, measure
 from bmjax.loop import fit
 from bmjax.models import num_params
@@ -95,18 +96,8 @@ def row(name: str, runs: list[TrainedRun], source: Source, speed: float) -> str:
     return "| " + " | ".join([*cells, f"{size:,}", f"{speed:.1f}"]) + " |"
 
 
-def main() -> None:
+def compare(arguments: argparse.Namespace) -> None:
     """Trains all and prints a table in Markdown."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("teacher", type=Path, help="folder of the fine-tuned run")
-    parser.add_argument("--students", nargs="+", default=["cnn", "resnet8"])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=60)
-    parser.add_argument("--view-passes", type=int, default=20)
-    parser.add_argument("--alpha", type=float, default=0.9)
-    parser.add_argument("--temperature", type=float, default=4.0)
-    parser.add_argument("--out", type=Path, default=Path("runs/distilled-clothing"))
-    arguments = parser.parse_args()
     teacher = load_run(arguments.teacher)
     first = settings(arguments, teacher, arguments.students[0], arguments.seeds[0], "alone")
     dataset = load_data(first, [teacher])
@@ -127,6 +118,24 @@ def main() -> None:
     print(row(f"{teacher.run.config.model}, teacher", [teacher], source, of_teacher))
     for (student, kind), trained in runs.items():
         print(row(f"{student}, {kind}", trained, source, speed[student]))
+
+
+def main() -> None:
+    """Reads the command line; what is wrong with it is one line and exit code 2."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("teacher", type=Path, help="folder of the fine-tuned run")
+    parser.add_argument("--students", nargs="+", default=["cnn", "resnet8"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--epochs", type=int, default=60)
+    parser.add_argument("--view-passes", type=int, default=20)
+    parser.add_argument("--alpha", type=float, default=0.9)
+    parser.add_argument("--temperature", type=float, default=4.0)
+    parser.add_argument("--out", type=Path, default=Path("runs/distilled-clothing"))
+    arguments = parser.parse_args()
+    try:
+        compare(arguments)
+    except UserError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

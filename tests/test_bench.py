@@ -32,7 +32,7 @@ def test_flops_inside_a_loop_or_a_compiled_function_count():
     assert count_flops(function, jnp.ones((3, 3))) == 2 * 27
 
 
-@pytest.mark.parametrize("teacher", ["", "resnet_tiny"])
+@pytest.mark.parametrize("teacher", ["", pytest.param("resnet_tiny", marks=pytest.mark.slow)])
 def test_a_turn_of_bmjax_trains_on_every_batch(teacher, monkeypatch):
     workload = Workload("cnn", 32, 8, teacher=teacher)
     contender = jax_contenders.Bmjax(workload, steps=3)
@@ -130,6 +130,7 @@ def test_what_cannot_be_timed_is_named(changes, message):
         bench(dataclasses.replace(config, **changes))
 
 
+@pytest.mark.slow
 def test_the_command_prints_one_json_object():
     flags = ["--model=mlp", "--image-size=8", "--batch-size=4", "--turns=1", "--json"]
     command = [sys.executable, "-m", "bmjax.cli", "bench", *flags, "--contenders", "bmjax", "linen"]

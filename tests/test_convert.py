@@ -102,6 +102,7 @@ def test_a_mistake_gets_one_line_and_writes_nothing(capsys, tmp_path, weights, w
     assert {path.name for path in tmp_path.iterdir()} == {"tiny.pth", "bad.msgpack"}
 
 
+@pytest.mark.slow
 def test_without_pytorch_the_certificate_says_how_to_get_it(capsys, tmp_path, weights, monkeypatch):
     # Its companion: the command line's library trips over a torch that is None.
     monkeypatch.setitem(sys.modules, "torchvision", None)

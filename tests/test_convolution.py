@@ -77,8 +77,15 @@ LOWERINGS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("name", [*list(LOWERINGS)[:3], pytest.param("onednn", marks=needs_onednn)])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("xla", marks=pytest.mark.slow),  # what the others are compared with elsewhere
+        *("matmul", "matmul in parts"),
+        pytest.param("onednn", marks=needs_onednn),
+    ],
+)
+@pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)])
 def test_each_lowering_equals_the_convolution_in_float64(case, name, dtype, monkeypatch):
     monkeypatch.setattr(matmul_convolution, "part_size", lambda *_: 2)
     geometry, arrays = operands(case, dtype)
@@ -105,9 +112,13 @@ def test_derivatives_of_any_order_are_those_of_xla(case):
         def slope(images, kernel):
             return sum(jnp.sum(g**2) for g in jax.grad(loss, (0, 1))(images, kernel))
 
-        forward = jax.jvp(function, (images, kernel), (images + 1, kernel - 1))
+        @jax.jit
+        def derivatives(images, kernel):
+            forward = jax.jvp(function, (images, kernel), (images + 1, kernel - 1))
+            return forward, jax.grad(slope, (0, 1))(images, kernel)
+
         # Arguments, not constants: XLA of jax 0.7.2 folds its own convolution of constants wrongly.
-        return forward, jax.jit(jax.grad(slope, (0, 1)))(images, kernel)
+        return derivatives(images, kernel)
 
     ours = every(
         lambda images, kernel: convolve(

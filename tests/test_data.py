@@ -61,7 +61,13 @@ def test_mnist5k_is_a_tfds_dataset_that_needs_no_tensorflow(mnist5k):
     assert "tensorflow" not in sys.modules
 
 
-@pytest.mark.parametrize("harm", [lambda path: path.write_bytes(b"PK"), lambda path: path.unlink()])
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda path: path.write_bytes(b"PK"),
+        pytest.param(lambda path: path.unlink(), marks=pytest.mark.slow),
+    ],
+)
 def test_a_damaged_cache_is_made_anew(tmp_path, monkeypatch, mnist5k, harm):
     original = os.path.join(os.environ["BMJAX_CACHE"], "datasets")
     monkeypatch.setenv("BMJAX_CACHE", str(tmp_path))

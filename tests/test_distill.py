@@ -42,6 +42,7 @@ def as_data(monkeypatch, shapes):
         monkeypatch.setattr(place, "load_dataset", lambda name, image_size, **_: shapes)
 
 
+@pytest.mark.slow
 def test_the_tour_compares_equals(tmp_path, quiet, as_data):
     result = distill(config_of(tmp_path), quiet)
     assert [row["role"] for row in result["rows"]] == ["teacher", "alone", "distilled"]
@@ -146,8 +147,8 @@ def params_of(folder, name="state/params/"):
 @pytest.mark.parametrize(
     ("features", "layers", "learned"),
     [
-        ("hint", (), 2),
-        pytest.param("similarity", (), 0, marks=pytest.mark.slow),
+        pytest.param("hint", (), 2, marks=pytest.mark.slow),
+        ("similarity", (), 0),
         pytest.param("contrastive", ("hidden1=stage2",), 4, marks=pytest.mark.slow),
     ],
 )
@@ -196,7 +197,8 @@ def test_the_student_begins_as_it_would_alone(teacher, tmp_path, quiet, as_data)
         np.testing.assert_allclose(hinted[name], value, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("model", ["cnn_tiny", pytest.param("resnet_tiny", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("model", ["cnn_tiny", "resnet_tiny"])
+@pytest.mark.slow
 def test_a_cached_teacher_gives_the_same_bits(
     small, shapes, tmp_path, quiet, as_data, model, monkeypatch
 ):

@@ -190,7 +190,7 @@ def test_the_head_learns_first_then_everything(config, tmp_path):
     assert rates[2] < 0.05
 
 
-@pytest.mark.parametrize("calls", [1, 2, 4])
+@pytest.mark.parametrize("calls", [1, pytest.param(2, marks=pytest.mark.slow), 4])
 def test_stopped_in_either_phase_and_resumed_is_as_never_stopped(
     config, tmp_path, monkeypatch, calls
 ):
@@ -282,6 +282,7 @@ def test_what_is_wrong_is_said_and_nothing_written(config, changes, message):
     assert not Path(config.out).exists()
 
 
+@pytest.mark.slow
 def test_the_learning_rate_finder_writes_curve_and_plot_and_no_run(config, monkeypatch):
     monkeypatch.setattr("bmjax.finder._STEPS", 40)
     finding = finetune(dataclasses.replace(config, find_learning_rate=True))["finding"]

@@ -91,7 +91,7 @@ class StopAfter:
         return 15 if self._left < 0 else 0
 
 
-@pytest.mark.parametrize("parallel", ["jit", "pmap"])
+@pytest.mark.parametrize("parallel", ["jit", pytest.param("pmap", marks=pytest.mark.slow)])
 def test_stopped_in_an_epoch_and_resumed_is_as_never_stopped(
     small, shapes, quiet, tmp_path, monkeypatch, parallel
 ):
@@ -375,6 +375,7 @@ def test_data_read_window_by_window_give_the_run_of_data_in_memory(
     chex.assert_trees_all_equal(on_host(one), on_host(other))
 
 
+@pytest.mark.slow
 def test_a_profile_holds_the_compiled_calls(small, shapes, quiet):
     config = dataclasses.replace(small, run=RunConfig(tensorboard=False, profile=True))
     fit(config, shapes, console=quiet)

@@ -26,7 +26,7 @@ def test_every_model_keeps_the_contract(name, shape, dtype):
 @pytest.mark.parametrize(
     ("shape", "dtype"),
     [
-        ((28, 28, 1), jnp.bfloat16),
+        pytest.param((28, 28, 1), jnp.bfloat16, marks=pytest.mark.slow),
         ((13, 10, 3), None),
         pytest.param((28, 28, 1), None, marks=pytest.mark.slow),
         pytest.param((13, 10, 3), jnp.bfloat16, marks=pytest.mark.slow),
@@ -164,7 +164,7 @@ def test_a_block_that_is_computed_again_has_the_same_gradients():
     chex.assert_trees_all_close(*results, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("norm", ["frozen", "group"])
+@pytest.mark.parametrize("norm", ["frozen", pytest.param("group", marks=pytest.mark.slow)])
 def test_the_normalisation_of_a_resnet_can_be_chosen(norm):
     model = bmjax.create_model("resnet_tiny", num_classes=3, norm=norm)
     images = np.random.default_rng(0).normal(2, 3, (4, 32, 32, 3)).astype(np.float32)
