@@ -1,4 +1,5 @@
 import dataclasses
+from functools import partial
 from typing import Any
 
 import chex
@@ -20,7 +21,7 @@ SETTINGS = DistillConfig(temperature=3.0, alpha=0.7)
 
 def student_of(small, shapes):
     model = build_model(small, 3)
-    params = model.init(jax.random.key(1), jnp.zeros((1, 12, 12, 1)))["params"]
+    params = jax.jit(model.init)(jax.random.key(1), jnp.zeros((1, 12, 12, 1)))["params"]
     rng = np.random.default_rng(0)
     batch = {
         "image": jnp.array(rng.uniform(0, 1, (8, 12, 12, 1)), jnp.float32),
@@ -30,14 +31,19 @@ def student_of(small, shapes):
     return model, params, batch
 
 
+def logits_of(model, run, variables, batch):
+    """Returns the logits of a batch's images, normalised by a run's statistics."""
+    return jax.jit(partial(predict_logits, model, run.statistics))(variables, batch["image"])
+
+
 def test_the_loss_is_the_stated_mixture(teacher, small, shapes):
     model, params, batch = student_of(small, shapes)
     # Statistics of its own: the teacher must see its own normalisation all the same.
     own = {"mean": [0.2], "std": [0.5]}
-    loss_fn = distillation_loss(model, own, teacher, SETTINGS)
+    loss_fn = jax.jit(distillation_loss(model, own, teacher, SETTINGS))
     loss, (_, metrics) = loss_fn(params, {}, batch, jax.random.key(0))
-    student = model.apply({"params": params}, (batch["image"] - 0.2) / 0.5)
-    asked = predict_logits(teacher.model, teacher.statistics, teacher.variables, batch["image"])
+    student = jax.jit(model.apply)({"params": params}, (batch["image"] - 0.2) / 0.5)
+    asked = logits_of(teacher.model, teacher, teacher.variables, batch)
     expected = 0.7 * losses.distillation(student, asked, 3.0) + 0.3 * losses.cross_entropy(
         student, batch["label"]
     )
@@ -49,9 +55,12 @@ def test_the_loss_is_the_stated_mixture(teacher, small, shapes):
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
 def test_the_ends_of_alpha_are_each_term_alone(teacher, small, shapes, alpha):
     model, params, batch = student_of(small, shapes)
-    mixed = distillation_loss(model, teacher.statistics, teacher, DistillConfig(alpha=alpha))
+    mixed = jax.jit(
+        distillation_loss(model, teacher.statistics, teacher, DistillConfig(alpha=alpha))
+    )
     loss, (_, metrics) = mixed(params, {}, batch, jax.random.key(0))
-    plain, _ = classification_loss(model, teacher.statistics)(params, {}, batch, jax.random.key(0))
+    alone = jax.jit(classification_loss(model, teacher.statistics))
+    plain, _ = alone(params, {}, batch, jax.random.key(0))
     if alpha == 0:
         np.testing.assert_allclose(loss, plain, rtol=1e-5)
     else:
@@ -76,9 +85,14 @@ def test_the_teacher_is_an_input_and_has_no_gradient(teacher, small, shapes, rea
     to_teacher, to_student = jax.jit(jax.grad(total, (0, 1)))(variables, params)
     chex.assert_trees_all_equal(to_teacher, jax.tree.map(jnp.zeros_like, variables))
     assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(to_student))
-    asked, _ = loss_fn(params, {}, batch, jax.random.key(0))
+    ask = jax.jit(
+        lambda variables: loss_fn.func(
+            variables, *loss_fn.args[1:], params, {}, batch, jax.random.key(0)
+        )
+    )
+    asked, _ = ask(variables)
     changed = jax.tree.map(lambda leaf: leaf + 0.1, variables)
-    other, _ = loss_fn.func(changed, *loss_fn.args[1:], params, {}, batch, jax.random.key(0))
+    other, _ = ask(changed)
     assert float(jnp.abs(asked - other).max()) > 0.01
     # Backward there is no work for the teacher: its convolutions are computed once, forward.
     backward = str(jax.make_jaxpr(jax.grad(total, 1))(variables, params))
@@ -101,8 +115,10 @@ def test_every_method_is_its_loss(method):
     student, teacher = (jnp.array(rng.normal(0, 3, (8, 5)), jnp.float32) for _ in range(2))
     batch = {"label": jnp.arange(8) % 5, "mask": jnp.ones(8, bool)}
     config = dataclasses.replace(SETTINGS, method=method)
-    got = logit_loss(config, student, teacher, batch)
-    np.testing.assert_allclose(got, METHODS[method](student, teacher, batch["label"]), rtol=1e-6)
+    got = jax.jit(partial(logit_loss, config))(student, teacher, batch)
+    np.testing.assert_allclose(
+        got, jax.jit(METHODS[method])(student, teacher, batch["label"]), rtol=1e-6
+    )
 
 
 def test_examples_that_fill_up_a_batch_do_not_correlate():
@@ -110,8 +126,9 @@ def test_examples_that_fill_up_a_batch_do_not_correlate():
     student, teacher = (jnp.array(rng.normal(0, 3, (8, 5)), jnp.float32) for _ in range(2))
     batch = {"label": jnp.arange(8) % 5, "mask": jnp.arange(8) < 6}
     config = dataclasses.replace(SETTINGS, method="dist")
-    whole = logit_loss(config, student, teacher, batch)
-    part = logit_loss(config, student[:6], teacher[:6], {k: v[:6] for k, v in batch.items()})
+    loss_fn = jax.jit(partial(logit_loss, config))
+    whole = loss_fn(student, teacher, batch)
+    part = loss_fn(student[:6], teacher[:6], {k: v[:6] for k, v in batch.items()})
     np.testing.assert_allclose(whole[:6], part, rtol=1e-5)
 
 
@@ -131,12 +148,12 @@ def test_the_teacher_sees_the_very_view_of_the_student(teacher, small, shapes):
     from bmjax.data.loader import make_view
 
     view = make_view(AugmentConfig(mixup=1.0), (12, 12), [0.5])
-    batch = view(jax.random.key(5), {**batch, "position": jnp.arange(8)})
+    batch = jax.jit(view)(jax.random.key(5), {**batch, "position": jnp.arange(8)})
     config = dataclasses.replace(SETTINGS, alpha=1.0)
-    loss_fn = distillation_loss(model, teacher.statistics, teacher, config)
+    loss_fn = jax.jit(distillation_loss(model, teacher.statistics, teacher, config))
     loss, _ = loss_fn(params, {}, batch, jax.random.key(0))
     sides = [(teacher.model, teacher.variables), (model, {"params": params})]
-    asked, student = (predict_logits(m, teacher.statistics, v, batch["image"]) for m, v in sides)
+    asked, student = (logits_of(m, teacher, v, batch) for m, v in sides)
     np.testing.assert_allclose(loss, losses.distillation(student, asked, 3.0), rtol=1e-4)
 
 
@@ -148,16 +165,16 @@ def test_features_are_compared_and_their_projections_learn(teacher, small, shape
     matching = match_features(config, model, ("cnn_tiny", teacher.model), (12, 12, 1))
     assert matching is not None
     extra = matching.init(jax.random.key(0))
-    loss_fn = distillation_loss(model, teacher.statistics, teacher, config, None, matching)
+    loss_fn = jax.jit(distillation_loss(model, teacher.statistics, teacher, config, None, matching))
     whole = {**params, LOSS_PARAMS: extra}
     loss, (_, metrics) = loss_fn(whole, {}, batch, jax.random.key(0))
-    plain = distillation_loss(model, teacher.statistics, teacher, SETTINGS)
+    plain = jax.jit(distillation_loss(model, teacher.statistics, teacher, SETTINGS))
     without, _ = plain(params, {}, batch, jax.random.key(0))
     np.testing.assert_allclose(loss, without + 2 * metrics["features"], rtol=1e-5)
 
     def features_of(model, variables):
         images = (batch["image"] - teacher.statistics["mean"][0]) / teacher.statistics["std"][0]
-        _, new = model.apply(variables, images, mutable=["intermediates"])
+        _, new = jax.jit(partial(model.apply, mutable=["intermediates"]))(variables, images)
         return new["intermediates"]
 
     ours = features_of(model, {"params": params})["hidden1"]
@@ -165,7 +182,8 @@ def test_features_are_compared_and_their_projections_learn(teacher, small, shape
     (layer,) = extra.values()
     expected = jnp.mean((ours @ layer["kernel"] + layer["bias"][None] - theirs) ** 2, axis=-1)
     np.testing.assert_allclose(metrics["features"], expected, rtol=1e-4)
-    grads = jax.grad(lambda p: jnp.sum(loss_fn(p, {}, batch, jax.random.key(0))[0]))(whole)
+    total = jax.jit(jax.grad(lambda p: jnp.sum(loss_fn(p, {}, batch, jax.random.key(0))[0])))
+    grads = total(whole)
     for path, grad in jax.tree_util.tree_leaves_with_path(grads):
         assert float(jnp.abs(grad).max()) > 0, path
 
@@ -180,13 +198,10 @@ def test_a_teacher_that_follows_is_the_average_in_evaluation_mode(small, shapes,
         loss, _ = loss_fn(params, {}, batch, jax.random.key(0), ema_params=average)
         return jnp.sum(loss)
 
-    student, asked = (
-        predict_logits(model, teacher.statistics, {"params": p}, batch["image"])
-        for p in (params, average)
-    )
+    student, asked = (logits_of(model, teacher, {"params": p}, batch) for p in (params, average))
     expected = jnp.sum(losses.distillation(student, asked, 3.0))
-    np.testing.assert_allclose(total(params, average), expected, rtol=1e-4)
-    to_student, to_average = jax.grad(total, (0, 1))(params, average)
+    np.testing.assert_allclose(jax.jit(total)(params, average), expected, rtol=1e-4)
+    to_student, to_average = jax.jit(jax.grad(total, (0, 1)))(params, average)
     chex.assert_trees_all_equal(to_average, jax.tree.map(jnp.zeros_like, average))
     assert float(jnp.abs(to_student["head"]["kernel"]).max()) > 0
 
@@ -213,8 +228,5 @@ def test_an_ensemble_is_the_weighted_mean_of_logits(teacher, small, shapes):
     )
     both = combine([teacher, other], (3.0, 1.0))
     _, _, batch = student_of(small, shapes)
-    ask = [
-        predict_logits(one.model, one.statistics, one.variables, batch["image"])
-        for one in (teacher, other, both)
-    ]
+    ask = [logits_of(one.model, one, one.variables, batch) for one in (teacher, other, both)]
     np.testing.assert_allclose(ask[2], 0.75 * ask[0] + 0.25 * ask[1], rtol=1e-4, atol=1e-5)
