@@ -8,37 +8,31 @@ bytes that go into them. They are the same for any larger number of devices: eac
 for each batch normalisation its sums forward and backward.
 
 The rest is arithmetic, and no measurement. A ring all-reduce of n bytes over N devices moves
-2 (N - 1) / N n bytes over each link, and takes N - 1 latencies twice. The time of a step's
-arithmetic is `3 x forward FLOPs x images / (peak x share)` for an assumed share of the peak. Where
-the all-reduce of the gradients hides behind the backward pass (XLA's latency-hiding scheduler), it
-costs only what is longer than two thirds of the step; the sums of batch normalisation never hide.
+2 (N - 1) / N n bytes over each link, and takes N - 1 latencies twice; a tree moves all of them
+log2(N) times up and down, which is faster for few bytes. The faster of both is taken. The time of a
+step's arithmetic is `3 x forward FLOPs x images / (peak x share)` for an assumed share of the peak.
+Where the all-reduce of the gradients hides behind the backward pass (XLA's latency-hiding
+scheduler), it costs only what is longer than two thirds of the step; the sums of batch
+normalisation never hide.
 """
 
 import argparse
-import re
+import math
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 
 jax.config.update("jax_num_cpu_devices", 8)
 
-from jax.tree_util import Partial  # noqa: E402
-
+from bmjax.bench import collectives  # noqa: E402
 from bmjax.bench.workload import count_flops  # noqa: E402
-from bmjax.compiled import make_train_steps, zero_totals  # noqa: E402
-from bmjax.config import AugmentConfig, OptimConfig  # noqa: E402
-from bmjax.data import loader  # noqa: E402
 from bmjax.models import create_model, num_params  # noqa: E402
-from bmjax.optim import make_optimizer  # noqa: E402
-from bmjax.parallel import Parallel  # noqa: E402
-from bmjax.train import classification_loss, create_state  # noqa: E402
 
-KINDS = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
 NUMBERS = (1, 8, 64, 512)
-STATISTICS = {"mean": [0.5] * 3, "std": [0.3] * 3}
+SMALL = 2048  # elements; no kernel of a convolution has fewer
 
 
 @dataclass(frozen=True)
@@ -100,34 +94,24 @@ class Counted:
 
 def count(name: str, side: int) -> Counted:
     """Compiles a model's step for eight devices and counts."""
-    parallel = Parallel("jit", jax.devices())
-    model, shape = create_model(name, 1000), (side, side, 3)
-    optimizer = make_optimizer(OptimConfig(optimizer="sgd"), lambda _: 0.1)
-    state = create_state(model, optimizer, shape, seed=0)
-    loss_fn = Partial(classification_loss(model, STATISTICS))
-    view = loader.make_view(AugmentConfig(augment=False), shape[:2], STATISTICS["mean"])
-    steps: Any = make_train_steps(parallel, optimizer, 16, view)
-    arrays = {"image": np.zeros((16, *shape), np.uint8), "label": np.zeros(16, np.int32)}
-    totals = zero_totals(loss_fn, state, shape)
-    held = [parallel.put(tree) for tree in (state, totals, loss_fn, arrays)]
-    text = steps.lower(*held, np.int32(1)).compile().as_text()
-    kinds: dict[str, int] = {}
-    total, small, params = 0, 0, num_params(state.params)
-    for line in text.splitlines():
-        match = re.search(rf" = (.*?) ({KINDS})(?:-start)?\(", line)
-        if match:
-            kinds[match[2]] = kinds.get(match[2], 0) + 1
-            shapes = re.findall(r"f32\[([\d,]*)\]", match[1])
-            sizes = [int(np.prod([int(n) for n in s.split(",") if n])) for s in shapes]
-            total += 4 * sum(sizes)
-            small += max(sizes) <= 2048
-    apply = jax.jit(lambda variables, images: model.apply(variables, images))
-    flops = count_flops(apply, state.variables, np.zeros((1, *shape), np.float32))
-    return Counted(name, kinds, 4 * params, total - 4 * params, small, flops)
+    found, state = collectives.of_step(name, side, 1000)
+    params = num_params(state.params)
+    kinds = dict(Counter(each.kind for each in found))
+    total = sum(sum(each.sizes) for each in found)
+    small = sum(max(each.sizes) <= SMALL for each in found)
+    apply = jax.jit(create_model(name, 1000).apply)
+    flops = count_flops(apply, state.variables, np.zeros((1, side, side, 3), np.float32))
+    return Counted(name, kinds, 4 * params, 4 * (total - params), small, flops)
+
+
+def all_reduce(number: int, size: float, machine: Machine) -> float:
+    """Returns seconds of an all-reduce of `size` bytes over `number` devices: a ring or a tree."""
+    tree = 2 * math.ceil(math.log2(number)) * (size / machine.slow + machine.latency)
+    return min(ring(number, size, machine), tree)
 
 
 def ring(number: int, size: float, machine: Machine) -> float:
-    """Returns seconds of an all-reduce of `size` bytes over `number` devices.
+    """Returns seconds of an all-reduce by rings.
 
     Within an island by its fast links; between islands each device then adds up its part of
     `1 / island` with its peers.
@@ -146,11 +130,16 @@ def ring(number: int, size: float, machine: Machine) -> float:
 def predict(counted: Counted, machine: Machine, number: int, batch: int, share: float) -> float:
     """Returns the predicted efficiency: the time of a step on one device over that on many."""
     compute = 3 * counted.flops * batch / (machine.flops * share)
-    of_gradients = ring(number, counted.gradients, machine)
+    of_gradients = all_reduce(number, counted.gradients, machine)
     shown = max(0.0, of_gradients - 2 / 3 * compute)
     each = counted.rest / max(counted.small, 1)
-    of_norms = counted.small * ring(number, each, machine)
+    of_norms = counted.small * all_reduce(number, each, machine)
     return compute / (compute + shown + of_norms)
+
+
+def plural(number: int) -> str:
+    """Returns a number of devices in words."""
+    return f"{number} device{'s' if number > 1 else ''}"
 
 
 def main() -> None:
@@ -164,9 +153,9 @@ def main() -> None:
     arguments = parser.parse_args()
     side = arguments.image_size
     all_counted = [count(name, side) for name in arguments.models]
-    lines = ["# Cost at scale, counted and predicted", ""]
-    lines += [" ".join(part.split()) for part in (__doc__ or "").split("\n\n")[2:]]
-    lines = [line for each in lines for line in (each, "")]
+    command = "Written by `uv run python experiments/scaling.py --out experiments/scaling.md`."
+    parts = ["# Cost at scale, counted and predicted", command, *(__doc__ or "").split("\n\n")[2:]]
+    lines = [line for part in parts for line in (" ".join(part.split()), "")]
     lines += [
         f"Counted, {side} px:",
         "",
@@ -186,7 +175,9 @@ def main() -> None:
             f"{arguments.share:.0%} of {machine.flops / 1e12:.0f} TFLOP/s; latency of "
             f"{1e6 * machine.latency:.0f} microseconds assumed. Source: {machine.source}.",
             "",
-            "| model | " + " | ".join(f"{number} devices" for number in NUMBERS) + " |",
+            "| model | "
+            + " | ".join(f"{number} device{'s' * (number > 1)}" for number in NUMBERS)
+            + " |",
             "|---|" + "---|" * len(NUMBERS),
         ]
         for each in all_counted:
