@@ -240,6 +240,7 @@ def test_a_head_is_kept_where_the_classes_are_the_same(config, tmp_path):
     assert not Path(other.out).exists()
 
 
+@pytest.mark.slow
 def test_early_stopping_ends_and_stays_ended(config):
     # At such a learning rate nothing changes, so no epoch after the first is better than it...
     config = dataclasses.replace(

@@ -343,7 +343,8 @@ class Read:
         return "Read()"
 
 
-@pytest.mark.parametrize("parallel", ["jit", pytest.param("pmap", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["jit", "pmap"])
 def test_data_read_window_by_window_give_the_run_of_data_in_memory(
     small, shapes, quiet, tmp_path, monkeypatch, parallel
 ):

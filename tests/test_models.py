@@ -144,6 +144,7 @@ def test_cifar_resnets_are_those_of_the_papers(name):
     }
 
 
+@pytest.mark.slow
 def test_a_block_that_is_computed_again_has_the_same_gradients():
     images = jax.random.normal(jax.random.key(1), (4, 16, 16, 3))
     plain = bmjax.create_model("resnet8", num_classes=3)

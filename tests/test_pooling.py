@@ -55,6 +55,7 @@ def test_derivatives_forward_and_of_second_order_equal_those_of_linen(window):
 
 @pytest.mark.parametrize("window", [2, 3])
 @pytest.mark.parametrize("axis", [0, 3])
+@pytest.mark.slow
 def test_mapped_pooling_equals_that_of_each(window, axis):
     images = np.stack([pictures(6), 2 * pictures(6), -pictures(6)], axis)
 
