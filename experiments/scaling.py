@@ -175,9 +175,7 @@ def main() -> None:
             f"{arguments.share:.0%} of {machine.flops / 1e12:.0f} TFLOP/s; latency of "
             f"{1e6 * machine.latency:.0f} microseconds assumed. Source: {machine.source}.",
             "",
-            "| model | "
-            + " | ".join(f"{number} device{'s' * (number > 1)}" for number in NUMBERS)
-            + " |",
+            "| model | " + " | ".join(plural(number) for number in NUMBERS) + " |",
             "|---|" + "---|" * len(NUMBERS),
         ]
         for each in all_counted:

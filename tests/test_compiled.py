@@ -1,37 +1,28 @@
-import jax
-import numpy as np
 import pytest
 
 from bmjax.bench import collectives
-from bmjax.models import create_model
+from bmjax.models import num_params
 
 SIDE = 32
 
 
-def num_params(name: str) -> int:
-    variables = jax.eval_shape(
-        create_model(name, 3).init, jax.random.key(0), np.zeros((1, SIDE, SIDE, 3), np.float32)
-    )
-    return sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
-
-
 def test_a_step_on_eight_devices_adds_up_once():
-    ((kind, sizes), *more), _ = collectives.of_step("mlp", SIDE, 3)
+    ((kind, sizes), *more), state = collectives.of_step("mlp", SIDE, 3)
     assert not more
     assert kind == "all-reduce"
     # The gradients, and the sums of loss, accuracy and examples; nothing twice, nothing else.
-    assert sum(sizes) == num_params("mlp") + 3
+    assert sum(sizes) == num_params(state.params) + 3
 
 
 @pytest.mark.slow
 def test_batch_normalisation_adds_two_sums_each_way_and_nothing_else():
-    found, _ = collectives.of_step("resnet_tiny", SIDE, 3)
+    found, state = collectives.of_step("resnet_tiny", SIDE, 3)
     assert {kind for kind, _ in found} == {"all-reduce"}
     total = sum(sum(sizes) for _, sizes in found)
     norms = [8, 8, 8, 16, 16, 16, 32, 32, 32, 64, 64, 64]
     # Forward the mean with the number of values, and the variance; backward the gradients of scale
     # and bias, which are the sums that the gradient by the values needs, too.
-    assert total <= num_params("resnet_tiny") + 3 + sum(2 * size + 1 for size in norms)
+    assert total <= num_params(state.params) + 3 + sum(2 * size + 1 for size in norms)
     # Three a layer, the gradients of all kernels joined to a few of them.
     assert len(found) <= 3 * len(norms)
 

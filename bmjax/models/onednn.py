@@ -165,6 +165,10 @@ class _Library:
         """Returns the layout of one of a primitive's arrays."""
         return c_void_p(self.call("primitive_desc_query_md", description, kind, 0))
 
+    def size(self, layout: c_void_p) -> int:
+        """Returns the bytes of an array of a layout."""
+        return int(self.call("memory_desc_get_size", layout))
+
     @contextmanager
     def memories(self) -> Iterator[_Memory]:
         """Gives a function from layout and address to a memory, which is gone afterwards."""
@@ -188,13 +192,15 @@ class _Primitive:
         self._library = library
         self._made = library.new("primitive_create", description)
         self._scratchpad = library.layout_of(description, _SCRATCHPAD)
+        self._bytes = library.size(self._scratchpad)
 
     def __call__(self, arguments: dict[int, c_void_p], memory: _Memory) -> None:
         """Runs on memories, by what they are to it."""
-        scratch = memory(self._scratchpad, _scratch("pad", self._library, self._scratchpad))
-        everything = {**arguments, _SCRATCH: scratch}
-        array = (_Argument * len(everything))(
-            *(_Argument(kind, each.value) for kind, each in everything.items())
+        if self._bytes:
+            scratch = memory(self._scratchpad, _scratch("pad", self._bytes))
+            arguments = {**arguments, _SCRATCH: scratch}
+        array = (_Argument * len(arguments))(
+            *(_Argument(kind, each.value) for kind, each in arguments.items())
         )
         library = self._library
         library.check("primitive_execute", self._made, library.stream, len(array), array)
@@ -251,7 +257,7 @@ class _Convolution:
         if not library.call("memory_desc_equal", fast, plain):
             ends = (fast, plain) if role == "kernel" else (plain, fast)
             description = library.describe("reorder", ends[0], engine, ends[1], engine)
-            self._reorder = _Primitive(library, description)
+            self._reorder, self._bytes = _Primitive(library, description), library.size(fast)
 
     def __call__(self, *pointers: int) -> None:
         """Computes, from the addresses of first operand, second operand and result."""
@@ -260,7 +266,7 @@ class _Convolution:
             memories = [memory(*pair) for pair in zip(self._layouts, pointers, strict=True)]
             plain, used = memories[self._kernel], list(memories)
             if self._reorder:
-                used[self._kernel] = memory(self._fast, _scratch("kernel", library, self._fast))
+                used[self._kernel] = memory(self._fast, _scratch("kernel", self._bytes))
                 if self._role != "kernel":
                     self._reorder({_FROM: plain, _TO: used[self._kernel]}, memory)
             self._primitive(dict(zip(_ARGUMENTS[self._role], used, strict=True)), memory)
@@ -281,9 +287,8 @@ _of_thread = threading.local()
 _LINE = 64  # bytes, of a cache line
 
 
-def _scratch(use: str, library: _Library, layout: c_void_p) -> int:
-    """Returns the address of as many bytes as a layout has, this thread's for that use."""
-    size = library.call("memory_desc_get_size", layout)
+def _scratch(use: str, size: int) -> int:
+    """Returns the address of `size` bytes, this thread's for that use until it asks again."""
     held = getattr(_of_thread, use, None)
     if held is None or held.nbytes < size + _LINE:
         held = np.empty(size + _LINE, np.uint8)
