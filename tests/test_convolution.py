@@ -1,3 +1,4 @@
+import ctypes
 import itertools
 import os
 import subprocess
@@ -215,6 +216,35 @@ def test_onednn_computes_the_same_in_several_threads_at_a_time(role):
         for _ in range(20):
             for expected, found in zip(alone, threads.map(result, inputs), strict=True):
                 np.testing.assert_array_equal(expected, found)
+
+
+@needs_onednn
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("width", [1, 2, 5])
+def test_no_result_depends_on_what_was_in_memory(width, dtype, monkeypatch):
+    geometry = Geometry(5, 2, width, 32, 3, 3, 64, 2, 1, 1, 1, 1, 1)
+    random = np.random.default_rng(0)
+    arrays = {of: jnp.asarray(random.normal(size=geometry.shape(of)), dtype) for of in ROLES}
+    scratch = onednn._scratch
+
+    def full_of_nan(use, size):
+        address = scratch(use, size)
+        ctypes.memset(address, 0xFF, size)
+        return address
+
+    monkeypatch.setattr(onednn, "_scratch", full_of_nan)
+
+    @jax.jit
+    def derivatives(images, kernel, cotangent):
+        forward = partial(convolve, padding=geometry.padding, stride=geometry.stride)
+        out, transposed = jax.vjp(forward, images, kernel)
+        by_images, by_kernel = transposed(cotangent)
+        return {"output": out, "images": by_images, "kernel": by_kernel}
+
+    found = derivatives(arrays["images"], arrays["kernel"], arrays["output"])
+    for role, expected in in_float64(geometry, arrays).items():
+        allowed = (1e-6 if dtype == jnp.float32 else 8e-3) * np.abs(expected).max()
+        np.testing.assert_allclose(np.asarray(found[role], np.float64), expected, 0, allowed)
 
 
 @needs_onednn
