@@ -302,6 +302,31 @@ def test_jpeg_files_are_decoded_at_full_resolution(tmp_path):
     assert np.abs(got - expected).max() <= 1
 
 
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_both_decoders_of_jpeg_give_the_same_pixels(mode, progressive, subsampling, monkeypatch):
+    simplejpeg = pytest.importorskip("simplejpeg")
+    files = []
+    for width, height, quality in [(64, 48, 75), (31, 50, 95), (17, 9, 30)]:
+        files.append(io.BytesIO())
+        options = {"quality": quality, "progressive": progressive, "subsampling": subsampling}
+        noise(width, height).convert(mode).save(files[-1], "JPEG", **options)
+    used, by_simplejpeg = [], simplejpeg.decode_jpeg
+
+    def count(*arguments):
+        used.append(arguments)
+        return by_simplejpeg(*arguments)
+
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", count)
+    faster = [np.asarray(decode(file, channels)) for file in files for channels in (1, 3)]
+    assert len(used) == 6
+    monkeypatch.setattr(preprocess, "_has_simplejpeg", lambda: False)
+    for expected in (decode(file, channels) for file in files for channels in (1, 3)):
+        np.testing.assert_array_equal(faster.pop(0), np.asarray(expected))
+    assert len(used) == 6
+
+
 def test_files_may_be_open_or_in_memory():
     content = (FIXTURES / "turned.jpg").read_bytes()
     expected = np.asarray(decode(FIXTURES / "turned.jpg"))

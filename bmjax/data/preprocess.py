@@ -1,5 +1,8 @@
 """From image files and pixel values to what a model takes."""
 
+import contextlib
+import functools
+import importlib.util
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -203,9 +206,9 @@ def decode(file: str | Path | BinaryIO, channels: int = 3) -> Image.Image:
     name = getattr(file, "name", "the file")
     try:
         with Image.open(file) as opened:
-            opened.load()
+            loaded = _load(opened, file)
             turn = _UPRIGHT.get(_orientation(opened))
-            picture = _convert(_to_8_bits(opened, name), channels)
+            picture = _convert(_to_8_bits(loaded, name), channels)
             return picture if turn is None else picture.transpose(turn)
     except UserError:
         raise
@@ -215,6 +218,29 @@ def decode(file: str | Path | BinaryIO, channels: int = 3) -> Image.Image:
         raise UserError(
             f"{name} cannot be read as an image ({error}). It may be cut off or of another format."
         ) from error
+
+
+def _load(opened: Image.Image, file: BinaryIO) -> Image.Image:
+    """Returns an opened picture with its pixels; those of JPEG by simplejpeg where it is installed.
+
+    Both hand the work to libjpeg-turbo, with the same options, to the same pixels; simplejpeg in
+    less time. A damaged file is left to Pillow, which tells in what way.
+    """
+    kinds = {"RGB": "RGB", "L": "GRAY"}
+    if opened.format == "JPEG" and opened.mode in kinds and _has_simplejpeg():
+        import simplejpeg
+
+        file.seek(0)
+        with contextlib.suppress(ValueError):
+            pixels = simplejpeg.decode_jpeg(file.read(), kinds[opened.mode])
+            return Image.fromarray(pixels if opened.mode == "RGB" else pixels[:, :, 0])
+    opened.load()
+    return opened
+
+
+@functools.cache
+def _has_simplejpeg() -> bool:
+    return importlib.util.find_spec("simplejpeg") is not None
 
 
 def _decode_path(path: Path, channels: int) -> Image.Image:
