@@ -65,7 +65,7 @@ def main() -> None:
         f"{statistics.median(extra):+.3f} s (median of {REPEATS}; "
         f"{min(extra):+.3f} to {max(extra):+.3f})"
     )
-    for model in ("mlp", "cnn"):
+    for model in ("mlp", "cnn", "resnet18"):
         with tempfile.TemporaryDirectory() as folder:
             cache = str(Path(folder) / "cache")
             seconds("import bmjax; bmjax.load_dataset('mnist5k')", cache=cache)

@@ -27,6 +27,9 @@ CASES = [
     (7, 8, 1, 8, 1, (0, 0), 1),
     (8, 8, 1, 8, 2, (0, 0), 1),
     (2, 32, 3, 32, 1, (1, 1), 1),
+    (1, 8, 3, 8, 2, (1, 1), 1),
+    (3, 8, 7, 16, 2, (3, 3), 1),
+    (4, 8, 3, 8, 2, (0, 1), 1),
     (7, 16, 3, 32, 1, (1, 1), 4),
     (8, 16, 3, 16, 2, (1, 1), 4),
 ]
@@ -162,8 +165,8 @@ def test_as_many_images_are_convolved_at_once_as_fit_a_cache(batch, side, size, 
     assert matmul_convolution.part_size(geometry, jnp.float32) == expected
 
 
-def lowered_for(platform):
-    images, kernel = jnp.zeros((2, 8, 8, 8)), jnp.zeros((3, 3, 8, 8))
+def lowered_for(platform, side=8):
+    images, kernel = jnp.zeros((2, side, side, 8)), jnp.zeros((3, 3, 8, 8))
     traced = jax.jit(lambda x, k: convolve(x, k, ((1, 1), (1, 1)))).trace(images, kernel)
     return traced.lower(lowering_platforms=(platform,)).as_text()
 
@@ -175,6 +178,13 @@ def test_a_cpu_has_onednn_and_other_backends_the_convolution_of_xla():
         text = lowered_for(platform)
         assert "stablehlo.convolution" in text
         assert "bmjax_convolution" not in text
+
+
+@pytest.mark.parametrize(("side", "places"), [(1, 1), (2, 9), (3, 9)])
+def test_few_pixels_take_a_matmul_for_each_place_of_the_kernel_on_them(side, places):
+    text = lowered_for("cpu", side)
+    assert text.count("dot_general") == places
+    assert "bmjax_convolution" not in text
 
 
 @needs_onednn
@@ -222,7 +232,7 @@ def test_onednn_computes_the_same_in_several_threads_at_a_time(role):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("width", [1, 2, 5])
 def test_no_result_depends_on_what_was_in_memory(width, dtype, monkeypatch):
-    geometry = Geometry(5, 2, width, 32, 3, 3, 64, 2, 1, 1, 1, 1, 1)
+    geometry = Geometry(5, 20, width, 32, 3, 3, 64, 2, 1, 1, 1, 1, 1)
     random = np.random.default_rng(0)
     arrays = {of: jnp.asarray(random.normal(size=geometry.shape(of)), dtype) for of in ROLES}
     scratch = onednn._scratch

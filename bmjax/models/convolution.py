@@ -128,7 +128,9 @@ def _on_cpu(context: Any, *operands: Any, role: Role, geometry: Geometry) -> Any
     # devices: the compiler would gather the whole batch on each. And where each device has its
     # part, their threads wait for one another, and oneDNN's come on top of them.
     alone = getattr(context.module_context.axis_context, "num_devices", None) == 1
-    if alone and onednn.can(role, geometry, context.avals_in[0].dtype):
+    if matmul_convolution.few_pixels(geometry):
+        rule = _rule(matmul_convolution.convolve, False)
+    elif alone and onednn.can(role, geometry, context.avals_in[0].dtype):
         rule = _rule(onednn.convolve)
     else:
         rule = _rule(matmul_convolution.convolve, alone)

@@ -1,9 +1,12 @@
 """Convolution as matmuls over slices of the images: what a CPU does where no better is installed.
 
-XLA's own convolution on CPU is slow for small images, and its gradient by the kernel for all.
+XLA's own convolution on CPU is slow for small images, and its gradient by the kernel for all. For
+outputs of a few pixels this is faster than any library here, see `few_pixels`.
 """
 
 import functools
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +20,25 @@ from bmjax.models.geometry import Geometry, Role
 _PATCH_BYTES = 5 << 20
 # Fewer channels make thin matmuls.
 _THIN = 8
+# Outputs of at most so many pixels are few.
+_FEW = 9
 
 
 def at_least_float32(dtype: jax.typing.DTypeLike) -> jnp.dtype:
     """Returns the type that sums and statistics of values of `dtype` are kept in."""
     return jnp.promote_types(dtype, jnp.float32)
+
+
+def few_pixels(geometry: Geometry) -> bool:
+    """Says whether so few pixels come out that a matmul for each place in the kernel pays.
+
+    At 2x2 pixels a 3x3 kernel has more places beside the images than on them: of 36 pairs of pixel
+    and place 16 count, at 1x1 one of 9. A matmul per place leaves the others out. Measured on 2
+    cores of an Intel Xeon, batch 64, 512 channels, 2x2 pixels: 3 to 5 times as fast as oneDNN in
+    float32 and bfloat16, in all three roles; at 4x4 as fast or slower.
+    """
+    _, height, width, _ = geometry.shape("output")
+    return geometry.groups == 1 and height * width <= _FEW
 
 
 def convolve(role: Role, geometry: Geometry, first: Array, second: Array, in_parts: bool) -> Array:
@@ -35,6 +52,8 @@ def convolve(role: Role, geometry: Geometry, first: Array, second: Array, in_par
         in_parts: whether a few images at a time, so that their patches stay in the processor's
             cache.
     """
+    if few_pixels(geometry):
+        return _by_place(role, geometry, first, second)
     size = part_size(geometry, first.dtype) if in_parts else geometry.batch
     step = functools.partial(_part, role, geometry._replace(batch=size))
     if size == geometry.batch:
@@ -58,6 +77,45 @@ def convolve(role: Role, geometry: Geometry, first: Array, second: Array, in_par
     else:
         out = lax.map(lambda output: step(first, output), split(second))
     return out.reshape(geometry.shape(role))
+
+
+def _places(geometry: Geometry) -> Iterator[tuple[tuple[int, int], Any, Any]]:
+    """Yields each place in the kernel with the pixels of images and of output that meet there."""
+    _, height, width, _ = geometry.shape("output")
+
+    def meeting(place: int, before: int, size: int, number: int) -> tuple[slice, slice] | None:
+        stride = geometry.stride
+        first = max(0, -(-(before - place) // stride))
+        last = min(number - 1, (size - 1 + before - place) // stride)
+        begin = first * stride + place - before
+        end = begin + (last - first) * stride + 1
+        return (slice(begin, end, stride), slice(first, last + 1)) if first <= last else None
+
+    for i in range(geometry.rows):
+        for j in range(geometry.columns):
+            rows = meeting(i, geometry.top, geometry.height, height)
+            columns = meeting(j, geometry.left, geometry.width, width)
+            if rows and columns:
+                every = slice(None)
+                yield (i, j), (every, rows[0], columns[0]), (every, rows[1], columns[1])
+
+
+def _by_place(role: Role, geometry: Geometry, first: Array, second: Array) -> Array:
+    """Computes as `convolve`, by one matmul for each place in the kernel."""
+    wide = at_least_float32(first.dtype)
+    multiply = functools.partial(jnp.einsum, preferred_element_type=wide)
+    total = jnp.zeros(geometry.shape(role), wide)
+    for place, of_images, of_output in _places(geometry):
+        if role == "kernel":
+            product = multiply("bhwc,bhwf->cf", first[of_images], second[of_output])
+            total = total.at[place].set(product)
+        elif role == "output":
+            product = multiply("bhwc,cf->bhwf", first[of_images], second[place])
+            total = total.at[of_output].add(product)
+        else:
+            product = multiply("bhwf,cf->bhwc", second[of_output], first[place])
+            total = total.at[of_images].add(product)
+    return total.astype(first.dtype)
 
 
 def part_size(geometry: Geometry, dtype: jax.typing.DTypeLike) -> int:
