@@ -179,6 +179,15 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def write(results: list[dict[str, Any]], folder: Path) -> None:
+    """Writes tables and chart of all that was measured until now."""
+    folder.mkdir(parents=True, exist_ok=True)
+    command = "python experiments/bench_train.py " + " ".join(sys.argv[1:])
+    (folder / "bench_train.md").write_text(markdown(results, command.strip()))
+    write_csv(results, folder / "bench_train.csv")
+    draw(results, folder / "bench_train.png")
+
+
 def main() -> None:
     """Runs all workloads and writes the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -197,6 +206,7 @@ def main() -> None:
         result = run(job, contenders, arguments.turns)
         result["alone"] = alone(job)
         results.append(result)
+        write(results, arguments.out)  # each time, so that nothing is lost where one fails
         for kind in ("training", "inference"):
             row = fastest_of_pytorch(result["rows"], kind)
             low, high = row["ratio_range"]
@@ -205,11 +215,6 @@ def main() -> None:
                 f"({low:.2f} to {high:.2f})",
                 flush=True,
             )
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    command = "python experiments/bench_train.py " + " ".join(sys.argv[1:])
-    (arguments.out / "bench_train.md").write_text(markdown(results, command.strip()))
-    write_csv(results, arguments.out / "bench_train.csv")
-    draw(results, arguments.out / "bench_train.png")
     best = [fastest_of_pytorch(result["rows"], "training")["ratio"] for result in results]
     print(f"training, median over {len(best)} workloads: {statistics.median(best):.2f}")
 

@@ -1,14 +1,10 @@
-from functools import partial
-
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bmjax.models import layers
 from bmjax.models.layers import BatchNorm, make_norm
-from tests.conftest import float64_enabled
 
 
 def normalize(values, mask=None, variables=None, **options):
@@ -60,71 +56,6 @@ def test_a_batch_of_padding_alone_moves_nothing():
     out, stats = normalize(values, np.zeros(2, bool))
     chex.assert_tree_all_finite(out)
     assert (float(stats["mean"][0]), float(stats["var"][0]), int(stats["count"])) == (0, 1, 0)
-
-
-def step_by_step(values, scale, bias, weights):
-    """Batch normalisation as its definition reads, for autodiff to differentiate."""
-    number = jnp.sum(weights) * values.shape[1] * values.shape[2]
-    kept = weights[:, None, None, None]
-    mean = jnp.sum(values * kept, (0, 1, 2)) / number
-    var = jnp.sum((values - mean[None, None, None]) ** 2 * kept, (0, 1, 2)) / number
-    unit = (values - mean[None, None, None]) / jnp.sqrt(var + 1e-5)[None, None, None]
-    return unit * scale[None, None, None] + bias[None, None, None], mean, var
-
-
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("devices", [1, 2])
-def test_derivatives_are_those_of_the_definition_in_float64(masked, devices):
-    random = np.random.default_rng(0)
-    values = random.normal(2, 3, (6, 4, 5, 3))
-    scale, bias = random.normal(1, 1, 3), random.normal(0, 1, 3)
-    mask = np.array([1, 1, 0, 1, 1, 1]) if masked else np.ones(6)
-    weighing = [random.normal(0, 1, shape) for shape in (values.shape, (3,), (3,))]
-    moves = [random.normal(0, 1, array.shape) for array in (values, scale, bias)]
-
-    def every(normalize, dtype):
-        cast = [jnp.asarray(each, dtype) for each in (values, scale, bias)]
-        along = [jnp.asarray(each, dtype) for each in moves]
-
-        def loss(*arrays):
-            results = normalize(*arrays)
-            return sum(
-                jnp.sum(jnp.sin(each) * jnp.asarray(w, dtype))
-                for each, w in zip(results, weighing, strict=True)
-            )
-
-        @jax.jit
-        def derivatives(arrays, along):
-            slope = jax.grad(loss, (0, 1, 2))
-            forward = jax.jvp(normalize, arrays, along)
-            return slope(*arrays), forward, jax.jvp(slope, arrays, along)[1]
-
-        return derivatives(cast, along)
-
-    def ours(values, scale, bias):
-        weights = jnp.asarray(mask, jnp.float32) if masked else None
-        axis = "parts" if devices > 1 else None
-
-        def one(values, weights):
-            number = layers._number(values, weights, axis)
-            return layers._normalize(values, scale, bias, weights, number, 1e-5, axis)
-
-        if devices == 1:
-            out, (mean, var) = one(values, weights)
-            return out, mean, var
-        parts = values.reshape(devices, -1, *values.shape[1:])
-        split = None if weights is None else weights.reshape(devices, -1)
-        axes = (0, None if weights is None else 0)
-        out, (mean, var) = jax.vmap(one, axes, axis_name="parts")(parts, split)
-        return out.reshape(values.shape), mean[0], var[0]
-
-    got = every(ours, jnp.float32)
-    with float64_enabled():
-        weights = jnp.asarray(mask, jnp.float64)
-        expected = every(partial(step_by_step, weights=weights), jnp.float64)
-        expected = jax.tree.map(np.asarray, expected)
-    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * np.abs(other).max())
 
 
 def test_frozen_statistics_normalise_in_training_and_stay():

@@ -1,6 +1,5 @@
 """Convolution, pooling and normalisation, each as fast as its backend allows."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,10 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from bmjax.models.convolution import convolve
-from bmjax.models.matmul_convolution import at_least_float32
-
-# Rows that are added up elementwise before a sum.
-_ROWS_AT_ONCE = 8
+from bmjax.models.normalization import normalize, per_channel, wider
 
 
 class Conv(nn.Module):
@@ -88,15 +84,14 @@ class BatchNorm(nn.Module):
         mean = self.variable("batch_stats", "mean", jnp.zeros, size)
         var = self.variable("batch_stats", "var", jnp.ones, size)
         count = self.variable("batch_stats", "count", jnp.zeros, (), jnp.int32)
-        wide = values.astype(at_least_float32(values.dtype))
         if not train or self.frozen:
+            wide = wider(values)
             factor = lax.rsqrt(var.value + self.epsilon) * scale
-            out = (wide - _wide(mean.value)) * _wide(factor) + _wide(bias)
+            out = (wide - per_channel(mean.value)) * per_channel(factor) + per_channel(bias)
             return out.astype(self.dtype or values.dtype)
         axis_name = None if self.is_initializing() else self.axis_name
-        weights = None if mask is None else mask.astype(wide.dtype)
-        number = _number(wide, weights, axis_name)
-        out, of_batch = _normalize(wide, scale, bias, weights, number, self.epsilon, axis_name)
+        given = values if self.dtype in (None, values.dtype) else wider(values)
+        out, of_batch, number = normalize(given, scale, bias, mask, self.epsilon, axis_name)
         if not self.is_initializing():
             unbiased = of_batch[1] * (number / jnp.maximum(number - 1, 1))
             some = number > 0  # a part of a filled-up batch may hold nothing that counts
@@ -105,82 +100,6 @@ class BatchNorm(nn.Module):
             var.value += step * (unbiased - var.value)
             count.value += some.astype(jnp.int32)
         return out.astype(self.dtype or values.dtype)
-
-
-def _wide(channels: Array) -> Array:
-    return channels[None, None, None, :]
-
-
-def _number(values: Array, weights: Array | None, axis_name: str | None) -> Array:
-    """Returns how many values of a channel count."""
-    batch, height, width, _ = values.shape
-    images = jnp.asarray(batch, values.dtype) if weights is None else jnp.sum(weights)
-    number = images * height * width
-    return lax.psum(number, axis_name) if axis_name else number
-
-
-def _average(
-    of_images: Array, weights: Array | None, number: Array, axis_name: str | None
-) -> Array:
-    """Returns the mean per channel from the sums of each image, [batch, channels]."""
-    total = jnp.sum(of_images, axis=0) if weights is None else weights @ of_images
-    total = lax.psum(total, axis_name) if axis_name else total
-    return total / jnp.maximum(number, 1)
-
-
-def _squares(values: Array, mean: Array) -> Array:
-    """Returns the sum of squared deviations of each image and channel."""
-
-    def plain(values: Array, mean: Array) -> Array:
-        return jnp.sum((values - _wide(mean)) ** 2, axis=(1, 2))
-
-    def in_slices(values: Array, mean: Array) -> Array:
-        # XLA on CPU hands a sum to a library, and writes what is summed to memory first. Rows that
-        # are added up elementwise are fused instead, and leave it a fraction.
-        parts = max(n for n in range(1, _ROWS_AT_ONCE + 1) if values.shape[1] % n == 0)
-        squares = [(values[:, i::parts] - _wide(mean)) ** 2 for i in range(parts)]
-        return jnp.sum(functools.reduce(jnp.add, squares), axis=(1, 2))
-
-    return lax.platform_dependent(values, mean, cpu=in_slices, default=plain)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(5, 6))
-def _normalize(
-    values: Array,
-    scale: Array,
-    bias: Array,
-    weights: Array | None,
-    number: Array,
-    epsilon: float,
-    axis_name: str | None,
-) -> tuple[Array, tuple[Array, Array]]:
-    """Returns values normalised by the batch, and the batch's mean and biased variance."""
-    average = functools.partial(_average, weights=weights, number=number, axis_name=axis_name)
-    mean = average(jnp.sum(values, axis=(1, 2)))
-    var = average(_squares(values, mean))
-    factor = lax.rsqrt(var + epsilon) * scale
-    return (values - _wide(mean)) * _wide(factor) + _wide(bias), (mean, var)
-
-
-@_normalize.defjvp
-def _normalize_jvp(epsilon: float, axis_name: str | None, primals: Any, tangents: Any) -> Any:
-    """The derivative by its closed form: two sums of the batch, backward too.
-
-    With u = (x - mean) / sqrt(var + epsilon) and m the mean over the batch:
-    dy = scale / sqrt(var + epsilon) * (dx - m(dx) - u m(u dx)) + u dscale + dbias.
-    Step by step through mean and variance it would be five.
-    """
-    values, scale, _, weights, number = primals
-    d_values, d_scale, d_bias, *_ = tangents
-    out, (mean, var) = _normalize(*primals, epsilon, axis_name)
-    average = functools.partial(_average, weights=weights, number=number, axis_name=axis_name)
-    deviation = lax.rsqrt(var + epsilon)
-    unit = (values - _wide(mean)) * _wide(deviation)
-    d_mean, along = (average(jnp.sum(d, axis=(1, 2))) for d in (d_values, unit * d_values))
-    factor = deviation * scale
-    d_out = _wide(factor) * d_values + _wide(d_bias - factor * d_mean)
-    d_out += unit * _wide(d_scale - factor * along)
-    return (out, (mean, var)), (d_out, (d_mean, 2 * along / deviation))
 
 
 def make_norm(kind: str, **options: Any) -> Callable[..., Array]:

@@ -29,18 +29,18 @@ from bmjax.models.geometry import ROLES, Geometry, Role
 
 PACKAGE = "onednn-cpu-gomp"
 _TARGET = "bmjax_convolution"
-_DATA_TYPES = {"bfloat16": 2, "float32": 3}
+DATA_TYPES = {"bfloat16": 2, "float32": 3}
 
 
 def can(role: Role, geometry: Geometry, dtype: jnp.dtype) -> bool:
     """Says whether oneDNN is there and does such a convolution on this processor."""
-    if dtype.name not in _DATA_TYPES or 0 in geometry.shape("output") or library() is None:
+    if dtype.name not in DATA_TYPES or 0 in geometry.shape("output") or library() is None:
         return False
     if role == "kernel" and dtype == jnp.bfloat16 and geometry.width < geometry.stride:
         return False  # oneDNN 3 reads scratch there that it has not written: any number comes out
     try:
         _convolution(_key(role, geometry, dtype).tobytes())
-    except _OneDnnError:  # bfloat16 without AVX-512, for one
+    except OneDnnError:  # bfloat16 without AVX-512, for one
         return False
     return True
 
@@ -53,10 +53,10 @@ def convolve(role: Role, geometry: Geometry, first: Array, second: Array) -> Arr
 
 
 def _key(role: Role, geometry: Geometry, dtype: jnp.dtype) -> np.ndarray:
-    return np.array([ROLES.index(role), _DATA_TYPES[dtype.name], *geometry], np.int64)
+    return np.array([ROLES.index(role), DATA_TYPES[dtype.name], *geometry], np.int64)
 
 
-class _OneDnnError(RuntimeError):
+class OneDnnError(RuntimeError):
     """A function of oneDNN that failed."""
 
 
@@ -73,9 +73,19 @@ def library() -> "_Library | None":
             found = _Library(ctypes.CDLL(path))
     except OSError:  # such as no libgomp.so.1 on this machine
         return None
-    jax.ffi.register_ffi_target(_TARGET, jax.ffi.pycapsule(_HANDLER), platform="cpu", api_version=1)
+    register(_TARGET, _compute)
     atexit.register(_wait)
     return found
+
+
+def register(target: str, compute: Callable[[bytes, Sequence[int], Sequence[int]], None]) -> None:
+    """Makes a function known to XLA; see `xla_interface.handler`."""
+    handler = xla_interface.handler(compute)
+    _handlers.append(handler)
+    jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(handler), platform="cpu", api_version=1)
+
+
+_handlers: list[Any] = []  # XLA may call them for as long as the process lives
 
 
 def _wait() -> None:
@@ -139,10 +149,10 @@ class _Library:
         return getattr(self._functions, f"dnnl_{name}")(*arguments)
 
     def check(self, name: str, *arguments: Any) -> None:
-        """Calls `dnnl_NAME`; raises _OneDnnError where it fails."""
+        """Calls `dnnl_NAME`; raises OneDnnError where it fails."""
         status = self.call(name, *arguments)
         if status:
-            raise _OneDnnError(f"oneDNN: {name} ends with status {status}")
+            raise OneDnnError(f"oneDNN: {name} ends with status {status}")
 
     def new(self, name: str, *arguments: Any) -> c_void_p:
         """Returns what `dnnl_NAME` makes."""
@@ -167,6 +177,10 @@ class _Library:
         """Returns the layout of one of a primitive's arrays."""
         return c_void_p(self.call("primitive_desc_query_md", description, kind, 0))
 
+    def query(self, description: c_void_p, what: c_int, answer: Any) -> None:
+        """Has a description of a primitive write what it says of itself into `answer`."""
+        self.check("primitive_desc_query", description, what, 0, byref(answer))
+
     def size(self, layout: c_void_p) -> int:
         """Returns the bytes of an array of a layout."""
         return int(self.call("memory_desc_get_size", layout))
@@ -187,7 +201,7 @@ class _Library:
                 self.check("memory_destroy", each)
 
 
-class _Primitive:
+class Primitive:
     """What oneDNN compiled, with the layout of the scratchpad that it needs."""
 
     def __init__(self, library: _Library, description: c_void_p):
@@ -248,7 +262,7 @@ class _Convolution:
                 *("convolution_backward_weights", engine, _DIRECT),
                 *(images, kernel, None, output, *steps, description),
             )
-        self._primitive = _Primitive(library, description)
+        self._primitive = Primitive(library, description)
         asked = _GRADIENT_OF_WEIGHTS if role == "kernel" else _WEIGHTS
         fast = library.layout_of(description, asked)
         layouts = {"images": images, "kernel": plain, "output": output}
@@ -259,7 +273,7 @@ class _Convolution:
         if not library.call("memory_desc_equal", fast, plain):
             ends = (fast, plain) if role == "kernel" else (plain, fast)
             description = library.describe("reorder", ends[0], engine, ends[1], engine)
-            self._reorder, self._bytes = _Primitive(library, description), library.size(fast)
+            self._reorder, self._bytes = Primitive(library, description), library.size(fast)
 
     def __call__(self, *pointers: int) -> None:
         """Computes, from the addresses of first operand, second operand and result."""
@@ -307,9 +321,6 @@ def _convolution(key: bytes) -> _Convolution:
     return _Convolution(found, ROLES[role], dtype, Geometry(*sizes))
 
 
-def _compute(key: bytes, operands: tuple[int, int], result: int) -> None:
+def _compute(key: bytes, operands: Sequence[int], results: Sequence[int]) -> None:
     """Is called by XLA, with what `_key` made and the addresses of the arrays."""
-    _convolution(key)(*operands, result)
-
-
-_HANDLER = xla_interface.handler(_compute)
+    _convolution(key)(*operands, *results)

@@ -13,7 +13,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from bmjax.models.layers import Conv, at_least_float32, make_norm, name_intermediate
+from bmjax.models.layers import Conv, make_norm, name_intermediate
+from bmjax.models.normalization import wider
 from bmjax.models.pooling import max_pool_3x3
 
 _conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -144,7 +145,7 @@ class ResidualNetwork(_Layers):
             hidden = name_intermediate(self, f"stage{stage}", hidden)
         features = name_intermediate(self, "pre_logits", jnp.mean(hidden, axis=(1, 2)))
         head = nn.Dense(self.num_classes, kernel_init=_head_init, dtype=self.dtype, name="head")
-        return head(features).astype(at_least_float32(features.dtype))
+        return wider(head(features))
 
 
 class ResNet(ResidualNetwork):

@@ -7,7 +7,7 @@ fields that are not read are plain addresses.
 import ctypes
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from ctypes import POINTER, Structure, byref, c_int, c_int64, c_size_t, c_uint32, c_void_p
 from pathlib import Path
 from typing import Any
@@ -92,12 +92,12 @@ class _Frame(Structure):
 _METADATA, _INTERNAL_ERROR = 1, 13
 
 
-def handler(compute: Callable[[bytes, tuple[int, int], int], None]) -> Any:
+def handler(compute: Callable[[bytes, Sequence[int], Sequence[int]], None]) -> Any:
     """Makes a handler for XLA of a function.
 
     Args:
-        compute: is given the bytes of the call's only attribute, an array of int64, the addresses
-            of two operands and that of the result. XLA calls it from any thread, from several at a
+        compute: is given the bytes of the call's only attribute, an array of int64, and the
+            addresses of operands and of results. XLA calls it from any thread, from several at a
             time.
 
     Returns:
@@ -112,9 +112,11 @@ def handler(compute: Callable[[bytes, tuple[int, int], int], None]) -> Any:
             return None
         try:
             key = frame.attributes.each[0].contents
-            first, second = (frame.arguments.each[n].contents.data for n in range(2))
-            result = frame.results.each[0].contents.data
-            compute(ctypes.string_at(key.data, 8 * key.size), (first, second), result)
+            operands, results = (
+                [each.each[n].contents.data for n in range(each.number)]
+                for each in (frame.arguments, frame.results)
+            )
+            compute(ctypes.string_at(key.data, 8 * key.size), operands, results)
         except Exception as error:  # whatever it is, XLA has to hear of it; C cannot raise
             arguments = _ErrorArguments(
                 ctypes.sizeof(_ErrorArguments), None, repr(error).encode(), _INTERNAL_ERROR
