@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from bmjax.models.geometry import Geometry, Role
@@ -103,19 +104,36 @@ def _places(geometry: Geometry) -> Iterator[tuple[tuple[int, int], Any, Any]]:
 def _by_place(role: Role, geometry: Geometry, first: Array, second: Array) -> Array:
     """Computes as `convolve`, by one matmul for each place in the kernel."""
     wide = at_least_float32(first.dtype)
-    multiply = functools.partial(jnp.einsum, preferred_element_type=wide)
+    matmul = functools.partial(jnp.matmul, preferred_element_type=wide)
+
+    def flat(pixels: Array) -> Array:
+        return pixels.reshape(-1, pixels.shape[-1])
+
+    if role == "kernel":
+        matrices = {
+            place: matmul(flat(first[of_images]).T, flat(second[of_output]))
+            for place, of_images, of_output in _places(geometry)
+        }
+        nothing = jnp.zeros(geometry.shape("kernel")[2:], wide)
+        places = np.ndindex(geometry.rows, geometry.columns)
+        stacked = jnp.stack([matrices.get(place, nothing) for place in places])
+        return stacked.reshape(geometry.shape("kernel")).astype(first.dtype)
     total = jnp.zeros(geometry.shape(role), wide)
     for place, of_images, of_output in _places(geometry):
-        if role == "kernel":
-            product = multiply("bhwc,bhwf->cf", first[of_images], second[of_output])
-            total = total.at[place].set(product)
-        elif role == "output":
-            product = multiply("bhwc,cf->bhwf", first[of_images], second[place])
-            total = total.at[of_output].add(product)
+        if role == "output":
+            pixels, matrix, there = first[of_images], second[place], of_output
         else:
-            product = multiply("bhwf,cf->bhwc", second[of_output], first[place])
-            total = total.at[of_images].add(product)
+            pixels, matrix, there = second[of_output], first[place].T, of_images
+        product = matmul(flat(pixels), matrix).reshape(*pixels.shape[:3], -1)
+        total += _spread(product, there, total.shape)
     return total.astype(first.dtype)
+
+
+def _spread(pixels: Array, there: tuple[slice, ...], shape: tuple[int, ...]) -> Array:
+    """Lays pixels out in zeros, at the slices of the first three axes."""
+    sizes = zip(there[1:], shape[1:3], strict=True)
+    margins = [(at.start, size - at.stop, (at.step or 1) - 1) for at, size in sizes]
+    return lax.pad(pixels, jnp.zeros((), pixels.dtype), [(0, 0, 0), *margins, (0, 0, 0)])
 
 
 def part_size(geometry: Geometry, dtype: jax.typing.DTypeLike) -> int:
