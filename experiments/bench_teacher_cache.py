@@ -2,10 +2,10 @@
 
     uv run python experiments/bench_teacher_cache.py
 
-On two virtual cores of an AMD EPYC, Python 3.11, jax 0.10.2, 30 turns:
+On two virtual cores of an Intel Xeon, Python 3.11, jax 0.10.2, 30 turns:
 
-    cached: 27.2 ms an epoch, 1.07 times the student alone (0.97 to 1.23)
-    asked: 571.8 ms an epoch, 25.14 times the student alone (20.44 to 28.30)
+    cached: 53.1 ms an epoch, 1.03 times the student alone (0.92 to 1.13)
+    asked: 917.6 ms an epoch, 17.62 times the student alone (11.42 to 27.61)
 
 The `mlp` on mnist5k at batch 64 with the views of `bmjax distill`, a `cnn` as teacher with random
 weights; compiled epochs with all that is copied to the device for them, in turns.

@@ -174,6 +174,10 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set_xscale("log")
+    marks = [0.5, 0.7, 1, 1.5, 2, 3, 5, 10]
+    axes.set_xticks(marks, [f"{mark:g}" for mark in marks])
+    axes.minorticks_off()
+    axes.set_xlim(0.4, None)
     axes.set_xlabel("times as fast as the fastest of PyTorch (median; lowest and highest turn)")
     axes.legend()
     figure.savefig(path, dpi=120)

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from bmjax.bench import jax_contenders, timing
 from bmjax.bench.workload import BLOCKS, Contender, Workload
+from bmjax.cache import use_compilation_cache
 from bmjax.config import BenchConfig
 from bmjax.errors import UserError
 from bmjax.models import list_models
@@ -47,6 +48,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     """
     names = config.contenders or _installed()
     check(config, names)
+    use_compilation_cache()
     workload = Workload(
         config.model, config.image_size, config.batch_size, config.precision, config.teacher
     )
