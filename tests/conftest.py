@@ -1,6 +1,7 @@
 """Eight virtual CPU devices, strict settings, a small dataset, and a cache of the tests' own."""
 
 import contextlib
+import ctypes
 import dataclasses
 import os
 import tempfile
@@ -28,6 +29,7 @@ from bmjax.data import ArraySource, Dataset  # noqa: E402
 from bmjax.data.sources import all_images  # noqa: E402
 from bmjax.evaluate import TrainedRun, load_run  # noqa: E402
 from bmjax.loop import fit  # noqa: E402
+from bmjax.models import onednn  # noqa: E402
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -123,3 +125,16 @@ def teacher(small: TrainConfig, shapes: Dataset, quiet: Console, tmp_path: Path)
 def quiet() -> Iterator[Console]:
     with open(os.devnull, "w") as nowhere:
         yield Console(file=nowhere)
+
+
+@pytest.fixture
+def nan_in_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fills the memory that oneDNN works in with NaN before each use."""
+    scratch = onednn._scratch
+
+    def filled(use: str, size: int) -> int:
+        address = scratch(use, size)
+        ctypes.memset(address, 0xFF, size)
+        return address
+
+    monkeypatch.setattr(onednn, "_scratch", filled)

@@ -1,4 +1,3 @@
-import ctypes
 import itertools
 import os
 import subprocess
@@ -229,20 +228,13 @@ def test_onednn_computes_the_same_in_several_threads_at_a_time(role):
 
 
 @needs_onednn
+@pytest.mark.usefixtures("nan_in_scratch")
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("width", [1, 2, 5])
-def test_no_result_depends_on_what_was_in_memory(width, dtype, monkeypatch):
+def test_no_result_depends_on_what_was_in_memory(width, dtype):
     geometry = Geometry(5, 20, width, 32, 3, 3, 64, 2, 1, 1, 1, 1, 1)
     random = np.random.default_rng(0)
     arrays = {of: jnp.asarray(random.normal(size=geometry.shape(of)), dtype) for of in ROLES}
-    scratch = onednn._scratch
-
-    def full_of_nan(use, size):
-        address = scratch(use, size)
-        ctypes.memset(address, 0xFF, size)
-        return address
-
-    monkeypatch.setattr(onednn, "_scratch", full_of_nan)
 
     @jax.jit
     def derivatives(images, kernel, cotangent):

@@ -1,4 +1,3 @@
-import ctypes
 from functools import partial
 
 import jax
@@ -83,6 +82,7 @@ def test_derivatives_are_those_of_the_definition_in_float64(masked, devices, lib
 
 
 @needs_onednn
+@pytest.mark.usefixtures("nan_in_scratch")
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_the_library_gives_what_xla_gives_whatever_was_in_memory(dtype, masked, monkeypatch):
@@ -91,14 +91,6 @@ def test_the_library_gives_what_xla_gives_whatever_was_in_memory(dtype, masked, 
     mask = jnp.asarray(np.arange(9) < 7) if masked else None
     values, cotangent = (jnp.asarray(random.normal(mean, 3, shape), dtype) for mean in (2, 0))
     scale, bias = (jnp.asarray(random.normal(1, 1, 32), jnp.float32) for _ in range(2))
-    scratch = onednn._scratch
-
-    def full_of_nan(use, size):
-        address = scratch(use, size)
-        ctypes.memset(address, 0xFF, size)
-        return address
-
-    monkeypatch.setattr(onednn, "_scratch", full_of_nan)
 
     def results(expected_calls):
         def every(values, scale, bias, cotangent):
