@@ -127,10 +127,9 @@ def _on_cpu(context: Any, *operands: Any, role: Role, geometry: Geometry) -> Any
     # A call into a library, and a loop over parts of the batch, cannot be divided over (virtual)
     # devices: the compiler would gather the whole batch on each. And where each device has its
     # part, their threads wait for one another, and oneDNN's come on top of them.
-    alone = getattr(context.module_context.axis_context, "num_devices", None) == 1
-    if matmul_convolution.few_pixels(geometry):
-        rule = _rule(matmul_convolution.convolve, False)
-    elif alone and onednn.can(role, geometry, context.avals_in[0].dtype):
+    alone = onednn.is_alone(context)
+    library_pays = alone and not matmul_convolution.few_pixels(geometry)
+    if library_pays and onednn.can(role, geometry, context.avals_in[0].dtype):
         rule = _rule(onednn.convolve)
     else:
         rule = _rule(matmul_convolution.convolve, alone)

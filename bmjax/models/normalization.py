@@ -15,6 +15,7 @@ from jax import Array, lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from bmjax.models import onednn
 from bmjax.models import onednn_normalization as fast
 from bmjax.models.matmul_convolution import at_least_float32
 
@@ -233,8 +234,11 @@ def _on_cpu(in_library: Callable[..., Any], plain: Callable[..., Any]) -> Callab
     def rule(context: Any, *operands: Any, epsilon: float) -> Any:
         values, scale = context.avals_in[:2]
         # A call into a library cannot be divided over devices, see `convolution`.
-        alone = getattr(context.module_context.axis_context, "num_devices", None) == 1
-        can = alone and scale.dtype == jnp.float32 and fast.can(values.shape, values.dtype, epsilon)
+        can = (
+            onednn.is_alone(context)
+            and scale.dtype == jnp.float32
+            and fast.can(values.shape, values.dtype, epsilon)
+        )
         lowered = mlir.lower_fun(in_library if can else plain, multiple_results=True)
         return lowered(context, *operands, epsilon=epsilon)
 

@@ -45,6 +45,11 @@ def can(role: Role, geometry: Geometry, dtype: jnp.dtype) -> bool:
     return True
 
 
+def is_alone(context: Any) -> bool:
+    """Says whether a program that is being lowered is one for a single device."""
+    return getattr(context.module_context.axis_context, "num_devices", None) == 1
+
+
 def convolve(role: Role, geometry: Geometry, first: Array, second: Array) -> Array:
     """Computes a role from the other two, in a program for the CPU; see `convolution.convolve`."""
     result = jax.ShapeDtypeStruct(geometry.shape(role), first.dtype)
