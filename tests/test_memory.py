@@ -5,25 +5,38 @@ import sys
 
 import pytest
 
-# Touches 64 MiB twice; where memory is kept, the second time faults no page.
+# Fills an array twice, the second time in the memory of the first: in this thread, or in another.
 CODE = """
-import resource, sys
+import resource, sys, threading
 import numpy as np
-from bmjax.models.memory import keep_memory
-if "keep" in sys.argv:
+from bmjax.memory import keep_memory
+_, mebibytes, keep, where = sys.argv
+if keep == "keep":
     keep_memory()
-def faults():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    np.ones(64 << 20, np.uint8)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-faults()
-print(faults())
+faults = []
+def fill():
+    for _ in range(2):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        np.ones(int(mebibytes) << 20, np.uint8)
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+if where == "here":
+    fill()
+else:
+    thread = threading.Thread(target=fill)
+    thread.start()
+    thread.join()
+print(faults[1])
 """
 
+pytestmark = pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="the C library is not glibc"
+)
+FEW = 16  # huge pages make few faults of what memory from the system costs, but more than these
 
-def second_faults(*arguments, **environment):
+
+def second_faults(mebibytes, keep="keep", where="here", **environment):
     done = subprocess.run(
-        [sys.executable, "-c", CODE, *arguments],
+        [sys.executable, "-c", CODE, str(mebibytes), keep, where],
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
@@ -32,9 +45,18 @@ def second_faults(*arguments, **environment):
     return int(done.stdout)
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
-def test_memory_that_was_freed_is_kept_and_a_setting_of_ones_own_is_respected():
-    assert second_faults("keep") < 16
-    # Huge pages make few faults of them, but some.
-    assert second_faults() > 16
-    assert second_faults("keep", MALLOC_TOP_PAD_="0") > 16
+def test_memory_that_was_freed_is_kept():
+    assert second_faults(64) < FEW
+    assert second_faults(64, keep="") > FEW
+
+
+def test_it_is_kept_in_other_threads_however_large():
+    assert second_faults(100, where="thread") < FEW
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "value"),
+    [("here", "MALLOC_TOP_PAD_", "0"), ("thread", "MALLOC_ARENA_MAX", "4")],
+)
+def test_a_setting_of_ones_own_is_respected(where, name, value):
+    assert second_faults(100, where=where, **{name: value}) > FEW

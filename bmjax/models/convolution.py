@@ -16,9 +16,9 @@ from jax import Array, lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from bmjax.memory import keep_memory
 from bmjax.models import matmul_convolution, onednn
 from bmjax.models.geometry import ROLES, Geometry, Role
-from bmjax.models.memory import keep_memory
 
 
 def convolve(

@@ -1,0 +1,43 @@
+"""Memory that a compiled program works in, kept from one call to the next on the CPU.
+
+At each call a program's temporaries come fresh from the system and go back to it, and the first
+touch of each of their pages costs more than computing what is written there. What follows has an
+effect where the C library is glibc; a setting of one's own by its environment variables
+(`MALLOC_ARENA_MAX`, `MALLOC_MMAP_MAX_`, `MALLOC_TRIM_THRESHOLD_`, `MALLOC_TOP_PAD_`) is respected.
+"""
+
+import ctypes
+import functools
+import os
+import platform
+
+# Of glibc's malloc.h.
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
+_NEVER = -1
+_GROWTH_BYTES = 64 << 20
+
+
+@functools.cache
+def share_memory() -> None:
+    """Has all threads of this process take memory from one place, its main arena.
+
+    glibc gives each thread an arena of its own. Those other than the main one return what is
+    freed to the system, whatever is set, and hold nothing above 64 MiB; XLA computes in such a
+    thread. This has an effect only on threads that begin afterwards: call it before JAX computes.
+    """
+    _set({_ARENA_MAX: 1}, "MALLOC_ARENA_MAX")
+
+
+@functools.cache
+def keep_memory() -> None:
+    """Has this process keep memory that was freed."""
+    options = {_MMAP_MAX: 0, _TRIM_THRESHOLD: _NEVER, _TOP_PAD: _GROWTH_BYTES}
+    _set(options, "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_")
+
+
+def _set(options: dict[int, int], *own: str) -> None:
+    if platform.libc_ver()[0] != "glibc" or any(name in os.environ for name in own):
+        return
+    set_option = ctypes.CDLL(None).mallopt
+    for option, value in options.items():
+        set_option(option, value)
