@@ -117,7 +117,7 @@ def _count(jaxpr: Any) -> int:
             kernel = inputs[1]
             per_output = kernel.size // kernel.shape[spec[0]]
             total += 2 * per_output * equation.outvars[0].aval.size
-        elif name == "convolution_in_roles":
+        elif name in ("convolution_in_roles", "convolution_normalized"):
             geometry = equation.params["geometry"]
             kernel, output = geometry.shape("kernel"), geometry.shape("output")
             total += 2 * int(np.prod(kernel[:3])) * int(np.prod(output))

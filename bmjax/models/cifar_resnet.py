@@ -46,8 +46,8 @@ class CifarResNet(ResidualNetwork):
             train: batch normalisation by the batch's statistics.
             mask: [batch] bool, False for examples that the statistics leave out; None: all count.
         """
-        hidden = self._conv("stem_conv", self.stem_width, 3)(images)
-        hidden = nn.relu(self._normalize("stem_norm", hidden, train, mask))
+        convolved = self._conv("stem_conv", self.stem_width, 3)(images)
+        hidden = self._normalize("stem_norm", convolved, train, mask, relu=True)
         hidden = name_intermediate(self, "stem", hidden)
         return self._logits(hidden, (self.num_blocks,) * len(self.widths), train, mask)
 

@@ -8,7 +8,7 @@ forward and reverse mode to any order, and each role has the lowering that is fa
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,49 @@ from jax.interpreters import ad, batching, mlir
 from bmjax.memory import keep_memory
 from bmjax.models import matmul_convolution, onednn
 from bmjax.models.geometry import ROLES, Geometry, Role
+
+
+class Pending(NamedTuple):
+    """A convolution that is not computed yet, so that what follows can be computed with it."""
+
+    images: Array
+    kernel: Array
+    geometry: Geometry
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of its output."""
+        return self.geometry.shape("output")
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of its output."""
+        return self.images.dtype
+
+    def compute(self) -> Array:
+        """Returns its output; see `convolve`."""
+        return _primitive.bind(self.images, self.kernel, role="output", geometry=self.geometry)
+
+
+def computed(values: Array | Pending) -> Array:
+    """Returns an array as it is, and the output of a convolution."""
+    return values.compute() if isinstance(values, Pending) else values
+
+
+def make_pending(
+    images: Array,
+    kernel: Array,
+    padding: Sequence[tuple[int, int]],
+    stride: int = 1,
+    groups: int = 1,
+) -> Pending:
+    """Returns what `convolve` computes, not computed yet; arguments as there."""
+    batch, height, width, channels = images.shape
+    rows, columns, _, features = kernel.shape
+    (top, bottom), (left, right) = padding
+    sizes = (batch, height, width, channels, rows, columns, features)
+    geometry = Geometry(*sizes, stride, top, bottom, left, right, groups)
+    return Pending(images, kernel, geometry)
 
 
 def convolve(
@@ -40,12 +83,7 @@ def convolve(
     Returns:
         [batch, height', width', features], of that type; sums are kept in at least float32.
     """
-    batch, height, width, channels = images.shape
-    rows, columns, _, features = kernel.shape
-    (top, bottom), (left, right) = padding
-    sizes = (batch, height, width, channels, rows, columns, features)
-    geometry = Geometry(*sizes, stride, top, bottom, left, right, groups)
-    return _primitive.bind(images, kernel, role="output", geometry=geometry)
+    return make_pending(images, kernel, padding, stride, groups).compute()
 
 
 def by_xla(role: Role, geometry: Geometry, first: Array, second: Array) -> Array:

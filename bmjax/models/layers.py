@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from bmjax.models.convolution import convolve
-from bmjax.models.normalization import normalize, per_channel, wider
+from bmjax.models.convolution import Pending, computed, make_pending
+from bmjax.models.fused_convolution import convolve_normalize, finish
+from bmjax.models.normalization import normalize, normalize_by, wider
 
 
 class Conv(nn.Module):
@@ -38,14 +39,28 @@ class Conv(nn.Module):
     @nn.compact
     def __call__(self, images: Array) -> Array:
         """Maps [batch, height, width, channels] to [batch, height', width', features]."""
-        shape = (*self.kernel_size, images.shape[-1] // self.groups, self.features)
-        kernel = self.param("kernel", self.kernel_init, shape)
-        images, kernel = nn.dtypes.promote_dtype(images, kernel, dtype=self.dtype)
-        out = convolve(images, kernel, self.padding, self.stride, self.groups)
+        out = self._pending(images).compute()
         if not self.use_bias:
             return out
         bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
         return out + bias.astype(out.dtype)[None, None, None, :]
+
+    def _pending(self, images: Array) -> Pending:
+        shape = (*self.kernel_size, images.shape[-1] // self.groups, self.features)
+        kernel = self.param("kernel", self.kernel_init, shape)
+        images, kernel = nn.dtypes.promote_dtype(images, kernel, dtype=self.dtype)
+        return make_pending(images, kernel, self.padding, self.stride, self.groups)
+
+
+class PendingConv(Conv):
+    """A convolution without bias that the normalisation behind it computes."""
+
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, images: Array) -> Pending:  # type: ignore[override]
+        """Takes [batch, height, width, channels]; gives what a `make_norm` layer takes."""
+        return self._pending(images)
 
 
 class BatchNorm(nn.Module):
@@ -70,13 +85,22 @@ class BatchNorm(nn.Module):
     epsilon: float = 1e-5
 
     @nn.compact
-    def __call__(self, values: Array, train: bool = False, mask: Array | None = None) -> Array:
+    def __call__(
+        self,
+        values: Array | Pending,
+        train: bool = False,
+        mask: Array | None = None,
+        shortcut: Array | None = None,
+        relu: bool = False,
+    ) -> Array:
         """Normalises [batch, height, width, channels] per channel.
 
         Args:
-            values: of any float type.
+            values: of any float type, or a convolution that gives them.
             train: whether the batch's own statistics are used, and the running ones moved.
             mask: [batch] bool, False for the examples that don't count; None: all count.
+            shortcut: what is added to the result.
+            relu: whether negative values of that become 0.
         """
         size = (values.shape[-1],)
         scale = self.param("scale", nn.initializers.ones_init(), size)
@@ -85,10 +109,12 @@ class BatchNorm(nn.Module):
         var = self.variable("batch_stats", "var", jnp.ones, size)
         count = self.variable("batch_stats", "count", jnp.zeros, (), jnp.int32)
         if not train or self.frozen:
-            wide = wider(values)
             factor = lax.rsqrt(var.value + self.epsilon) * scale
-            out = (wide - per_channel(mean.value)) * per_channel(factor) + per_channel(bias)
-            return out.astype(self.dtype or values.dtype)
+            affine = mean.value, factor, bias
+            if isinstance(values, Pending) and self.dtype in (None, values.dtype):
+                return convolve_normalize(values, *affine, shortcut, relu)
+            return finish(normalize_by(computed(values), *affine, self.dtype), shortcut, relu)
+        values = computed(values)
         axis_name = None if self.is_initializing() else self.axis_name
         given = values if self.dtype in (None, values.dtype) else wider(values)
         out, of_batch, number = normalize(given, scale, bias, mask, self.epsilon, axis_name)
@@ -99,11 +125,11 @@ class BatchNorm(nn.Module):
             mean.value += step * (of_batch[0] - mean.value)
             var.value += step * (unbiased - var.value)
             count.value += some.astype(jnp.int32)
-        return out.astype(self.dtype or values.dtype)
+        return finish(out.astype(self.dtype or values.dtype), shortcut, relu)
 
 
 def make_norm(kind: str, **options: Any) -> Callable[..., Array]:
-    """Returns the normalisation `kind` as a layer called with `(values, train, mask)`.
+    """Returns the normalisation `kind` as a layer called as `BatchNorm` is.
 
     Args:
         kind: `batch`; `frozen`, batch normalisation by the running statistics in training mode
@@ -119,10 +145,16 @@ def make_norm(kind: str, **options: Any) -> Callable[..., Array]:
         raise ValueError(f"norm is {kind!r}, but must be batch, frozen or group")
     options.pop("axis_name", None)  # each example has its own statistics
 
-    def group_norm(values: Array, train: bool = False, mask: Array | None = None) -> Array:
+    def group_norm(
+        values: Array | Pending,
+        train: bool = False,
+        mask: Array | None = None,
+        shortcut: Array | None = None,
+        relu: bool = False,
+    ) -> Array:
         del train, mask
         layer = nn.GroupNorm(min(32, values.shape[-1]), epsilon=1e-5, **options)
-        return layer(values)
+        return finish(layer(computed(values)), shortcut, relu)
 
     return group_norm
 

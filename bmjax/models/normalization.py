@@ -12,11 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad, mlir
 
 from bmjax.models import onednn
 from bmjax.models import onednn_normalization as fast
+from bmjax.models.composite import make_primitive
 from bmjax.models.matmul_convolution import at_least_float32
 
 # Rows that are added up elementwise before a sum.
@@ -55,6 +55,14 @@ def normalize(
         return out.astype(values.dtype), (mean, var), number
     out, mean, var = _forward.bind(values, scale, bias, weights, epsilon=epsilon)
     return out, (mean, var), number
+
+
+def normalize_by(
+    values: Array, mean: Array, factor: Array, bias: Array, dtype: jnp.dtype | None = None
+) -> Array:
+    """Returns (values - mean) * factor + bias, per channel, as `dtype` or that of the values."""
+    out = (wider(values) - per_channel(mean)) * per_channel(factor) + per_channel(bias)
+    return out.astype(dtype or values.dtype)
 
 
 def per_channel(channels: Array) -> Array:
@@ -245,41 +253,9 @@ def _on_cpu(in_library: Callable[..., Any], plain: Callable[..., Any]) -> Callab
     return rule
 
 
-@functools.cache
-def _compiled(primitive: Primitive, **options: Any) -> Any:
-    return jax.jit(functools.partial(primitive.bind, **options))
-
-
-def _make(name: str, plain: Callable[..., Any], jvp: Callable[..., Any] | None = None) -> Primitive:
-    """Makes a primitive that computes, and is differentiated and batched, as a function."""
-    primitive = Primitive(name)
-    results = plain is not _plain_tangent
-    primitive.multiple_results = results
-
-    def abstract(*operands: Any, **options: Any) -> Any:
-        shapes = jax.eval_shape(functools.partial(plain, **options), *operands)
-        made = jax.tree.map(lambda each: jax.core.ShapedArray(each.shape, each.dtype), shapes)
-        return list(made) if results else made
-
-    def of_formula(primals: Any, tangents: Any, **options: Any) -> Any:
-        moves = [ad.instantiate_zeros(each) for each in tangents]
-        return jax.jvp(functools.partial(plain, **options), tuple(primals), tuple(moves))
-
-    def batched(operands: Any, dims: Any, **options: Any) -> Any:
-        out = jax.vmap(functools.partial(plain, **options), in_axes=tuple(dims))(*operands)
-        return out, (0,) * len(out) if results else 0
-
-    primitive.def_abstract_eval(abstract)
-    primitive.def_impl(lambda *operands, **options: _compiled(primitive, **options)(*operands))
-    ad.primitive_jvps[primitive] = jvp or of_formula
-    batching.primitive_batchers[primitive] = batched
-    mlir.register_lowering(primitive, mlir.lower_fun(plain, multiple_results=results))
-    return primitive
-
-
-_forward = _make("batch_norm", _plain_forward, _forward_jvp)
-_tangent = _make("batch_norm_tangent", _plain_tangent)
-_cotangents = _make("batch_norm_cotangents", _plain_cotangents)
+_forward = make_primitive("batch_norm", _plain_forward, _forward_jvp)
+_tangent = make_primitive("batch_norm_tangent", _plain_tangent, multiple_results=False)
+_cotangents = make_primitive("batch_norm_cotangents", _plain_cotangents)
 ad.primitive_transposes[_tangent] = _tangent_transposed
 ad.primitive_transposes[_cotangents] = _cotangents_transposed
 mlir.register_lowering(_forward, _on_cpu(_forward_in_library, _plain_forward), "cpu")

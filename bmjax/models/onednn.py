@@ -66,7 +66,7 @@ class OneDnnError(RuntimeError):
 
 
 @functools.cache
-def library() -> "_Library | None":
+def library() -> "Library | None":
     """Returns oneDNN, made known to XLA; None where it isn't installed or BMJAX_ONEDNN is 0."""
     path = _path()
     if path is None or os.environ.get("BMJAX_ONEDNN") == "0":
@@ -75,11 +75,19 @@ def library() -> "_Library | None":
         return None
     try:
         with _no_spinning():
-            found = _Library(ctypes.CDLL(path))
+            found = Library(ctypes.CDLL(path))
     except OSError:  # such as no libgomp.so.1 on this machine
         return None
     register(_TARGET, _compute)
     atexit.register(_wait)
+    return found
+
+
+def present() -> "Library":
+    """Returns oneDNN, where a program was compiled that calls it."""
+    found = library()
+    if found is None:
+        raise RuntimeError("oneDNN has gone")
     return found
 
 
@@ -135,17 +143,14 @@ class _Argument(Structure):
     _fields_ = (("kind", c_int), ("memory", c_void_p))
 
 
-class _Library:
+class Library:
     """Functions of oneDNN's C interface, with an engine and a stream for the CPU."""
 
     def __init__(self, functions: ctypes.CDLL):
         self._functions = functions
         functions.dnnl_primitive_desc_query_md.restype = c_void_p
         functions.dnnl_memory_desc_get_size.restype = c_size_t
-        # By default a primitive belongs to the thread that made it, whose scratchpad it uses: XLA
-        # has it run by any of its threads, by several at a time.
-        self._attributes = self.new("primitive_attr_create")
-        self.check("primitive_attr_set_scratchpad_mode", self._attributes, _OF_THE_CALLER)
+        self._attributes = self.attributes()
         self.engine = self.new("engine_create", _CPU, c_size_t(0))
         self.stream = self.new("stream_create", self.engine, _IN_ORDER)
 
@@ -165,6 +170,11 @@ class _Library:
         self.check(name, byref(made), *arguments)
         return made
 
+    def images(self, shape: Sequence[int], dtype: int) -> c_void_p:
+        """Describes an array of a shape [batch, height, width, channels]."""
+        batch, height, width, channels = shape
+        return self.layout((batch, channels, height, width), (0, 2, 3, 1), dtype)
+
     def layout(self, sizes: Sequence[int], outer_to_inner: Sequence[int], dtype: int) -> c_void_p:
         """Describes an array without gaps, its axes in an order."""
         strides, step = [0] * len(sizes), 1
@@ -174,9 +184,19 @@ class _Library:
         arguments = c_int(len(sizes)), _Dims(*sizes), c_int(dtype), _Dims(*strides)
         return self.new("memory_desc_create_with_strides", *arguments)
 
-    def describe(self, name: str, *arguments: Any) -> c_void_p:
+    def attributes(self, post_ops: c_void_p | None = None) -> c_void_p:
+        """Returns attributes of a primitive: its caller's scratchpad, and what follows in it."""
+        made = self.new("primitive_attr_create")
+        # By default a primitive belongs to the thread that made it, whose scratchpad it uses: XLA
+        # has it run by any of its threads, by several at a time.
+        self.check("primitive_attr_set_scratchpad_mode", made, _OF_THE_CALLER)
+        if post_ops:
+            self.check("primitive_attr_set_post_ops", made, post_ops)
+        return made
+
+    def describe(self, name: str, *arguments: Any, attributes: c_void_p | None = None) -> c_void_p:
         """Returns the description of a primitive, which needs its caller's scratchpad."""
-        return self.new(f"{name}_primitive_desc_create", *arguments, self._attributes)
+        return self.new(f"{name}_primitive_desc_create", *arguments, attributes or self._attributes)
 
     def layout_of(self, description: c_void_p, kind: c_int) -> c_void_p:
         """Returns the layout of one of a primitive's arrays."""
@@ -209,7 +229,7 @@ class _Library:
 class Primitive:
     """What oneDNN compiled, with the layout of the scratchpad that it needs."""
 
-    def __init__(self, library: _Library, description: c_void_p):
+    def __init__(self, library: Library, description: c_void_p):
         self._library = library
         self._made = library.new("primitive_create", description)
         self._scratchpad = library.layout_of(description, _SCRATCHPAD)
@@ -227,24 +247,27 @@ class Primitive:
         library.check("primitive_execute", self._made, library.stream, len(array), array)
 
 
-class _Convolution:
+class Convolution:
     """One role of one convolution, compiled by oneDNN.
 
     The kernel is reordered to the layout in which oneDNN is fastest, or its gradient from there.
     """
 
-    def __init__(self, library: _Library, role: Role, dtype: int, geometry: Geometry):
+    def __init__(
+        self,
+        library: Library,
+        role: Role,
+        dtype: int,
+        geometry: Geometry,
+        attributes: c_void_p | None = None,
+    ):
         self._library, self._role = library, role
         sizes, order = _kernel_sizes(geometry)
         plain = library.layout(sizes, order, dtype)
         free = (c_int(len(sizes)), _Dims(*sizes), c_int(dtype), _ANY_LAYOUT)
         kernel = library.new("memory_desc_create_with_tag", *free)
         images, output = (
-            library.layout((batch, channels, height, width), (0, 2, 3, 1), dtype)
-            for batch, height, width, channels in (
-                geometry.shape("images"),
-                geometry.shape("output"),
-            )
+            library.images(geometry.shape(each), dtype) for each in ("images", "output")
         )
         steps = (
             _Dims(geometry.stride, geometry.stride),
@@ -256,6 +279,7 @@ class _Convolution:
         description = library.describe(
             *("convolution_forward", engine, _TRAINING, _DIRECT),
             *(images, kernel, None, output, *steps),
+            attributes=attributes,
         )
         if role == "images":
             description = library.describe(
@@ -280,8 +304,13 @@ class _Convolution:
             description = library.describe("reorder", ends[0], engine, ends[1], engine)
             self._reorder, self._bytes = Primitive(library, description), library.size(fast)
 
-    def __call__(self, *pointers: int) -> None:
-        """Computes, from the addresses of first operand, second operand and result."""
+    def __call__(self, *pointers: int, more: dict[int, tuple[c_void_p, int]] | None = None) -> None:
+        """Computes, from the addresses of first operand, second operand and result.
+
+        Args:
+            *pointers: these three.
+            more: layouts and addresses of further arguments, by what they are to the primitive.
+        """
         library = self._library
         with library.memories() as memory:
             memories = [memory(*pair) for pair in zip(self._layouts, pointers, strict=True)]
@@ -290,7 +319,9 @@ class _Convolution:
                 used[self._kernel] = memory(self._fast, _scratch("kernel", self._bytes))
                 if self._role != "kernel":
                     self._reorder({_FROM: plain, _TO: used[self._kernel]}, memory)
-            self._primitive(dict(zip(_ARGUMENTS[self._role], used, strict=True)), memory)
+            arguments = dict(zip(_ARGUMENTS[self._role], used, strict=True))
+            arguments |= {kind: memory(*pair) for kind, pair in (more or {}).items()}
+            self._primitive(arguments, memory)
             if self._reorder and self._role == "kernel":
                 self._reorder({_FROM: used[self._kernel], _TO: plain}, memory)
 
@@ -318,12 +349,9 @@ def _scratch(use: str, size: int) -> int:
 
 
 @functools.cache
-def _convolution(key: bytes) -> _Convolution:
+def _convolution(key: bytes) -> Convolution:
     role, dtype, *sizes = np.frombuffer(key, np.int64).tolist()
-    found = library()
-    if found is None:  # cannot be: the program was compiled when it was there
-        raise RuntimeError("oneDNN has gone")
-    return _Convolution(found, ROLES[role], dtype, Geometry(*sizes))
+    return Convolution(present(), ROLES[role], dtype, Geometry(*sizes))
 
 
 def _compute(key: bytes, operands: Sequence[int], results: Sequence[int]) -> None:

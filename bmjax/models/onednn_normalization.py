@@ -73,13 +73,10 @@ class _BatchNorm:
     """Both directions for one shape, compiled by oneDNN."""
 
     def __init__(self, dtype: int, shape: Sequence[int], epsilon: float):
-        library = onednn.library()
-        if library is None:  # cannot be: the program was compiled when it was there
-            raise RuntimeError("oneDNN has gone")
-        batch, height, width, channels = shape
+        library = onednn.present()
         self._library = library
-        self._layout = library.layout((batch, channels, height, width), (0, 2, 3, 1), dtype)
-        self._channel = library.layout((channels,), (0,), DATA_TYPES["float32"])
+        self._layout = library.images(shape, dtype)
+        self._channel = library.layout((shape[-1],), (0,), DATA_TYPES["float32"])
         settings = c_float(epsilon), _SCALE_AND_SHIFT
         described = library.describe(
             *("batch_normalization_forward", library.engine, _TRAINING),

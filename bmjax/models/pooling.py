@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
@@ -47,7 +48,7 @@ def max_pool_2x2(images: Array) -> Array:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _max_pool(images: Array, window: int) -> Array:
-    return _with_places(images, window)[0]
+    return _maxima(images, window)
 
 
 @_max_pool.defjvp
@@ -71,6 +72,25 @@ def _windows(images: Array, window: int, fill: float) -> list[Array]:
         for i in range(window)
         for j in range(window)
     ]
+
+
+def _maxima(images: Array, window: int) -> Array:
+    """Returns the maxima alone: of a window's rows, then of its columns.
+
+    Rows and columns are picked by their numbers, beyond the first and last these themselves, which
+    changes no maximum. XLA makes one parallel pass of it; of slices with a step and of padding it
+    makes several, some on one core.
+    """
+    every, padding = slice(None), window // 3
+    for axis in (1, 2):
+        size = images.shape[axis]
+        first = 2 * np.arange((size + padding) // 2) - padding
+        lines = [
+            images.at[*(every,) * axis, (first + place).clip(0, size - 1)].get(mode="clip")
+            for place in range(window)
+        ]
+        images = functools.reduce(jnp.maximum, lines)
+    return images
 
 
 def _with_places(images: Array, window: int) -> tuple[Array, Array]:

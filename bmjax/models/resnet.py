@@ -13,7 +13,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from bmjax.models.layers import Conv, make_norm, name_intermediate
+from bmjax.models.convolution import Pending
+from bmjax.models.layers import PendingConv, make_norm, name_intermediate
 from bmjax.models.normalization import wider
 from bmjax.models.pooling import max_pool_3x3
 
@@ -36,25 +37,34 @@ class _Layers(nn.Module):
         names = ("norm", "dtype", "axis_name", "frozen_layers")
         return {name: getattr(self, name) for name in names}
 
-    def _conv(self, name: str, features: int, size: int, stride: int = 1, groups: int = 1) -> Conv:
+    def _conv(
+        self, name: str, features: int, size: int, stride: int = 1, groups: int = 1
+    ) -> PendingConv:
         side = (size // 2, size // 2)
-        return Conv(
+        return PendingConv(
             features,
             (size, size),
             (side, side),
             stride,
             groups,
-            use_bias=False,
             kernel_init=_conv_init,
             dtype=self.dtype,
             name=name,
         )
 
-    def _normalize(self, name: str, values: Array, train: bool, mask: Array | None) -> Array:
+    def _normalize(
+        self,
+        name: str,
+        values: Pending,
+        train: bool,
+        mask: Array | None,
+        shortcut: Array | None = None,
+        relu: bool = False,
+    ) -> Array:
         frozen = self.norm == "batch" and "/".join((*self.path, name)) in self.frozen_layers
         kind = "frozen" if frozen else self.norm
         layer = make_norm(kind, name=name, dtype=self.dtype, axis_name=self.axis_name)
-        return layer(values, train, mask)
+        return layer(values, train, mask, shortcut, relu)
 
 
 class Downsample(_Layers):
@@ -66,8 +76,8 @@ class Downsample(_Layers):
     @nn.compact
     def __call__(self, values: Array, train: bool, mask: Array | None) -> Array:
         """Maps [batch, height, width, channels] to [batch, height', width', features]."""
-        values = self._conv("conv", self.features, 1, self.stride)(values)
-        return self._normalize("norm", values, train, mask)
+        convolved = self._conv("conv", self.features, 1, self.stride)(values)
+        return self._normalize("norm", convolved, train, mask)
 
 
 class Block(_Layers):
@@ -102,10 +112,8 @@ class Block(_Layers):
                 self._conv("conv2", self.features, 3),
             ]
         hidden = values
-        for number, conv in enumerate(convs, 1):
-            hidden = self._normalize(f"norm{number}", conv(hidden), train, mask)
-            if number < len(convs):
-                hidden = nn.relu(hidden)
+        for number, conv in enumerate(convs[:-1], 1):
+            hidden = self._normalize(f"norm{number}", conv(hidden), train, mask, relu=True)
         if self.stride != 1 or values.shape[-1] != self.features:
             shortcut = Downsample(
                 features=self.features,
@@ -114,7 +122,8 @@ class Block(_Layers):
                 **self._options,
             )
             values = shortcut(values, train, mask)
-        return nn.relu(hidden + values)
+        last = convs[-1](hidden)
+        return self._normalize(f"norm{len(convs)}", last, train, mask, values, relu=True)
 
 
 class ResidualNetwork(_Layers):
@@ -184,8 +193,8 @@ class ResNet(ResidualNetwork):
             train: batch normalisation by the batch's statistics.
             mask: [batch] bool, False for examples that the statistics leave out; None: all count.
         """
-        hidden = self._conv("stem_conv", self.width, 7, 2)(images)
-        hidden = self._normalize("stem_norm", hidden, train, mask)
+        convolved = self._conv("stem_conv", self.width, 7, 2)(images)
+        hidden = self._normalize("stem_norm", convolved, train, mask)
         # Pooling first gives the same values, and ReLU then has a quarter of the work.
         hidden = name_intermediate(self, "stem", nn.relu(max_pool_3x3(hidden)))
         return self._logits(hidden, self.num_blocks, train, mask)
