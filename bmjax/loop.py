@@ -253,9 +253,10 @@ class _Session:
             until = min(end, step + calls.steps_that_fit())
             self._profile.before_call()
             begin = time.monotonic()
-            state, totals = steps(state, totals, loss_fn, arrays, np.int32(until))
-            self._train.read_ahead()
-            figures = self._read_totals(totals, phase)
+            with jax.profiler.StepTraceAnnotation("training", step_num=step):
+                state, totals = steps(state, totals, loss_fn, arrays, np.int32(until))
+                self._train.read_ahead()
+                figures = self._read_totals(totals, phase)
             calls.add(until - step, time.monotonic() - begin)
             step = until
             figures["examples_per_second"] = calls.steps_per_second() * config.batch_size

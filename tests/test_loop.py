@@ -17,12 +17,13 @@ import pytest
 
 from bmjax import checkpoint
 from bmjax.config import DeviceConfig, OptimConfig, RunConfig
-from bmjax.data import ArraySource, Dataset
+from bmjax.data import ArraySource, Dataset, loader
 from bmjax.data.sources import resized
 from bmjax.errors import DivergenceError, StoppedError, UserError
 from bmjax.loop import fit
 from bmjax.runs import lock_folder
 from bmjax.tracking import read_metrics
+from tests.folder_helpers import write_class
 
 
 def resumed(config, **changes):
@@ -377,13 +378,27 @@ def test_data_read_window_by_window_give_the_run_of_data_in_memory(
 
 
 @pytest.mark.slow
-def test_a_profile_holds_the_compiled_calls(small, shapes, quiet):
-    config = dataclasses.replace(small, run=RunConfig(tensorboard=False, profile=True))
-    fit(config, shapes, console=quiet)
+def test_a_profile_holds_the_compiled_calls_and_what_feeds_them(
+    small, quiet, tmp_path, monkeypatch
+):
+    for number, name in enumerate(("ant", "bee")):
+        write_class(tmp_path / "photos" / "train" / name, 32, number)
+        write_class(tmp_path / "photos" / "validation" / name, 1)
+    config = dataclasses.replace(
+        small,
+        data=f"folder:{tmp_path / 'photos'}",
+        image_size=8,
+        batch_size=4,
+        device=dataclasses.replace(small.device, memory_gib=0),
+        run=RunConfig(tensorboard=False, profile=True),
+    )
+    monkeypatch.setattr(loader, "_WINDOW_BYTES", 1)  # a window is one batch
+    fit(config, console=quiet)
     folder = Path(config.out) / "profile"
     (trace,) = folder.rglob("perfetto_trace.json.gz")
     (planes,) = folder.rglob("*.xplane.pb")
     events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
     names = {event.get("name", "") for event in events}
     assert any("steps" in name for name in names)
+    assert {"training", "decode an image", "wait for decoded images", "transfer"} <= names
     assert planes.stat().st_size > 0

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.profiler import TraceAnnotation
 
 from bmjax.config import AugmentConfig
 from bmjax.data.augment import center_crop, random_views
@@ -130,7 +131,8 @@ class Feed:
         self._ahead = None
 
     def _read(self, step: int) -> Any:
-        window = next(self._windows)
+        with TraceAnnotation("wait for decoded images"):
+            window = next(self._windows)
         rest = len(self._source) - step % self.num_batches * self._batch_size
         scalars = {
             "first": step,
@@ -150,7 +152,8 @@ class Feed:
                 name: np.pad(row, ((0, size - len(row)), *[(0, 0)] * (row.ndim - 1)))
                 for name, row in rows.items()
             }
-        return self._put(arrays)
+        with TraceAnnotation("transfer"):
+            return self._put(arrays)
 
 
 def make_view(

@@ -4,6 +4,7 @@ from collections.abc import Generator
 from typing import Any
 
 import numpy as np
+from jax.profiler import TraceAnnotation
 
 from bmjax.data.prepare import num_threads
 from bmjax.data.sources import Source
@@ -21,6 +22,10 @@ class _Ordered:
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         index = int(self._order[position])
+        with TraceAnnotation("decode an image"):
+            return self._example(index)
+
+    def _example(self, index: int) -> dict[str, Any]:
         if self._wide:
             image = self._source.wide_image(index)
             label = self._source.labels[index]
