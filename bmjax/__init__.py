@@ -1,13 +1,10 @@
 """bmjax trains, fine-tunes and distils image classifiers in JAX.
 
-The public names below load when first used, so that importing the package costs little. It has one
-effect beyond that, see `bmjax.memory.share_memory`.
+The public names below load when first used, so that importing the package costs nothing.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
-
-from bmjax.memory import share_memory
 
 if TYPE_CHECKING:
     from bmjax import distill, evaluate, finetune, losses, metrics
@@ -19,8 +16,6 @@ if TYPE_CHECKING:
     from bmjax.weights.convert import from_torchvision, to_torchvision
 
 __version__ = "0.1.0"
-
-share_memory()  # here, because it is of use only before JAX makes its threads
 
 _HOMES = {
     "DistillConfig": "bmjax.config",

@@ -19,6 +19,7 @@ from bmjax.errors import StoppedError, UserError
 from bmjax.evaluate import same_classes
 from bmjax.finder import find_learning_rate
 from bmjax.loop import fit
+from bmjax.memory import share_memory
 from bmjax.optim import depth_scales, trainable_mask
 from bmjax.parallel import request_devices
 from bmjax.pretrained import Pretrained, read_pretrained, write_run
@@ -61,6 +62,7 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> dict[str
             f"the run in {path} is a linear probe, with nothing to go on with. Begin from it by "
             f"--weights {path} --head keep."
         )
+    share_memory()  # here already, as weights are read before the model is made
     request_devices(config.device)
     use_compilation_cache()
     try:

@@ -75,8 +75,9 @@ def fit(
     check_train(config)
     path = Path(config.out)
     saved = read_run(path) if config.run.resume else None
+    # Before any work, so that an unknown name is said, and memory is shared as the model needs it.
+    build_model(config, 2)
     if saved is None:
-        build_model(config, 2)  # an unknown name is said before any work
         refuse_existing(path)
     request_devices(config.device)
     use_compilation_cache()

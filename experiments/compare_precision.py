@@ -9,6 +9,18 @@ at 64 px, too. Params, statistics of normalisation and losses are float32 in bot
 same params, order and views for both, so what differs is the precision: beside each mean stands the
 difference within a seed, and its standard deviation over the seeds.
 
+On two virtual cores of an Intel Xeon with AVX-512 and AMX, Python 3.11, jax 0.10.2, test accuracy
+after 10 epochs, mean and standard deviation over seeds 0, 1, 2:
+
+    | trained | float32 | bfloat16 | difference, points |
+    |---|---|---|---|
+    | mlp on mnist5k | 95.6 ± 0.3% | 95.7 ± 0.2% | +0.03 ± 0.21 (+0.1, -0.2, +0.2) |
+    | cnn on mnist5k | 98.3 ± 0.1% | 98.3 ± 0.1% | +0.07 ± 0.06 (+0.1, +0.0, +0.1) |
+    | resnet8 on mnist5k | 98.6 ± 0.1% | 98.6 ± 0.3% | +0.07 ± 0.21 (+0.0, -0.1, +0.3) |
+
+and of the photographs, on the 341 for validation, seeds 0 and 1 alone: float32 83.0 and 81.2%,
+bfloat16 81.5 and 82.4%; a photograph is 0.3 points.
+
 Writes `OUT/precision.md`. A run that is finished is not repeated.
 """
 

@@ -2,10 +2,11 @@
 
     uv run python experiments/profile_overlap.py FOLDER
 
-Trains a small CNN at 224 px, of which a step takes about as long as decoding its images, on `folder:FOLDER` for an epoch with `--profile`, its images streamed from files
-(`--memory-gib 0`), and reads the trace that TensorBoard and Perfetto show. Of the traced calls
-it prints how long compiled programs ran, how much decoding happened meanwhile, how long transfers
-took, and how long the loop waited for images: where that is nothing, input does not limit training.
+Trains a small CNN at 224 px, a step of which takes about as long as decoding its images, on
+`folder:FOLDER` for an epoch with `--profile`, its images streamed from files (`--memory-gib 0`),
+and reads the trace that TensorBoard and Perfetto show. Of the traced calls it prints how long
+compiled programs ran, how much decoding happened meanwhile, how long transfers took, and how long
+the loop waited for images: where that is nothing, input does not limit training.
 """
 
 import argparse
@@ -17,10 +18,8 @@ from pathlib import Path
 from bmjax.config import DeviceConfig, RunConfig, TrainConfig
 from bmjax.loop import fit
 
-DECODE, WAIT, TRANSFER, STEP = (
-    *("decode an image", "wait for decoded images", "transfer"),
-    "training",
-)
+DECODE, WAIT = "decode an image", "wait for decoded images"
+TRANSFER, STEP = "transfer", "training"
 Spans = list[tuple[float, float]]
 
 

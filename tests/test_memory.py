@@ -5,13 +5,16 @@ import sys
 
 import pytest
 
+from bmjax import models
+
 # Fills an array twice, the second time in the memory of the first: in this thread, or in another.
 CODE = """
 import resource, sys, threading
 import numpy as np
-from bmjax.memory import keep_memory
+from bmjax.memory import keep_memory, share_memory
 _, mebibytes, keep, where = sys.argv
 if keep == "keep":
+    share_memory()
     keep_memory()
 faults = []
 def fill():
@@ -60,3 +63,12 @@ def test_it_is_kept_in_other_threads_however_large():
 )
 def test_a_setting_of_ones_own_is_respected(where, name, value):
     assert second_faults(100, where=where, **{name: value}) > FEW
+
+
+def test_a_model_that_convolves_shares_memory(monkeypatch):
+    shared = []
+    monkeypatch.setattr(models, "share_memory", lambda: shared.append(1))
+    models.create_model("mlp", 2)
+    assert not shared
+    models.create_model("cnn_tiny", 2)
+    assert shared

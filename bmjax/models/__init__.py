@@ -6,6 +6,7 @@ from typing import Any
 import flax.linen as nn
 
 from bmjax.errors import UserError, unknown_name
+from bmjax.memory import share_memory
 from bmjax.models.cifar_resnet import CIFAR_RESNETS, CifarResNet
 from bmjax.models.cnn import CNN
 from bmjax.models.layers import num_params
@@ -46,6 +47,9 @@ def list_models() -> list[str]:
 def create_model(name: str, num_classes: int, **options: Any) -> nn.Module:
     """Returns the Linen module `name`.
 
+    A model that convolves has this process share its memory, see `bmjax.memory.share_memory`: call
+    this before JAX computes anything.
+
     Every model maps images [batch, height, width, channels] to float32 logits
     [batch, num_classes], and takes `train=True` for training mode and `mask` [batch] for the
     examples that count in the statistics of a batch.
@@ -63,6 +67,9 @@ def create_model(name: str, num_classes: int, **options: Any) -> nn.Module:
         raise unknown_name("model", name, list_models())
     if num_classes < 1:
         raise UserError(f"num_classes is {num_classes}, but it must be at least 1.")
+    # The steps of an mlp allocate little and often, and lose a twentieth by sharing a lock.
+    if name != "mlp":
+        share_memory()
     try:
         return _MODELS[name](num_classes=num_classes, **options)
     except TypeError as error:
