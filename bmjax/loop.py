@@ -76,7 +76,7 @@ def fit(
     path = Path(config.out)
     saved = read_run(path) if config.run.resume else None
     # Before any work, so that an unknown name is said, and memory is shared as the model needs it.
-    build_model(config, 2)
+    build_model(saved.config if saved else config, 2)
     if saved is None:
         refuse_existing(path)
     request_devices(config.device)
