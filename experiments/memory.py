@@ -17,22 +17,16 @@ import json
 import resource
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.tree_util import Partial
 
-from bmjax.bench.workload import STATISTICS, Workload
-from bmjax.compiled import make_train_steps, zero_totals
-from bmjax.config import AugmentConfig, OptimConfig
-from bmjax.data import loader
+from bmjax.bench.step import make_step
+from bmjax.bench.workload import Workload
 from bmjax.models import create_model
-from bmjax.optim import make_optimizer
 from bmjax.parallel import Parallel
-from bmjax.train import classification_loss, create_state
 
 MIB = 2**20
 # Model, side of the images, batch sizes.
@@ -49,35 +43,21 @@ def measure(
     name: str, size: int, batch_size: int, run: bool, accumulate: int = 1, **options: Any
 ) -> dict[str, float]:
     """Returns MiB of arguments and temporaries, and of the process where a step is to be taken."""
-    workload = Workload(name, size, batch_size)
-    shape = (size, size, workload.channels)
-    statistics = {key: [value] * workload.channels for key, value in STATISTICS.items()}
-    model = create_model(name, 10, **options)
-    optimizer = make_optimizer(OptimConfig(optimizer="sgd"), lambda _: 0.1)
+    data = Workload(name, size, batch_size).data(1)
     parallel = Parallel("jit", jax.local_devices()[:1])
-    loss_fn = Partial(classification_loss(model, statistics))
-    view = loader.make_view(AugmentConfig(augment=False), shape[:2], statistics["mean"])
-    steps = make_train_steps(parallel, optimizer, batch_size, view, accumulate)
-    make_state = partial(create_state, model, optimizer, shape, seed=0)
-    state: Any = make_state() if run else jax.eval_shape(make_state)
-    totals: Any = zero_totals(loss_fn, state, shape)
-    data: Any = workload.data(1)
+    model = create_model(name, 10, **options)
+    # Without the state of its own, which nothing would free.
+    steps, held = make_step(model, data, parallel, batch_size, accumulate)[::2]
     if run:
-        state, totals, loss_fn, data = (
-            parallel.put(each) for each in (state, totals, loss_fn, data)
-        )
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    arguments = state, totals, loss_fn, data, np.int32(1)
-    found = {}
-    if run:
-        jax.block_until_ready(steps(*arguments))
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        jax.block_until_ready(steps(*held, np.int32(1)))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        found["process"] = (peak - before) / 1024
-    else:
-        plan = steps.lower(*arguments).compile().memory_analysis()  # type: ignore[attr-defined]
-        found["arguments"] = plan.argument_size_in_bytes / MIB
-        found["temporaries"] = plan.temp_size_in_bytes / MIB
-    return found
+        return {"process": (peak - before) / 1024}
+    plan = steps.lower(*held, np.int32(1)).compile().memory_analysis()
+    return {
+        "arguments": plan.argument_size_in_bytes / MIB,
+        "temporaries": plan.temp_size_in_bytes / MIB,
+    }
 
 
 def in_process(*arguments: Any, **options: Any) -> dict[str, float]:

@@ -29,6 +29,7 @@ from bmjax.models.geometry import ROLES, Geometry, Role
 
 PACKAGE = "onednn-cpu-gomp"
 _TARGET = "bmjax_convolution"
+Compute = Callable[[bytes, Sequence[int], Sequence[int]], None]
 DATA_TYPES = {"bfloat16": 2, "float32": 3}
 
 
@@ -78,7 +79,7 @@ def library() -> "Library | None":
             found = Library(ctypes.CDLL(path))
     except OSError:  # such as no libgomp.so.1 on this machine
         return None
-    register(_TARGET, _compute)
+    _register(_TARGET, _compute)
     atexit.register(_wait)
     return found
 
@@ -91,11 +92,24 @@ def present() -> "Library":
     return found
 
 
-def register(target: str, compute: Callable[[bytes, Sequence[int], Sequence[int]], None]) -> None:
-    """Makes a function known to XLA; see `xla_interface.handler`."""
+def _register(target: str, compute: Compute) -> None:
     handler = xla_interface.handler(compute)
     _handlers.append(handler)
     jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(handler), platform="cpu", api_version=1)
+
+
+@functools.cache
+def provides(target: str, compute: Compute) -> bool:
+    """Says whether oneDNN is there, and makes a function that calls it known to XLA by then.
+
+    Args:
+        target: the name of calls to it.
+        compute: see `xla_interface.handler`.
+    """
+    if library() is None:
+        return False
+    _register(target, compute)
+    return True
 
 
 _handlers: list[Any] = []  # XLA may call them for as long as the process lives

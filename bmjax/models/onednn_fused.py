@@ -24,7 +24,7 @@ _ZERO = np.zeros(1, np.float32)
 
 def can(geometry: Geometry, dtype: jnp.dtype, shortcut: bool, relu: bool) -> bool:
     """Says whether oneDNN is there and does such a convolution, with all that follows."""
-    if not onednn.can("output", geometry, dtype) or not _is_there():
+    if not onednn.can("output", geometry, dtype) or not onednn.provides(_TARGET, _compute):
         return False
     try:
         _fused(_key(geometry, dtype, shortcut, relu).tobytes())
@@ -42,14 +42,6 @@ def compute(geometry: Geometry, relu: bool, images: Array, kernel: Array, *more:
 
 def _key(geometry: Geometry, dtype: jnp.dtype, shortcut: bool, relu: bool) -> np.ndarray:
     return np.array([DATA_TYPES[dtype.name], shortcut, relu, *geometry], np.int64)
-
-
-@functools.cache
-def _is_there() -> bool:
-    if onednn.library() is None:
-        return False
-    onednn.register(_TARGET, _compute)
-    return True
 
 
 class _Fused:

@@ -26,7 +26,11 @@ _BACKWARD_ARGUMENTS = (1, 51, 49, 50, 145, 129, 255, 256)
 
 def can(shape: Sequence[int], dtype: jnp.dtype, epsilon: float) -> bool:
     """Says whether oneDNN is there and normalises values of a shape fast on this processor."""
-    if dtype.name not in DATA_TYPES or np.prod(shape) < _FEWEST or not _is_there():
+    if (
+        dtype.name not in DATA_TYPES
+        or np.prod(shape) < _FEWEST
+        or not onednn.provides(_TARGET, _compute)
+    ):
         return False
     try:
         _batch_norm(_key(shape, dtype, epsilon)[1:].tobytes())
@@ -59,14 +63,6 @@ def _key(
 ) -> np.ndarray:
     bits = int(np.float64(epsilon).view(np.int64))
     return np.array([backward, DATA_TYPES[dtype.name], *shape, bits], np.int64)
-
-
-@functools.cache
-def _is_there() -> bool:
-    if onednn.library() is None:
-        return False
-    onednn.register(_TARGET, _compute)
-    return True
 
 
 class _BatchNorm:

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
@@ -48,7 +48,12 @@ def max_pool_2x2(images: Array) -> Array:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _max_pool(images: Array, window: int) -> Array:
-    return _maxima(images, window)
+    def with_places(images: Array) -> Array:
+        return _with_places(images, window)[0]
+
+    return lax.platform_dependent(
+        images, cpu=functools.partial(_maxima, window=window), default=with_places
+    )
 
 
 @_max_pool.defjvp
@@ -78,8 +83,9 @@ def _maxima(images: Array, window: int) -> Array:
     """Returns the maxima alone: of a window's rows, then of its columns.
 
     Rows and columns are picked by their numbers, beyond the first and last these themselves, which
-    changes no maximum. XLA makes one parallel pass of it; of slices with a step and of padding it
-    makes several, some on one core.
+    changes no maximum. XLA for CPU makes one parallel pass of it; of slices with a step and of
+    padding it makes several, some on one core. Picking was not measured on other backends, which
+    keep the slices.
     """
     every, padding = slice(None), window // 3
     for axis in (1, 2):

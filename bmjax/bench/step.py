@@ -1,0 +1,52 @@
+"""A plain training step, to be looked at: SGD with momentum, no augmentation."""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+from jax.tree_util import Partial
+
+from bmjax.bench.workload import STATISTICS
+from bmjax.compiled import make_train_steps, zero_totals
+from bmjax.config import AugmentConfig, OptimConfig
+from bmjax.data import loader
+from bmjax.optim import make_optimizer
+from bmjax.parallel import Parallel
+from bmjax.train import TrainState, classification_loss, create_state
+
+
+class Step(NamedTuple):
+    """Compiled steps and what they take.
+
+    Attributes:
+        steps: see `make_train_steps`.
+        state: the initial one, on the host's first device.
+        held: state, totals, loss function and data, put on the devices: its first arguments.
+    """
+
+    steps: Any
+    state: TrainState
+    held: list[Any]
+
+
+def make_step(
+    model: nn.Module, data: Any, parallel: Parallel, batch_size: int, accumulate: int = 1
+) -> Step:
+    """Returns the training steps of a model.
+
+    Args:
+        model: the Linen module.
+        data: `image`, [examples, height, width, channels] uint8, and `label`.
+        parallel: the devices.
+        batch_size: over all devices.
+        accumulate: see `make_train_steps`.
+    """
+    shape = data["image"].shape[1:]
+    statistics = {name: [value] * shape[-1] for name, value in STATISTICS.items()}
+    optimizer = make_optimizer(OptimConfig(optimizer="sgd"), lambda _: 0.1)
+    state = create_state(model, optimizer, shape, seed=0)
+    loss_fn = Partial(classification_loss(model, statistics))
+    view = loader.make_view(AugmentConfig(augment=False), shape[:2], statistics["mean"])
+    steps = make_train_steps(parallel, optimizer, batch_size, view, accumulate)
+    totals = zero_totals(loss_fn, state, shape)
+    held = [parallel.put(tree) for tree in (state, totals, loss_fn, data)]
+    return Step(steps, state, held)
