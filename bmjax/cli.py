@@ -156,7 +156,7 @@ def _train(config: TrainConfig) -> None:
 
     console = Console()
     config = config.resolved()
-    fit(config, console=console)
+    fit(config, console=console, own_process=True)
     _show_result(config.out, config, console)
 
 
@@ -340,7 +340,7 @@ def _convert(config: ConvertConfig) -> None:
 def _bench(config: BenchConfig) -> None:
     from bmjax.bench.run import bench, show
 
-    result = bench(config)
+    result = bench(config, own_process=True)
     if config.json:
         print(json.dumps(result))
     else:

@@ -17,6 +17,7 @@ from bmjax.config import TrainConfig
 from bmjax.data import Dataset, load_dataset, loader
 from bmjax.errors import DivergenceError, StoppedError
 from bmjax.metrics import summarize
+from bmjax.models import forward_flops
 from bmjax.parallel import Parallel, make_parallel, request_devices
 from bmjax.runs import Run, check_same, create_run, lock_folder, read_run, refuse_existing
 from bmjax.settings import check_train
@@ -33,6 +34,7 @@ from bmjax.setup import (
     make_phases,
 )
 from bmjax.signals import Stop, noting_signals
+from bmjax.threads import compute_in_calling_thread, suits_one_thread
 from bmjax.tracking import Display, EventFiles, MetricsFile, Profile
 from bmjax.train import TrainState
 
@@ -49,6 +51,7 @@ def fit(
     title: str = "",
     start: Start | None = None,
     beside: loader.Beside | None = None,
+    own_process: bool = False,
 ) -> tuple[TrainState, list[dict[str, Any]]]:
     """Trains a model, or goes on with a run, into the folder `config.out`.
 
@@ -62,6 +65,8 @@ def fit(
         title: stands before every line of progress; by default the model's name.
         start: what it begins with; by default random params.
         beside: what the loss is given of each view beside image and label.
+        own_process: whether the process does nothing else, so that threads may be set up as suits
+            this run alone.
 
     Returns:
         The state after the last step, on the device, and the records of `metrics.jsonl`.
@@ -76,14 +81,18 @@ def fit(
     path = Path(config.out)
     saved = read_run(path) if config.run.resume else None
     # Before any work, so that an unknown name is said, and memory is shared as the model needs it.
-    build_model(saved.config if saved else config, 2)
+    model = build_model(saved.config if saved else config, 2)
     if saved is None:
         refuse_existing(path)
     request_devices(config.device)
     use_compilation_cache()
-    parallel = make_parallel(config.device)
     if dataset is None:
         dataset = load_data(config)
+    flops = config.batch_size * forward_flops(model, dataset.image_shape)
+    # Random views are several times the work of a small model, and gain by a second thread.
+    if own_process and not config.views.augment and suits_one_thread(flops):
+        compute_in_calling_thread()
+    parallel = make_parallel(config.device)
     statistics = start.statistics if start else None
     if saved is not None:
         statistics = {"mean": saved.data["mean"], "std": saved.data["std"]}

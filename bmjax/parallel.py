@@ -15,6 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from bmjax.config import DeviceConfig
 from bmjax.errors import UserError
+from bmjax.threads import compiler_options
 
 AXIS = "devices"
 
@@ -83,7 +84,12 @@ class Parallel:
             The compiled function; its results are held by every device, as those of `put`.
         """
         if self.axis_name is None:
-            return jax.jit(function, donate_argnums=donated, out_shardings=self._everywhere)
+            return jax.jit(
+                function,
+                donate_argnums=donated,
+                out_shardings=self._everywhere,
+                compiler_options=compiler_options(),
+            )
         compiled: dict[int, Callable[..., Any]] = {}
 
         def call(*arguments: Any) -> Any:

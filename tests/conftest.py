@@ -37,6 +37,7 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["BMJAX_CACHE"] = cache
     # Programs that tests start leave their compiled modules for the next one, as usual.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    jax.devices()  # no test may be the first to say how many there are
     use_compilation_cache()  # the same small programs are compiled in many tests
     for line in (
         "error",

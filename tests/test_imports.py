@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "bmjax"
 # Lower to higher; a module may import from its own group's folder and from lower groups.
 LAYERS = [
     {"__init__"},
-    {"errors", "memory"},
+    {"errors", "memory", "threads"},
     {"config"},
     {"settings"},
     {"cache", "quiet", "runs", "signals"},

@@ -14,11 +14,12 @@ from rich.console import Console
 from rich.table import Table
 
 from bmjax.bench import jax_contenders, timing
-from bmjax.bench.workload import BLOCKS, Contender, Workload
+from bmjax.bench.workload import BLOCKS, NUM_CLASSES, Contender, Workload
 from bmjax.cache import use_compilation_cache
 from bmjax.config import BenchConfig
 from bmjax.errors import UserError
-from bmjax.models import list_models
+from bmjax.models import create_model, forward_flops, list_models
+from bmjax.threads import compute_in_calling_thread, suits_one_thread
 
 _NEEDS = {
     "bmjax": (),
@@ -33,8 +34,13 @@ _NEEDS = {
 _MODELS = ("mlp", "cnn", *BLOCKS)
 
 
-def bench(config: BenchConfig) -> dict[str, Any]:
+def bench(config: BenchConfig, own_process: bool = False) -> dict[str, Any]:
     """Times a workload.
+
+    Args:
+        config: the workload and the contenders.
+        own_process: whether the process does nothing else, so that threads are set up as
+            `bmjax train` does for the same work. All that compute by JAX share them.
 
     Returns:
         `machine`; `peak`, FLOP/s of a large matmul; `workload`; and `rows`: for each job and
@@ -52,6 +58,8 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     workload = Workload(
         config.model, config.image_size, config.batch_size, config.precision, config.teacher
     )
+    small = own_process and not workload.teacher and _suits_one_thread(workload)
+    one_thread = small and compute_in_calling_thread()
     contenders: list[Contender] = []
     first_turn = None
     for name in names:
@@ -60,7 +68,9 @@ def bench(config: BenchConfig) -> dict[str, Any]:
             contenders[0].train()
             first_turn = _since_start()
     timings = timing.take_turns(contenders, workload, config.steps, config.turns)
-    peak = timing.matmul_peak(config.precision)
+    # That of all cores, which a process of one thread cannot reach.
+    measure = timing.peak_elsewhere if one_thread else timing.matmul_peak
+    peak = measure(config.precision)
     rows = []
     for each in timings:
         first = next(other for other in timings if other.job == each.job)
@@ -87,6 +97,12 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         "seconds_to_first_turn": first_turn,
         "rows": rows,
     }
+
+
+def _suits_one_thread(workload: Workload) -> bool:
+    model = create_model(workload.model, NUM_CLASSES)
+    shape = (workload.image_size, workload.image_size, workload.channels)
+    return suits_one_thread(workload.batch_size * forward_flops(model, shape))
 
 
 def _installed() -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """Linen modules, by name."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ __all__ = [
     "CifarResNet",
     "ResNet",
     "create_model",
+    "forward_flops",
     "list_models",
     "num_params",
 ]
@@ -42,6 +44,11 @@ _MODELS: dict[str, Callable[..., nn.Module]] = {
 def list_models() -> list[str]:
     """Returns the names that `create_model` takes, in alphabetical order."""
     return sorted(_MODELS)
+
+
+def forward_flops(model: nn.Module, image_shape: tuple[int, int, int]) -> float:
+    """Returns the FLOPs of the matmuls for one image, forward; of all but an mlp: infinity."""
+    return model.flops(math.prod(image_shape)) if isinstance(model, MLP) else math.inf
 
 
 def create_model(name: str, num_classes: int, **options: Any) -> nn.Module:

@@ -1,5 +1,6 @@
 """The multi-layer perceptron."""
 
+import itertools
 from collections.abc import Sequence
 
 import flax.linen as nn
@@ -23,6 +24,11 @@ class MLP(nn.Module):
     num_classes: int
     hidden_sizes: Sequence[int] = (128, 64)
     dtype: jnp.dtype | None = None
+
+    def flops(self, inputs: int) -> int:
+        """Returns the FLOPs of its matmuls for one image of that many values, forward."""
+        sizes = [inputs, *self.hidden_sizes, self.num_classes]
+        return 2 * sum(before * after for before, after in itertools.pairwise(sizes))
 
     @nn.compact
     def __call__(self, images: Array, train: bool = False, mask: Array | None = None) -> Array:

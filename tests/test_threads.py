@@ -1,0 +1,62 @@
+import os
+import subprocess
+import sys
+
+import pytest
+
+from bmjax.models import create_model, forward_flops
+from bmjax.threads import suits_one_thread
+
+# Counts the threads that XLA's computations may be divided among.
+CODE = """
+import pathlib
+import jax
+from bmjax.threads import compute_in_calling_thread
+print(compute_in_calling_thread())
+jax.jit(lambda x: x @ x)(jax.numpy.ones((300, 300))).block_until_ready()
+names = [path.read_text() for path in pathlib.Path("/proc/self/task").glob("*/comm")]
+print(sum(name.startswith("tf_XLAEigen") for name in names))
+"""
+REMOVED = ("NPROC", "PJRT_NPROC", "XLA_FLAGS", "JAX_NUM_CPU_DEVICES")
+
+
+def run(**environment):
+    base = {name: value for name, value in os.environ.items() if name not in REMOVED}
+    done = subprocess.run(
+        [sys.executable, "-c", CODE],
+        env={**base, "JAX_PLATFORMS": "cpu", **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    tried, threads = done.stdout.split()
+    return tried == "True", int(threads)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="threads are not listed here")
+def test_one_thread_computes_unless_told_otherwise():
+    assert run() == (True, 1)
+    assert run(PJRT_NPROC="3") == (False, 3)
+    devices = run(XLA_FLAGS="--xla_force_host_platform_device_count=2")
+    assert not devices[0]
+    assert devices[1] >= 2
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "batch_size", "suits"),
+    [
+        ("mlp", 28, 64, True),  # 14 million
+        ("mlp", 28, 128, False),
+        ("mlp", 64, 8, True),
+        ("mlp", 64, 64, False),
+        ("cnn", 8, 1, False),
+    ],
+)
+def test_little_work_suits_one_thread(name, size, batch_size, suits):
+    flops = batch_size * forward_flops(create_model(name, 10), (size, size, 1))
+    assert suits_one_thread(flops) == suits
+
+
+def test_flops_of_an_mlp_are_counted_by_hand():
+    model = create_model("mlp", 10, hidden_sizes=(5, 3))
+    assert forward_flops(model, (7, 2, 1)) == 2 * (14 * 5 + 5 * 3 + 3 * 10)
