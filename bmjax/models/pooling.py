@@ -82,12 +82,22 @@ def _windows(images: Array, window: int, fill: float) -> list[Array]:
 def _maxima(images: Array, window: int) -> Array:
     """Returns the maxima alone: of a window's rows, then of its columns.
 
-    Rows and columns are picked by their numbers, beyond the first and last these themselves, which
+    Windows of 2 lie side by side, and so their rows and columns are halves of wider ones; what
+    follows is then computed faster by XLA for CPU than after picking. For windows of 3, rows and
+    columns are picked by their numbers, beyond the first and last these themselves, which
     changes no maximum. XLA for CPU makes one parallel pass of it; of slices with a step and of
     padding it makes several, some on one core. Picking was not measured on other backends, which
     keep the slices.
     """
-    every, padding = slice(None), window // 3
+    if window == 2:
+        batch, height, width, channels = images.shape
+        height, width = height // 2, width // 2
+        rows = images[:, : 2 * height, : 2 * width]
+        rows = rows.reshape(batch * height, 2, 2 * width * channels)
+        rows = jnp.maximum(rows[:, 0], rows[:, 1])
+        columns = rows.reshape(batch * height * width, 2, channels)
+        return jnp.maximum(columns[:, 0], columns[:, 1]).reshape(batch, height, width, channels)
+    every, padding = slice(None), 1
     for axis in (1, 2):
         size = images.shape[axis]
         first = 2 * np.arange((size + padding) // 2) - padding
