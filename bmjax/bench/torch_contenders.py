@@ -89,6 +89,7 @@ class Torch:
 
     def _best_threads(self) -> int:
         """Returns as many threads as train fastest: all or one, which is better for tiny models."""
+        self._model.train()
         most, seconds = torch.get_num_threads(), {}
         for threads in {most, 1}:
             torch.set_num_threads(threads)
