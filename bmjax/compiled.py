@@ -64,7 +64,6 @@ def make_train_steps(
     parallel: Parallel,
     optimizer: optax.GradientTransformation,
     batch_size: int,
-    view: Callable[[Array, Batch], Batch],
     accumulate: int = 1,
     ema_decay: float = 0.0,
     trained: Any = None,
@@ -76,26 +75,30 @@ def make_train_steps(
         parallel: the devices.
         optimizer: the update.
         batch_size: over all devices.
-        view: from `loader.make_view`.
         accumulate: see `train_step`.
         ema_decay: see `train_step`.
         trained: see `train_step`.
         view_passes: epochs after which order and views repeat; 0: they never do.
 
     Returns:
-        `steps(state, totals, loss_fn, arrays, until) -> (state, totals)`, which goes on to step
-        `until` of the run, at most to the end of the epoch or of the window that `arrays` holds
-        (see `loader.Feed`), as one compiled call whatever the number of steps. `loss_fn` is a
-        `Partial`; `totals` come from `zero_totals`, begin anew with each epoch, and grow by the
-        step's sums. State and totals are donated. Where a loss is not finite it stops at once, and
-        `totals["bad_step"]` is that step's number, otherwise -1; so it is where the last update
-        of the call left params that are not finite.
+        `steps(state, totals, (view, loss_fn), arrays, until) -> (state, totals)`, which goes on to
+        step `until` of the run, at most to the end of the epoch or of the window that `arrays`
+        holds (see `loader.Feed`), as one compiled call whatever the number of steps. `view`, from
+        `loader.make_view`, and `loss_fn` are `Partial`s; `totals` come from `zero_totals`, begin
+        anew with each epoch, and grow by the step's sums. State and totals are donated. Where a
+        loss is not finite it stops at once, and `totals["bad_step"]` is that step's number,
+        otherwise -1; so it is where the last update of the call left params that are not finite.
     """
     axis_name = parallel.axis_name
 
     def steps(
-        state: TrainState, totals: dict[str, Array], loss_fn: Partial, arrays: Any, until: Array
+        state: TrainState,
+        totals: dict[str, Array],
+        functions: tuple[Partial, Partial],
+        arrays: Any,
+        until: Array,
     ) -> tuple[TrainState, dict[str, Array]]:
+        view, loss_fn = functions
         draw, begins = draw_batches(
             parallel, arrays, state.key, state.step, batch_size, view, view_passes
         )

@@ -293,7 +293,7 @@ def train_student(
         "teacher_fingerprint": teacher.fingerprint if teacher else "",
         **config.loss_settings(),
     }
-    weights = loss_weights(config, dataset)
+    weights = loss_weights(config, dataset.train.labels, dataset.num_classes)
     model = build_model(student, dataset.num_classes)
     matching = match_with(config, model, teacher, dataset.image_shape)
     beside: loader.Beside | None = None

@@ -17,21 +17,14 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from bmjax.compiled import zero_totals
 from bmjax.config import TrainConfig
 from bmjax.data import Dataset, loader
+from bmjax.data.outline import Outline
 from bmjax.errors import UserError
 from bmjax.parallel import make_parallel
+from bmjax.programs import Programs
 from bmjax.runs import make_folder, replacing, write_atomically
-from bmjax.setup import (
-    Start,
-    build_model,
-    compile_phase,
-    epoch_orders,
-    make_losses,
-    make_phases,
-    pixel_statistics,
-)
+from bmjax.setup import Start, epoch_orders, pixel_statistics
 
 _LOWEST, _HIGHEST, _STEPS = 1e-6, 10.0, 120
 # Of the running average of the losses, which a single batch makes jump.
@@ -163,15 +156,12 @@ def _try_rates(
     config: TrainConfig, dataset: Dataset, start: Start | None, console: Console
 ) -> tuple[np.ndarray, np.ndarray]:
     parallel = make_parallel(config.device)
-    num_batches = loader.num_batches(len(dataset.train), config.batch_size)
     start = None if start is None else dataclasses.replace(start, head_epochs=0)
-    model = build_model(config, dataset.num_classes, parallel.axis_name)
-    phase = make_phases(config, model, dataset.image_shape, num_batches, start, _growing)[-1]
+    programs = Programs(config, parallel, Outline.of(dataset), start=start, schedule=_growing)
+    phase = programs.phases[-1]
     statistics = start.statistics if start else pixel_statistics(dataset)
-    make_loss = make_losses(config, dataset, None)
-    shape = dataset.image_shape
-    steps, loss_fn = compile_phase(phase, parallel, config, make_loss, statistics, shape)
-    zeros = zero_totals(make_loss(phase.model, statistics), phase.fresh, shape)
+    steps = programs.steps(phase)
+    functions = parallel.put(programs.functions(phase, statistics))
     feed = loader.Feed(
         dataset.train,
         parallel.put,
@@ -179,14 +169,14 @@ def _try_rates(
         epoch_orders(phase.fresh.key, dataset, config),
         True,
     )
-    state, totals = parallel.put(phase.fresh), parallel.put(zeros)
+    state, totals = parallel.put(phase.fresh), parallel.put(programs.zeros(statistics))
     losses: list[float] = []
     before = {"loss": 0.0, "count": 0.0}
     for step in track(range(_STEPS), "trying learning rates", console=console, transient=True):
         arrays, _ = feed.at(step)
-        state, totals = steps(state, totals, loss_fn, arrays, np.int32(step + 1))
+        state, totals = steps(state, totals, functions, arrays, np.int32(step + 1))
         sums = {name: float(value) for name, value in parallel.get(totals).items()}
-        if step % num_batches == 0:
+        if step % programs.num_batches == 0:
             before = {"loss": 0.0, "count": 0.0}
         loss = (sums["loss"] - before["loss"]) / max(sums["count"] - before["count"], 1)
         before = sums

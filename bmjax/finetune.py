@@ -224,7 +224,7 @@ def _make_start(
         depth_scales(start_variables["params"], config.layer_decay)
     probe = None
     if config.head == "probe":
-        factors = loss_weights(config, dataset)
+        factors = loss_weights(config, dataset.train.labels, dataset.num_classes)
         probe = probe_head(model, start_variables, weights.statistics, dataset, factors)
         params["head"] = {"kernel": probe.kernel, "bias": probe.bias}
     start = Start(

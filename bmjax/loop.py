@@ -12,14 +12,24 @@ from rich.console import Console
 
 from bmjax import checkpoint
 from bmjax.cache import use_compilation_cache
-from bmjax.compiled import evaluate_split, make_evaluate, zero_totals
+from bmjax.compiled import evaluate_split, make_evaluate
 from bmjax.config import TrainConfig
-from bmjax.data import Dataset, load_dataset, loader
+from bmjax.data import Dataset, loader
+from bmjax.data.outline import Outline
 from bmjax.errors import DivergenceError, StoppedError
 from bmjax.metrics import summarize
 from bmjax.models import forward_flops
-from bmjax.parallel import Parallel, make_parallel, request_devices
-from bmjax.runs import Run, check_same, create_run, lock_folder, read_run, refuse_existing
+from bmjax.parallel import make_parallel, request_devices
+from bmjax.programs import Programs, load_and_compile
+from bmjax.runs import (
+    Run,
+    check_same_data,
+    check_same_settings,
+    create_run,
+    lock_folder,
+    read_run,
+    refuse_existing,
+)
 from bmjax.settings import check_train
 from bmjax.setup import (
     MakeLoss,
@@ -27,11 +37,8 @@ from bmjax.setup import (
     Start,
     build_model,
     check_possible,
-    compile_phase,
     describe,
     epoch_orders,
-    make_losses,
-    make_phases,
 )
 from bmjax.signals import Stop, noting_signals
 from bmjax.threads import compute_in_calling_thread, suits_one_thread
@@ -84,26 +91,33 @@ def fit(
     model = build_model(saved.config if saved else config, 2)
     if saved is None:
         refuse_existing(path)
+    else:
+        check_same_settings(saved, config, extra or {})
     request_devices(config.device)
     use_compilation_cache()
+
+    def make_programs(outline: Outline) -> Programs:
+        flops = config.batch_size * forward_flops(model, outline.image_shape)
+        # Random views are several times the work of a small model, and gain by a second thread.
+        if own_process and not config.views.augment and suits_one_thread(flops):
+            compute_in_calling_thread()
+        check_possible(config, outline)
+        return Programs(config, make_parallel(config.device), outline, make_loss, start, beside)
+
     if dataset is None:
-        dataset = load_data(config)
-    flops = config.batch_size * forward_flops(model, dataset.image_shape)
-    # Random views are several times the work of a small model, and gain by a second thread.
-    if own_process and not config.views.augment and suits_one_thread(flops):
-        compute_in_calling_thread()
-    parallel = make_parallel(config.device)
+        dataset, programs = load_and_compile(config, make_programs)
+    else:
+        programs = make_programs(Outline.of(dataset))
     statistics = start.statistics if start else None
     if saved is not None:
         statistics = {"mean": saved.data["mean"], "std": saved.data["std"]}
     run = Run(path, config, describe(dataset, statistics), extra or {})
     if saved is not None:
-        check_same(saved, run)
-    check_possible(config, dataset)
+        check_same_data(saved, run.data["fingerprint"])
     console = console or Console()
     for line in dataset.warnings:
         console.print(f"warning: {line}", highlight=False, markup=False, soft_wrap=True)
-    session = _Session(run, dataset, parallel, make_loss, console, title, start, beside)
+    session = _Session(run, dataset, programs, console, title, beside)
     with noting_signals() as stop, lock_folder(path):
         if saved is None:
             create_run(run)
@@ -115,16 +129,6 @@ def fit(
             128 + stop.signum,
         )
     return result
-
-
-def load_data(config: TrainConfig) -> Dataset:
-    """Loads the data that a run is trained on."""
-    return load_dataset(
-        config.data,
-        config.image_size,
-        split_seed=config.split_seed,
-        memory_gib=config.device.memory_gib,
-    )
 
 
 @dataclasses.dataclass
@@ -142,34 +146,26 @@ class _Session:
         self,
         run: Run,
         dataset: Dataset,
-        parallel: Parallel,
-        make_loss: MakeLoss | None,
+        programs: Programs,
         console: Console,
         title: str,
-        start: Start | None,
         beside: loader.Beside | None,
     ):
-        config = run.config
-        self._run, self._config, self._parallel = run, config, parallel
+        config, parallel = run.config, programs.parallel
+        self._run, self._config, self._programs = run, config, programs
+        self._parallel, self._phases = parallel, programs.phases
         self._console, self._title = console, title or config.model
         self._statistics = {"mean": run.data["mean"], "std": run.data["std"]}
-        self._make_loss = make_losses(config, dataset, make_loss)
-        self._num_batches = loader.num_batches(len(dataset.train), config.batch_size)
+        self._num_batches = programs.num_batches
         self._total = config.epochs * self._num_batches
-        model = build_model(config, dataset.num_classes, parallel.axis_name)
-        self._phases = make_phases(config, model, dataset.image_shape, self._num_batches, start)
-        self._image_shape = dataset.image_shape
-        fresh = self._phases[0].fresh
-        self._zeros = zero_totals(
-            self._make_loss(model, self._statistics), fresh, dataset.image_shape, beside
-        )
-        orders = epoch_orders(fresh.key, dataset, config)
+        self._zeros = programs.zeros(self._statistics)
+        orders = epoch_orders(self._phases[0].fresh.key, dataset, config)
         self._train = loader.Feed(
             dataset.train, parallel.put, config.batch_size, orders, wide=True, beside=beside
         )
         self._validation = loader.Feed(dataset.validation, parallel.put, config.batch_size)
         self._evaluate = make_evaluate(
-            parallel, model, self._statistics, dataset.num_classes, config.batch_size
+            parallel, programs.model, self._statistics, dataset.num_classes, config.batch_size
         )
         self._best = _Best()
 
@@ -254,9 +250,8 @@ class _Session:
         self, phase: Phase, state: Any, totals: Any, step: int, stop: Stop
     ) -> tuple[Any, Any, int]:
         config = self._config
-        steps, loss_fn = compile_phase(
-            phase, self._parallel, config, self._make_loss, self._statistics, self._image_shape
-        )
+        steps = self._programs.steps(phase)
+        functions = self._parallel.put(self._programs.functions(phase, self._statistics))
         calls = _Calls()
         while step < phase.last and not self._gave_up(step):
             arrays, end = self._train.at(step)
@@ -264,7 +259,7 @@ class _Session:
             self._profile.before_call()
             begin = time.monotonic()
             with jax.profiler.StepTraceAnnotation("training", step_num=step):
-                state, totals = steps(state, totals, loss_fn, arrays, np.int32(until))
+                state, totals = steps(state, totals, functions, arrays, np.int32(until))
                 self._train.read_ahead()
                 figures = self._read_totals(totals, phase)
             calls.add(until - step, time.monotonic() - begin)

@@ -106,6 +106,27 @@ class Parallel:
 
         return call
 
+    def compile_ahead(
+        self, compiled: Callable[..., Any], held: Sequence[Any], *scalars: Any
+    ) -> None:
+        """Has a function from `compile` compiled for arguments that need not be there yet.
+
+        Under jit; the first call under pmap compiles as ever.
+
+        Args:
+            compiled: the function.
+            held: its arguments that will come from `put`: trees of arrays, or of what has their
+                `shape` and `dtype`.
+            scalars: the others.
+        """
+        if self.axis_name is None:
+
+            def outline(leaf: Any) -> jax.ShapeDtypeStruct:
+                return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self._everywhere)
+
+            # A later call finds what this leaves in JAX's own caches.
+            compiled.lower(*jax.tree.map(outline, tuple(held)), *scalars).compile()  # type: ignore[attr-defined]
+
 
 def request_devices(config: DeviceConfig) -> None:
     """Makes virtual CPU devices where several are asked for; to be called before all else."""

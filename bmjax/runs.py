@@ -168,12 +168,12 @@ def _check_form(config: Any, data: dict[str, Any], extra: Any) -> None:
         raise ValueError("a part has the wrong form")
 
 
-def check_same(saved: Run, asked: Run) -> None:
+def check_same_settings(saved: Run, config: TrainConfig, extra: dict[str, Any]) -> None:
     """Raises UserError where a resumption contradicts the run, with each field and both values."""
-    differing = contradictions(saved.config, asked.config)
+    differing = contradictions(saved.config, config)
     # Where the teacher or the weights lie may change; their fingerprint says if they are the same.
-    for name in sorted({*saved.extra, *asked.extra} - {"teacher", "weights"}):
-        before, after = saved.extra.get(name), asked.extra.get(name)
+    for name in sorted({*saved.extra, *extra} - {"teacher", "weights"}):
+        before, after = saved.extra.get(name), extra.get(name)
         if before != after:
             differing.append(f"{name} is {before!r} in the run and {after!r} now")
     if differing:
@@ -181,7 +181,11 @@ def check_same(saved: Run, asked: Run) -> None:
             f"--resume contradicts the run in {saved.path}: {'; '.join(differing)}. "
             "Leave these flags out, or start another run in another --out."
         )
-    if saved.data["fingerprint"] != asked.data["fingerprint"]:
+
+
+def check_same_data(saved: Run, fingerprint: str) -> None:
+    """Raises UserError where a run was begun with data of another fingerprint."""
+    if saved.data["fingerprint"] != fingerprint:
         raise UserError(
             f"the data of {saved.data['name']} are not those that the run in {saved.path} began "
             "with (their SHA-256 differs). Restore the data, or start another run."

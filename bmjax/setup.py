@@ -10,11 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
-from jax.tree_util import Partial
 
-from bmjax.compiled import make_train_steps
 from bmjax.config import BaseConfig, TrainConfig
 from bmjax.data import ArraySource, Dataset, loader, preprocess
+from bmjax.data.outline import Outline
 from bmjax.errors import UserError, unknown_name
 from bmjax.models import CIFAR_RESNETS, RESNETS, create_model, list_models
 from bmjax.optim import (
@@ -25,9 +24,9 @@ from bmjax.optim import (
     select,
     trainable_mask,
 )
-from bmjax.parallel import Parallel, check_divides, make_parallel
+from bmjax.parallel import check_divides, make_parallel
 from bmjax.settings import check_train
-from bmjax.train import LossFn, TrainState, classification_loss, create_state
+from bmjax.train import LossFn, TrainState, create_state
 
 MakeLoss = Callable[[nn.Module, dict[str, Any]], LossFn]
 
@@ -164,60 +163,28 @@ def epoch_orders(key: Array, dataset: Dataset, config: BaseConfig) -> Callable[[
     return lambda epoch: np.asarray(draw(key, epoch % passes if passes else epoch))
 
 
-def make_losses(config: BaseConfig, dataset: Dataset, make_loss: MakeLoss | None) -> MakeLoss:
-    """Returns `make_loss`, or the one that plain training takes."""
-    if make_loss is not None:
-        return make_loss
-    weights = loss_weights(config, dataset)
+def loss_weights(
+    config: BaseConfig, labels: np.ndarray, num_classes: int
+) -> tuple[float, ...] | None:
+    """Returns the weights of the classes in the loss that the config asks for; None: 1 each.
 
-    def plain_loss(model: nn.Module, statistics: dict[str, Any]) -> LossFn:
-        return classification_loss(model, statistics, config.label_smoothing, weights)
-
-    return plain_loss
-
-
-def compile_phase(
-    phase: Phase,
-    parallel: Parallel,
-    config: BaseConfig,
-    make_loss: MakeLoss,
-    statistics: dict[str, Any],
-    image_shape: tuple[int, int, int],
-) -> tuple[Callable[..., Any], Any]:
-    """Returns the steps of `make_train_steps` for a phase, and its loss function on the devices."""
-    axis_name = parallel.axis_name
-    view = loader.make_view(config.views, image_shape[:2], statistics["mean"], axis_name)
-    steps = make_train_steps(
-        parallel,
-        phase.optimizer,
-        config.batch_size,
-        view,
-        config.accumulate,
-        config.ema_decay,
-        phase.trained,
-        config.views.view_passes,
-    )
-    loss_fn = make_loss(phase.model, statistics)
-    loss_fn = loss_fn if isinstance(loss_fn, Partial) else Partial(loss_fn)
-    return steps, parallel.put(loss_fn)
+    Args:
+        config: of the run.
+        labels: of the training split.
+        num_classes: number of classes.
+    """
+    return class_weights(labels, num_classes) if config.class_weights == "balanced" else None
 
 
-def loss_weights(config: BaseConfig, dataset: Dataset) -> tuple[float, ...] | None:
-    """Returns the weights of the classes in the loss that the config asks for; None: 1 each."""
-    return class_weights(dataset) if config.class_weights == "balanced" else None
-
-
-def class_weights(dataset: Dataset) -> tuple[float, ...]:
+def class_weights(labels: np.ndarray, num_classes: int) -> tuple[float, ...]:
     """Returns `examples / (classes * examples of the class)` of the training split, per class.
 
     So each class weighs the same in a whole epoch, and the mean weight of an example is 1. Classes
     without an example count neither way; their weight is 1.
     """
-    counts = np.bincount(dataset.train.labels, minlength=dataset.num_classes)
+    counts = np.bincount(labels, minlength=num_classes)
     present = np.count_nonzero(counts)
-    return tuple(
-        float(len(dataset.train) / (present * count)) if count else 1.0 for count in counts
-    )
+    return tuple(float(len(labels) / (present * count)) if count else 1.0 for count in counts)
 
 
 def describe(dataset: Dataset, statistics: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -252,7 +219,7 @@ def _some_images(dataset: Dataset) -> np.ndarray:
     return np.stack([source[int(index)]["image"] for index in some])
 
 
-def check_possible(config: TrainConfig, dataset: Dataset) -> None:
+def check_possible(config: TrainConfig, data: Dataset | Outline) -> None:
     """Checks all that can be wrong with a run before anything of it is trained or written.
 
     Raises:
@@ -260,9 +227,9 @@ def check_possible(config: TrainConfig, dataset: Dataset) -> None:
     """
     check_train(config)
     check_divides(make_parallel(config.device), config.batch_size, config.accumulate)
-    model = build_model(config, dataset.num_classes)
+    model = build_model(config, data.num_classes)
     try:
-        jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *dataset.image_shape)))
+        jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *data.image_shape)))
     except ValueError as error:
         raise UserError(f"{config.model} cannot take these images: {error}") from error
 

@@ -56,19 +56,18 @@ def measure(freeze: tuple[str, ...], size: int, batch_size: int) -> dict[str, fl
         parallel,
         phase.optimizer,
         batch_size,
-        view,
         ema_decay=config.ema_decay,
         trained=phase.trained,
     )
     totals = parallel.put(zero_totals(loss_fn, phase.fresh, shape))
-    held_loss, arrays = Partial(loss_fn), parallel.put(loader.as_arrays(source))
+    functions, arrays = (view, Partial(loss_fn)), parallel.put(loader.as_arrays(source))
     state = parallel.put(phase.fresh)
     before = _peak()
-    state, totals = steps(state, totals, held_loss, arrays, np.int32(1))  # compiles
+    state, totals = steps(state, totals, functions, arrays, np.int32(1))  # compiles
     seconds = []
     for call in range(1, CALLS + 1):
         begin = time.perf_counter()
-        state, totals = steps(state, totals, held_loss, arrays, np.int32(call * STEPS))
+        state, totals = steps(state, totals, functions, arrays, np.int32(call * STEPS))
         jax.block_until_ready(totals)
         done = STEPS - 1 if call == 1 else STEPS
         seconds.append((time.perf_counter() - begin) / done)

@@ -25,23 +25,16 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from bmjax.compiled import zero_totals
 from bmjax.config import DistillConfig, TrainConfig
 from bmjax.data import Dataset, load_dataset, loader
+from bmjax.data.outline import Outline
 from bmjax.distill_loss import distillation_loss
 from bmjax.evaluate import TrainedRun
 from bmjax.models import create_model
 from bmjax.parallel import Parallel
+from bmjax.programs import Programs
 from bmjax.runs import Run
-from bmjax.setup import (
-    build_model,
-    compile_phase,
-    describe,
-    epoch_orders,
-    make_losses,
-    make_phases,
-    pixel_statistics,
-)
+from bmjax.setup import describe, epoch_orders, pixel_statistics
 from bmjax.teacher_cache import NoCache, cached_teacher
 from bmjax.train import LossFn
 
@@ -62,19 +55,16 @@ def make_epochs(
 ) -> Callable[[int], float]:
     """Returns `run(epoch)`, which trains for an epoch and returns the seconds that it took."""
     train = config.train_config(config.student, "none")
-    model = build_model(train, dataset.num_classes)
-    statistics_of = pixel_statistics(dataset)
-    batches = loader.num_batches(len(dataset.train), config.batch_size)
     parallel = Parallel("jit", jax.devices()[:1])
-    (phase,) = make_phases(train, model, dataset.image_shape, batches, None)
 
     def with_teacher(model: Any, statistics: dict[str, Any]) -> LossFn:
         return distillation_loss(model, statistics, teacher, config)
 
-    make_loss = with_teacher if teacher else make_losses(train, dataset, None)
-    shape = dataset.image_shape
-    steps, loss_fn = compile_phase(phase, parallel, train, make_loss, statistics_of, shape)
-    totals = zero_totals(make_loss(model, statistics_of), phase.fresh, shape, beside)
+    make_loss = with_teacher if teacher else None
+    programs = Programs(train, parallel, Outline.of(dataset), make_loss, beside=beside)
+    (phase,), statistics_of = programs.phases, pixel_statistics(dataset)
+    steps, totals = programs.steps(phase), programs.zeros(statistics_of)
+    functions = parallel.put(programs.functions(phase, statistics_of))
     orders = epoch_orders(phase.fresh.key, dataset, train)
     feed = loader.Feed(
         dataset.train, parallel.put, config.batch_size, orders, wide=True, beside=beside
@@ -83,8 +73,8 @@ def make_epochs(
 
     def run(epoch: int) -> float:
         begin = time.perf_counter()
-        arrays, end = feed.at(epoch * batches)
-        held[:] = steps(*held, loss_fn, arrays, np.int32(end))
+        arrays, end = feed.at(epoch * programs.num_batches)
+        held[:] = steps(*held, functions, arrays, np.int32(end))
         jax.block_until_ready(held)
         return time.perf_counter() - begin
 

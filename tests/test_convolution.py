@@ -96,6 +96,8 @@ def test_each_lowering_equals_the_convolution_in_float64(case, name, dtype, monk
     share = 1e-6 if dtype == jnp.float32 else 8e-3
     for role in arrays:
         given = [each for other, each in arrays.items() if other != role]
+        if name == "onednn" and not onednn.can(role, geometry, jnp.dtype(dtype)):
+            continue  # bfloat16 without AVX-512
         got = jax.jit(partial(LOWERINGS[name], role, geometry))(*given)
         assert got.dtype == dtype
         largest = np.abs(expected[role]).max()
@@ -130,7 +132,8 @@ def test_derivatives_of_any_order_are_those_of_xla(case):
     )
     theirs = every(lambda images, kernel: by_xla("output", geometry, images, kernel))
     for got, expected in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-        np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+        # The sine turns what is rounded off sums of some tens into as much of its own value.
+        np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("mapped", list(itertools.product([None, 0, 2], repeat=2))[1:])
@@ -206,17 +209,20 @@ def test_what_onednn_does_not_do_is_left_to_matmuls(monkeypatch):
 @pytest.mark.parametrize("role", ROLES)
 def test_onednn_computes_the_same_in_several_threads_at_a_time(role):
     # As XLA does with independent convolutions of a program.
-    geometry, _ = operands((4, 128, 3, 128, 1, (1, 1), 1), jnp.bfloat16, batch=16)
-    compute = onednn._convolution(onednn._key(role, geometry, jnp.dtype("bfloat16")).tobytes())
+    geometry, _ = operands((4, 128, 3, 128, 1, (1, 1), 1), jnp.float32, batch=16)
+    dtype = jnp.dtype("bfloat16")
+    if not onednn.can(role, geometry, dtype):  # without AVX-512
+        dtype = jnp.dtype("float32")
+    compute = onednn._convolution(onednn._key(role, geometry, dtype).tobytes())
     random = np.random.default_rng(0)
 
     def draw(of):
-        return random.normal(size=geometry.shape(of)).astype(jnp.bfloat16)
+        return random.normal(size=geometry.shape(of)).astype(dtype)
 
     inputs = [[draw(of) for of in ROLES if of != role] for _ in range(4)]
 
     def result(arrays):
-        out = np.zeros(geometry.shape(role), jnp.bfloat16)
+        out = np.zeros(geometry.shape(role), dtype)
         compute(*(each.ctypes.data for each in (*arrays, out)))
         return out
 

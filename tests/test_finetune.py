@@ -18,7 +18,6 @@ from bmjax.config import (
     RunConfig,
     TrainConfig,
 )
-from bmjax.data import Dataset
 from bmjax.errors import UserError
 from bmjax.evaluate import evaluate
 from bmjax.finetune import finetune, read_settings
@@ -311,5 +310,5 @@ def test_balanced_classes_weigh_the_same():
 
     source = draw_shapes(12, 0)
     few = dataclasses.replace(source, labels=np.array([0] * 8 + [1] * 3 + [2], np.int32))
-    weights = class_weights(Dataset("few", few, few, few, ("a", "b", "c")))
+    weights = class_weights(few.labels, 3)
     assert weights == pytest.approx((12 / 24, 12 / 9, 12 / 3))

@@ -22,6 +22,7 @@ LAYERS = [
     {"feature_matching", "train"},
     {"compiled"},
     {"setup"},
+    {"programs"},
     {"loop", "finder"},
     {"evaluate"},
     {"pretrained", "probe"},

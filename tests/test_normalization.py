@@ -105,6 +105,9 @@ def test_the_library_gives_what_xla_gives_whatever_was_in_memory(dtype, masked, 
         assert program.as_text().count("call @bmjax_batch_norm") == expected_calls
         return jax.tree.leaves(program.compile()(values, scale, bias, cotangent))
 
+    if not fast.can(shape, jnp.dtype(dtype), 1e-5):
+        assert dtype == jnp.bfloat16
+        pytest.skip("oneDNN computes bfloat16 only with AVX-512")
     found = results(2)
     monkeypatch.setattr(fast, "_FEWEST", 10**9)
     for one, other in zip(found, results(0), strict=True):

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 
+from bmjax import threads
 from bmjax.models import create_model, forward_flops
 from bmjax.threads import suits_one_thread
 
@@ -63,3 +64,16 @@ def test_little_work_suits_one_thread(name, size, batch_size, suits):
 def test_flops_of_an_mlp_are_counted_by_hand():
     model = create_model("mlp", 10, hidden_sizes=(5, 3))
     assert forward_flops(model, (7, 2, 1)) == 2 * (14 * 5 + 5 * 3 + 3 * 10)
+
+
+@pytest.mark.parametrize(
+    ("option", "known"), [("xla_cpu_enable_fast_min_max", True), ("xla_no_such_option", False)]
+)
+def test_options_are_those_that_jax_knows_and_only_for_one_thread(monkeypatch, option, known):
+    options = {option: "true"}
+    monkeypatch.setattr(threads, "_OPTIONS", options)
+    monkeypatch.setattr(threads, "_known", threads._known.__wrapped__)
+    monkeypatch.setattr(threads, "_chosen", [])
+    assert threads.compiler_options() == {}
+    monkeypatch.setattr(threads, "_chosen", [True])
+    assert threads.compiler_options() == (options if known else {})

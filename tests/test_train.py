@@ -46,11 +46,12 @@ def run_steps(dataset, parallel, until=9, accumulate=1, views=VIEWS, model=None)
     """Trains for an epoch and a half, in calls of uneven length, and evaluates."""
     model, optimizer, statistics, state, loss_fn = set_up(dataset, model)
     arrays = loader.as_arrays(dataset.train)
-    steps = make_train_steps(parallel, optimizer, 16, view(views, parallel), accumulate)
+    steps = make_train_steps(parallel, optimizer, 16, accumulate)
     totals = parallel.put(zero_totals(loss_fn, state, arrays["image"].shape[1:]))
-    state, loss_fn, arrays = (parallel.put(tree) for tree in (state, Partial(loss_fn), arrays))
+    functions = (view(views, parallel), Partial(loss_fn))
+    state, functions, arrays = (parallel.put(tree) for tree in (state, functions, arrays))
     for end in (1, 4, 6, until):
-        state, totals = steps(state, totals, loss_fn, arrays, np.int32(end))
+        state, totals = steps(state, totals, functions, arrays, np.int32(end))
     evaluate = make_evaluate(parallel, model, statistics, dataset.num_classes, 16)
     sums = evaluate(state.variables, parallel.put(loader.as_arrays(dataset.test)))
     return parallel.get((state, totals, sums))
@@ -99,11 +100,12 @@ def test_the_length_of_the_calls_changes_nothing(shapes, on_one_device):
     parallel = Parallel("jit", jax.devices()[:1])
     _, optimizer, _, state, loss_fn = set_up(shapes)
     arrays = loader.as_arrays(shapes.train)
-    steps = make_train_steps(parallel, optimizer, 16, view(VIEWS))
+    steps = make_train_steps(parallel, optimizer, 16)
     totals = parallel.put(zero_totals(loss_fn, state, arrays["image"].shape[1:]))
-    state, loss_fn, arrays = (parallel.put(tree) for tree in (state, Partial(loss_fn), arrays))
+    functions = (view(VIEWS), Partial(loss_fn))
+    state, functions, arrays = (parallel.put(tree) for tree in (state, functions, arrays))
     for end in range(1, 10):
-        state, totals = steps(state, totals, loss_fn, arrays, np.int32(end))
+        state, totals = steps(state, totals, functions, arrays, np.int32(end))
     chex.assert_trees_all_equal(parallel.get(state), on_one_device[0])
 
 
@@ -113,11 +115,11 @@ def test_nothing_is_traced_again_after_the_first_call(shapes):
     arrays = loader.as_arrays(shapes.train)
     zeros = zero_totals(loss_fn, state, arrays["image"].shape[1:])
     counted = chex.assert_max_traces(loss_fn, n=1)
-    steps = make_train_steps(parallel, optimizer, 16, view(VIEWS))
+    steps = make_train_steps(parallel, optimizer, 16)
     state, totals, arrays = (parallel.put(tree) for tree in (state, zeros, arrays))
-    partial = Partial(counted)
+    functions = (view(VIEWS), Partial(counted))
     for end in (1, 3, 6, 7, 12):
-        state, totals = steps(state, totals, partial, arrays, np.int32(end))
+        state, totals = steps(state, totals, functions, arrays, np.int32(end))
     with pytest.raises(AssertionError, match="traced"):
         jax.jit(lambda *a: counted(*a))(
             jax.tree.map(jnp.asarray, parallel.get(state).params),
@@ -217,9 +219,10 @@ def test_a_loss_that_is_not_finite_stops_the_loop_at_its_step(shapes):
     _, optimizer, _, state, loss_fn = set_up(shapes, optimizer=optax.sgd(1e20))
     arrays = loader.as_arrays(shapes.train)
     totals = parallel.put(zero_totals(loss_fn, state, arrays["image"].shape[1:]))
-    steps = make_train_steps(parallel, optimizer, 16, view(VIEWS))
-    state, loss_fn, arrays = (parallel.put(tree) for tree in (state, Partial(loss_fn), arrays))
-    state, totals = steps(state, totals, loss_fn, arrays, np.int32(6))
+    steps = make_train_steps(parallel, optimizer, 16)
+    functions = (view(VIEWS), Partial(loss_fn))
+    state, functions, arrays = (parallel.put(tree) for tree in (state, functions, arrays))
+    state, totals = steps(state, totals, functions, arrays, np.int32(6))
     bad = int(totals["bad_step"])
     assert 0 < bad < 5
     assert int(state.step) == bad + 1

@@ -77,10 +77,10 @@ class Bmjax:
         view = loader.make_view(
             AugmentConfig(augment=False), _shape(workload)[:2], statistics["mean"]
         )
-        self._run = make_train_steps(self._parallel, optimizer, workload.batch_size, view)
+        self._run = make_train_steps(self._parallel, optimizer, workload.batch_size)
         self._state = put(state)
         self._totals = put(zero_totals(loss_fn, state, _shape(workload)))
-        self._loss_fn = put(loss_fn)
+        self._functions = put((view, loss_fn))
         data = workload.data(steps)
         self._arrays, self._done = put(data), 0
         self._variables = put(variables)
@@ -96,7 +96,7 @@ class Bmjax:
     def train(self) -> float:
         """See `Contender`."""
         self._done += self._steps
-        arguments = self._loss_fn, self._arrays, np.int32(self._done)
+        arguments = self._functions, self._arrays, np.int32(self._done)
         self._state, self._totals = self._run(self._state, self._totals, *arguments)
         totals = self._parallel.get(self._totals)
         return float(totals["loss"] / totals["count"])

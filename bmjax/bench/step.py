@@ -20,7 +20,7 @@ class Step(NamedTuple):
     Attributes:
         steps: see `make_train_steps`.
         state: the initial one, on the host's first device.
-        held: state, totals, loss function and data, put on the devices: its first arguments.
+        held: its first arguments, put on the devices: state, totals, view and loss function, data.
     """
 
     steps: Any
@@ -46,7 +46,7 @@ def make_step(
     state = create_state(model, optimizer, shape, seed=0)
     loss_fn = Partial(classification_loss(model, statistics))
     view = loader.make_view(AugmentConfig(augment=False), shape[:2], statistics["mean"])
-    steps = make_train_steps(parallel, optimizer, batch_size, view, accumulate)
+    steps = make_train_steps(parallel, optimizer, batch_size, accumulate)
     totals = zero_totals(loss_fn, state, shape)
-    held = [parallel.put(tree) for tree in (state, totals, loss_fn, data)]
+    held = [parallel.put(tree) for tree in (state, totals, (view, loss_fn), data)]
     return Step(steps, state, held)

@@ -7,7 +7,8 @@ run is the same to the bit either way.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -15,10 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.profiler import TraceAnnotation
+from jax.tree_util import Partial
 
 from bmjax.config import AugmentConfig
 from bmjax.data.augment import center_crop, random_views
 from bmjax.data.mixing import mix
+from bmjax.data.outline import Outline
 from bmjax.data.sources import ArraySource, Source
 
 # Of images in one window, so that the next ones are decoded while it is trained on.
@@ -39,6 +42,31 @@ def as_arrays(source: ArraySource, wide: bool = False) -> dict[str, np.ndarray]:
     """
     images = source.wide if wide and source.wide is not None else source.images
     return {"image": images, "label": source.labels}
+
+
+def batches_in_window(image_shape: Sequence[int], batch_size: int, num_batches: int) -> int:
+    """Returns how many batches of uint8 images are decoded and put on the device at a time."""
+    return max(1, min(num_batches, _WINDOW_BYTES // (math.prod(image_shape) * batch_size)))
+
+
+def shapes_of_train(outline: Outline, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns shapes and types of what a `Feed` of the training split gives, with nothing beside.
+
+    Args:
+        outline: of the dataset.
+        batch_size: over all devices.
+    """
+    rows, scalars = len(outline.labels), {}
+    if not outline.in_memory:
+        number = num_batches(rows, batch_size)
+        rows = batches_in_window(outline.wide_shape, batch_size, number) * batch_size
+        names = ("first", "count", "num_batches")
+        scalars = {name: jax.ShapeDtypeStruct((), jnp.int32) for name in names}
+    return {
+        "image": jax.ShapeDtypeStruct((rows, *outline.wide_shape), jnp.uint8),
+        "label": jax.ShapeDtypeStruct((rows,), jnp.int32),
+        **scalars,
+    }
 
 
 class Beside(Protocol):
@@ -116,7 +144,7 @@ class Feed:
     def _batches_in_window(self) -> int:
         # Once: to know the size, an image is decoded.
         image = self._source.wide_image(0) if self._wide else self._source[0]["image"]
-        return max(1, min(self.num_batches, _WINDOW_BYTES // (image.size * self._batch_size)))
+        return batches_in_window(image.shape, self._batch_size, self.num_batches)
 
     def _begin(self, step: int) -> None:
         from bmjax.data.stream import windows
@@ -158,8 +186,10 @@ class Feed:
 
 def make_view(
     config: AugmentConfig, size: tuple[int, int], mean: Any, axis_name: str | None = None
-) -> Callable[[Array, dict[str, Array]], dict[str, Array]]:
+) -> Partial:
     """Returns what makes of a batch the one that is trained on: `view(key, batch) -> batch`.
+
+    It holds `mean` as an array, so that a program can be compiled that takes any.
 
     Args:
         config: the random views, and whether images are mixed.
@@ -168,18 +198,17 @@ def make_view(
         axis_name: under pmap, the axis that the batch is divided along.
     """
 
-    def view(key: Array, batch: dict[str, Array]) -> dict[str, Array]:
+    def view(fill: Array, key: Array, batch: dict[str, Array]) -> dict[str, Array]:
         images = batch["image"]
         if not config.augment:
             return {**batch, "image": center_crop(images, size)}
-        fill = jnp.asarray(mean, jnp.float32)
         images = random_views(key, images, batch["position"], config, size, fill)
         batch = {**batch, "image": images}
         # Examples fold in their positions, which are far smaller.
         mixing_key = jax.random.fold_in(key, 2**31)
         return mix(mixing_key, batch, config, axis_name) if config.mixes else batch
 
-    return view
+    return Partial(view, jnp.asarray(mean, jnp.float32))
 
 
 def epoch_order(key: Array, epoch: Array, num_examples: int, batch_size: int) -> Array:

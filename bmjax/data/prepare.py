@@ -5,6 +5,7 @@ decoded, so that only the first start has to find out.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -22,6 +23,7 @@ from PIL import Image
 
 from bmjax.cache import cache_folder, prepare_once
 from bmjax.data.files import DecodingError, Encoded, FileSource, View
+from bmjax.data.outline import Outline
 from bmjax.data.preprocess import EvaluationTransform, margin_transform
 from bmjax.data.sources import SPLITS, ArraySource, Dataset, Source
 from bmjax.errors import UserError, unknown_name
@@ -48,6 +50,7 @@ class Options:
     memory_gib: float = 4.0
     splits: tuple[str, ...] = SPLITS
     channels: int = 3
+    meanwhile: Callable[[Outline], None] | None = None
 
     def __post_init__(self) -> None:
         for name in self.splits:
@@ -124,12 +127,21 @@ def make_dataset(
     in_memory = number * int(np.prod(view.wide_shape)) <= options.memory_gib * 2**30
     sources: dict[str, Source] = {}
     messages = list(warnings)
+    meanwhile = None
+    if options.meanwhile is not None:
+        outline = Outline(
+            parts["train"].labels, len(class_names), view.image_shape, view.wide_shape, in_memory
+        )
+        meanwhile = functools.partial(options.meanwhile, outline)
     for split in SPLITS:
         if split not in options.splits:
             sources[split] = NotLoaded(split, view.image_shape)
             continue
         load = _load_into_memory if in_memory or not len(parts[split]) else _load_checked
-        sources[split], problems = load(split, parts[split], view)
+        # Train comes first; while the others are decoded there is nothing left to do.
+        sources[split], problems = load(
+            split, parts[split], view, meanwhile if split == "train" else None
+        )
         messages += _tell(split, parts[split], problems)
     if "train" in options.splits:
         _check_classes(parts["train"].labels, sources["train"].labels, class_names)
@@ -179,14 +191,14 @@ def _common_size(parts: Iterable[Encoded]) -> tuple[int, int] | None:
 
 
 def _load_into_memory(
-    split: str, encoded: Encoded, view: View
+    split: str, encoded: Encoded, view: View, meanwhile: Callable[[], None] | None
 ) -> tuple[ArraySource, dict[int, str]]:
     wide = np.empty((len(encoded), *view.wide_shape), np.uint8)
 
     def decode(index: int) -> None:
         wide[index] = encoded.wide(index, view)
 
-    problems = in_threads(decode, len(encoded), f"decoding {split}")
+    problems = in_threads(decode, len(encoded), f"decoding {split}", meanwhile)
     if problems:
         keep = np.delete(np.arange(len(encoded)), list(problems))
         for place, index in enumerate(keep):  # one by one: there may be no room for a copy
@@ -197,12 +209,14 @@ def _load_into_memory(
     return ArraySource(view.middle(wide), encoded.labels, wide), problems
 
 
-def _load_checked(split: str, encoded: Encoded, view: View) -> tuple[FileSource, dict[int, str]]:
+def _load_checked(
+    split: str, encoded: Encoded, view: View, meanwhile: Callable[[], None] | None
+) -> tuple[FileSource, dict[int, str]]:
     def check(index: int) -> None:
         encoded.check(index, view)
 
     def check_all() -> dict[int, str]:
-        return in_threads(check, len(encoded), f"checking {split}")
+        return in_threads(check, len(encoded), f"checking {split}", meanwhile)
 
     # Whether a picture becomes too large depends on what its shorter side is resized to.
     known_by = f"{encoded.identity} {len(encoded)} {view.transform.resize_size}"
@@ -255,10 +269,16 @@ def _check_classes(before: np.ndarray, after: np.ndarray, class_names: Sequence[
         )
 
 
-def in_threads(work: Callable[[int], None], count: int, text: str) -> dict[int, str]:
+def in_threads(
+    work: Callable[[int], None],
+    count: int,
+    text: str,
+    meanwhile: Callable[[], None] | None = None,
+) -> dict[int, str]:
     """Does `work(index)` for all of `count`; returns the reasons of those that cannot be decoded.
 
-    Pillow lets other threads run while it reads pixels.
+    Pillow lets other threads run while it reads pixels. `meanwhile` is called in this one, and
+    ends the work where it raises.
     """
 
     def do_chunk(first: int) -> tuple[int, dict[int, str]]:
@@ -275,6 +295,8 @@ def in_threads(work: Callable[[int], None], count: int, text: str) -> dict[int, 
     executor = ThreadPoolExecutor(num_threads())
     try:
         futures = [executor.submit(do_chunk, first) for first in range(0, count, _CHUNK)]
+        if meanwhile is not None:
+            meanwhile()
         with _progress(text, count) as advance:
             for future in as_completed(futures):
                 done, found = future.result()

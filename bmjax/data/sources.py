@@ -6,13 +6,16 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from zipfile import BadZipFile, is_zipfile
 
 import numpy as np
 
 from bmjax.data import preprocess
 from bmjax.errors import UserError, unknown_name
+
+if TYPE_CHECKING:
+    from bmjax.data.outline import Outline
 
 SPLITS = ("train", "validation", "test")
 
@@ -161,6 +164,7 @@ def load_dataset(
     memory_gib: float = 4.0,
     splits: Sequence[str] = SPLITS,
     channels: int = 3,
+    meanwhile: "Callable[[Outline], None] | None" = None,
 ) -> Dataset:
     """Loads a dataset, preparing it in the cache folder first where that is needed.
 
@@ -176,6 +180,8 @@ def load_dataset(
             when they are asked for.
         splits: of train, validation and test those that will be used; no other is decoded.
         channels: 1 for gray, 3 for RGB.
+        meanwhile: called with what is already known, while other threads decode the images; not
+            called where there is nothing to decode. What it raises ends the loading.
 
     Raises:
         UserError: an unknown name, a missing file, data that is no labelled images, or a setting
@@ -185,7 +191,9 @@ def load_dataset(
     if kind in ("folder", "tfds") and path:
         from bmjax.data.prepare import Options
 
-        options = Options(image_size, transform, split_seed, memory_gib, tuple(splits), channels)
+        options = Options(
+            image_size, transform, split_seed, memory_gib, tuple(splits), channels, meanwhile
+        )
         if kind == "folder":
             from bmjax.data import folder
 

@@ -1,0 +1,156 @@
+import dataclasses
+import shutil
+from typing import Any
+
+import chex
+import jax
+import numpy as np
+import pytest
+from jax.tree_util import Partial
+
+from bmjax import loop, programs
+from bmjax.config import AugmentConfig, DeviceConfig
+from bmjax.data import loader, prepare
+from bmjax.data.outline import Outline
+from bmjax.errors import UserError
+from bmjax.loop import fit
+from bmjax.parallel import Parallel
+from bmjax.programs import Programs
+from bmjax.train import classification_loss
+from tests.folder_helpers import write, write_class
+from tests.test_loop import on_host
+
+STATISTICS = {"mean": [0.3], "std": [0.2]}
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """A list that grows whenever the loss of plain training is traced."""
+    calls = []
+
+    def counted(*args):
+        calls.append(args)
+        return classification_loss(*args)
+
+    monkeypatch.setattr(programs, "classification_loss", counted)
+    return calls
+
+
+def train_epoch(made, config, dataset, functions):
+    """Trains for one epoch; returns its sums on the host."""
+    (phase,), parallel = made.phases, made.parallel
+    functions = parallel.put(functions)
+    feed = loader.Feed(dataset.train, parallel.put, config.batch_size, lambda _: ORDER, wide=True)
+    state, totals, step = parallel.put(phase.fresh), parallel.put(made.zeros(STATISTICS)), 0
+    while step < made.num_batches:
+        arrays, step = feed.at(step)
+        state, totals = made.steps(phase)(state, totals, functions, arrays, np.int32(step))
+    return parallel.get(totals)
+
+
+ORDER = np.arange(96, dtype=np.int32)
+
+
+class Read:
+    """A split that is not in memory."""
+
+    def __init__(self, source):
+        self._source, self.labels, self.image_shape = source, source.labels, source.image_shape
+
+    def __len__(self):
+        return len(self._source)
+
+    def wide_image(self, index):
+        return self._source.wide_image(index)
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_what_is_compiled_ahead_is_what_runs_with_any_statistics(
+    small, shapes, traced, monkeypatch, in_memory
+):
+    views = AugmentConfig(erase=1.0)  # which paints with the mean
+    config = dataclasses.replace(small, views=views)
+    dataset = shapes if in_memory else dataclasses.replace(shapes, train=Read(shapes.train))
+    monkeypatch.setattr(loader, "_WINDOW_BYTES", 2 * config.batch_size * 12 * 12)
+    outline = Outline.of(dataset)
+    assert outline.in_memory == in_memory
+    parallel = Parallel("jit", jax.devices()[:1])
+    made = Programs(config, parallel, outline)
+    made.compile_ahead()
+    made.zeros(STATISTICS)
+    # Of the totals' names there is one more trace, which compiles nothing.
+    number = len(traced)
+    (phase,) = made.phases
+    got = train_epoch(made, config, dataset, made.functions(phase, STATISTICS))
+    assert len(traced) == number + 1
+    steps: Any = made.steps(phase)
+    assert steps._cache_size() == 1
+
+    plain = Programs(config, parallel, outline)
+    view = loader.make_view(views, (12, 12), STATISTICS["mean"])
+    loss_fn = classification_loss(plain.model, STATISTICS)
+    expected = train_epoch(plain, config, dataset, (view, Partial(loss_fn)))
+    chex.assert_trees_all_equal(got, expected)
+
+
+def photos(path):
+    for number, name in enumerate(("ant", "bee")):
+        write_class(path / "train" / name, 56, number)  # seven batches of 16
+        write_class(path / "validation" / name, 2, 7 + number)
+    return path
+
+
+def test_a_run_compiles_while_images_are_decoded(small, quiet, tmp_path, traced, monkeypatch):
+    folder = photos(tmp_path / "photos")
+    config = dataclasses.replace(small, data=f"folder:{folder}", image_size=8, epochs=1)
+    seen = []
+    work = prepare.in_threads
+
+    def noted(work_on, count, text, meanwhile=None):
+        def noting():
+            meanwhile()
+            seen.append(len(traced))
+
+        return work(work_on, count, text, noting if meanwhile else None)
+
+    monkeypatch.setattr(prepare, "in_threads", noted)
+    fit(config, console=quiet)
+    (ahead,) = seen
+    assert ahead >= 2  # names of the totals, and the steps
+    assert len(traced) == ahead + 1  # the names again: no other program was made
+
+
+def test_an_image_that_is_left_out_leaves_the_run_of_the_others(small, quiet, tmp_path):
+    folder = photos(tmp_path / "photos")
+    whole = shutil.copytree(folder, tmp_path / "whole")
+    write(folder / "train" / "bee" / "999.jpg", b"no picture")
+    states = []
+    for path in (folder, whole):
+        config = dataclasses.replace(
+            small, data=f"folder:{path}", image_size=8, epochs=2, out=f"{path}-run"
+        )
+        state, _ = fit(config, console=quiet)
+        states.append(on_host(state))
+    chex.assert_trees_all_equal(*states)
+
+
+def test_what_cannot_be_trained_is_said_before_the_images_are_decoded(
+    small, quiet, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(loop, "describe", lambda *_: pytest.fail("all was decoded"))
+    config = dataclasses.replace(small, data=f"folder:{photos(tmp_path / 'photos')}", image_size=8)
+    wrong = dataclasses.replace(config, batch_size=7, device=DeviceConfig(devices=2))
+    with pytest.raises(UserError, match="--batch-size 7 does not divide"):
+        fit(wrong, console=quiet)
+    assert not (tmp_path / "run").exists()
+
+
+def test_work_in_threads_ends_where_what_is_done_meanwhile_fails():
+    done: list[int] = []
+
+    def fail():
+        raise UserError("no such model")
+
+    with pytest.raises(UserError, match="no such model"):
+        prepare.in_threads(done.append, 100_000, "counting", fail)
+    assert len(done) < 100_000
