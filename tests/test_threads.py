@@ -70,7 +70,7 @@ def test_flops_of_an_mlp_are_counted_by_hand():
     ("option", "known"), [("xla_cpu_enable_fast_min_max", True), ("xla_no_such_option", False)]
 )
 def test_options_are_those_that_jax_knows_and_only_for_one_thread(monkeypatch, option, known):
-    options = {option: "true"}
+    options = {option: True}
     monkeypatch.setattr(threads, "_OPTIONS", options)
     monkeypatch.setattr(threads, "_known", threads._known.__wrapped__)
     monkeypatch.setattr(threads, "_chosen", [])
