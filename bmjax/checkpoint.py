@@ -3,13 +3,16 @@
 A checkpoint is a folder `checkpoints/STEP` with the items `state` (all that training changes,
 by name), `best` (the variables with the best validation accuracy so far) and `meta`. Its
 `manifest.json`, written last, holds the SHA-256 of every file: Orbax itself has no checksum of
-array data. A folder without one is what a killed save left behind.
+array data. It is written under another name and gets its own once all of it is on the disk, and
+loses it before it is deleted: what has a step's name was whole once.
 """
 
+import errno
 import hashlib
 import json
 import os
 import shutil
+import tempfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,12 +21,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bmjax.errors import UserError
+from bmjax.errors import StorageError, UserError
 from bmjax.quiet import errors_only
 from bmjax.runs import free_folder
 
 MANIFEST = "manifest.json"
 DAMAGED = "damaged"
+# Before and after a checkpoint has its name; a killed process leaves such folders behind.
+SAVING, REMOVING = ".saving-", ".removing-"
 
 Named = dict[str, np.ndarray]
 
@@ -109,27 +114,60 @@ class CheckpointWriter:
     def _write(self, step: int, items: dict[str, Named], meta: dict[str, Any]) -> None:
         import orbax.checkpoint as ocp
 
-        path = self._folder / str(step)
-        if path.exists() and not (path / MANIFEST).exists():
-            shutil.rmtree(path)
+        path, saving = self._folder / str(step), self._folder / f"{SAVING}{step}"
         if path.exists():
             return  # the same run has been at this step before, and saved the same
         arguments = {name: ocp.args.StandardSave(named) for name, named in items.items()}
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-            checkpointer.save(
-                path.absolute(), args=ocp.args.Composite(**arguments, meta=ocp.args.JsonSave(meta))
-            )
-        _write_manifest(path)
+        try:
+            _reserve(self._folder, items)
+            with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+                checkpointer.save(
+                    saving.absolute(),
+                    args=ocp.args.Composite(**arguments, meta=ocp.args.JsonSave(meta)),
+                )
+            _write_manifest(saving)
+            saving.rename(path)
+            _sync(self._folder)
+        except (OSError, ValueError) as error:  # what Orbax raises is of either kind
+            raise _not_written(path, error) from error
+        finally:  # on a full disk, what is there of it would keep others from writing
+            _remove_unfinished(self._folder)
         for old in saved_steps(self._folder)[: -self._keep]:
-            # The manifest goes first: a folder half deleted is then seen to be no checkpoint.
-            (self._folder / str(old) / MANIFEST).unlink()
-            shutil.rmtree(self._folder / str(old))
+            removing = self._folder / f"{REMOVING}{old}"
+            (self._folder / str(old)).rename(removing)
+            shutil.rmtree(removing)
+
+
+def _reserve(folder: Path, items: dict[str, Named]) -> None:
+    """Raises OSError where there is no room for a checkpoint, before any of it is written.
+
+    Orbax goes on in threads of its own when a write fails, each of which then complains.
+    """
+    needed = sum(array.nbytes for named in items.values() for array in named.values())
+    needed += needed // 10 + 2**20  # files of names and shapes, and what a file system needs
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        if hasattr(os, "posix_fallocate"):  # which knows of quotas
+            os.posix_fallocate(file.fileno(), 0, needed)
+        elif shutil.disk_usage(folder).free < needed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _not_written(path: Path, error: Exception) -> StorageError:
+    full = os.strerror(errno.ENOSPC) in str(error)
+    why = f"the disk is full ({os.strerror(errno.ENOSPC)})" if full else str(error)
+    remedy = "Free some space" if full else "See to it"
+    before = saved_steps(path.parent)
+    left = f"that at step {before[-1]} is whole" if before else "there is none before it"
+    return StorageError(
+        f"the checkpoint {path} could not be written: {why}; {left}. {remedy}, then go on with the "
+        "run by --resume."
+    )
 
 
 def saved_steps(folder: Path) -> list[int]:
-    """Returns the steps of the finished checkpoints in `folder`, ascending."""
-    steps = (path for path in folder.glob("*") if path.name.isdigit())
-    return sorted(int(path.name) for path in steps if (path / MANIFEST).is_file())
+    """Returns the steps of the checkpoints in `folder`, ascending, be they damaged or not."""
+    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal())
 
 
 def damage(path: Path) -> list[str]:
@@ -147,6 +185,8 @@ def damage(path: Path) -> list[str]:
             for name in expected
             if name in present and _sha256(path / name) != expected[name]
         ]
+    except FileNotFoundError:
+        return [f"{MANIFEST} is missing"]
     except (ValueError, KeyError, TypeError, AttributeError):
         return [f"{MANIFEST} was changed"]
     return problems
@@ -206,12 +246,21 @@ def read(folder: Path, step: int, items: tuple[str, ...]) -> dict[str, Any]:
 
 def _write_manifest(path: Path) -> None:
     hashes = {name: _sha256(path / name) for name in _files(path)}
-    temporary = path / f".{MANIFEST}"
-    with temporary.open("w") as file:
-        json.dump({"sha256": hashes, "own_sha256": _own_sha256(hashes)}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path / MANIFEST)
+    content = {"sha256": hashes, "own_sha256": _own_sha256(hashes)}
+    (path / MANIFEST).write_text(json.dumps(content, indent=1))
+    for each in (path, *path.rglob("*")):
+        _sync(each)
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file, or the names in a folder, would outlive a loss of power."""
+    if os.name == "nt" and path.is_dir():
+        return  # which Windows sees to itself
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _own_sha256(hashes: dict[str, str]) -> str:
@@ -220,7 +269,7 @@ def _own_sha256(hashes: dict[str, str]) -> str:
 
 def _files(path: Path) -> list[str]:
     names = (str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
-    return sorted(name for name in names if name not in (MANIFEST, f".{MANIFEST}"))
+    return sorted(name for name in names if name != MANIFEST)
 
 
 def _sha256(path: Path) -> str:
@@ -229,6 +278,6 @@ def _sha256(path: Path) -> str:
 
 
 def _remove_unfinished(folder: Path) -> None:
-    for path in folder.glob("*"):
-        if path.name != DAMAGED and path.is_dir() and not (path / MANIFEST).is_file():
+    for kind in (SAVING, REMOVING):
+        for path in folder.glob(f"{kind}*"):
             shutil.rmtree(path)

@@ -24,7 +24,7 @@ from bmjax.config import (
     PredictConfig,
     TrainConfig,
 )
-from bmjax.errors import DivergenceError, StoppedError, UserError
+from bmjax.errors import DivergenceError, StoppedError, StorageError, UserError, explained
 from bmjax.settings import check_distill, check_finetune, check_train
 
 # Classes that a terminal has the width for.
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         _COMMANDS[type(config)](config)
     except UserError as error:
         _end(error, 2)
-    except DivergenceError as error:
+    except (DivergenceError, StorageError) as error:
         _end(error, 1)
     except StoppedError as error:
         _end(error, error.exit_code)
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.stderr.close()
         sys.exit(1)
     except OSError as error:
-        _end(error, 1)  # a full disk, a folder without permission: the system says which
+        _end(explained(error), 1)
 
 
 def _leave(signum: int, frame: FrameType | None) -> None:

@@ -1,6 +1,7 @@
 """The errors that a person can mend, and how a name that does not exist is answered."""
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 
@@ -10,6 +11,10 @@ class UserError(ValueError):
 
 class DivergenceError(RuntimeError):
     """Training met a loss that is not finite. Exit code 1."""
+
+
+class StorageError(RuntimeError):
+    """Something of a run could not be written, such as on a full disk. Exit code 1."""
 
 
 class StoppedError(RuntimeError):
@@ -24,6 +29,20 @@ class StoppedError(RuntimeError):
     def __init__(self, progress: str, go_on: str, exit_code: int):
         super().__init__(f"{progress}. Go on with: {go_on}" if go_on else progress)
         self.progress, self.go_on, self.exit_code = progress, go_on, exit_code
+
+
+def explained(error: OSError) -> str:
+    """Returns what the system says, such as of a folder without permission, and a remedy for some.
+
+    Args:
+        error: as raised while a run was at work.
+    """
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return str(error)
+    return (
+        f"{error.filename or 'a file'} could not be written: the disk is full ({error.strerror}). "
+        "Free some space, then go on with the run by --resume."
+    )
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:

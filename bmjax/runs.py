@@ -15,12 +15,18 @@ from typing import IO, Any
 import filelock
 
 from bmjax import __version__
-from bmjax.config import TrainConfig
+from bmjax.config import DistillConfig, FinetuneConfig, TrainConfig
 from bmjax.errors import UserError
 from bmjax.settings import check_train, contradictions, flatten, unflatten
 
 CONFIG = "config.json"
 TOUR = "distill.json"
+# What a run saved before such a setting came to be was trained with.
+_EXTRA = {
+    name: list(value) if isinstance(value, tuple) else value
+    for config in (FinetuneConfig(), DistillConfig())
+    for name, value in flatten(config).items()
+}
 _VERSIONS_OF = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -173,7 +179,7 @@ def check_same_settings(saved: Run, config: TrainConfig, extra: dict[str, Any]) 
     differing = contradictions(saved.config, config)
     # Where the teacher or the weights lie may change; their fingerprint says if they are the same.
     for name in sorted({*saved.extra, *extra} - {"teacher", "weights"}):
-        before, after = saved.extra.get(name), extra.get(name)
+        before, after = saved.extra.get(name, _EXTRA.get(name)), extra.get(name)
         if before != after:
             differing.append(f"{name} is {before!r} in the run and {after!r} now")
     if differing:
