@@ -1,5 +1,6 @@
 """The command line: subcommands made from the config dataclasses, errors in one line."""
 
+import dataclasses
 import json
 import signal
 import sys
@@ -23,6 +24,7 @@ from bmjax.config import (
     FinetuneConfig,
     PredictConfig,
     TrainConfig,
+    VerifyResumeConfig,
 )
 from bmjax.errors import DivergenceError, StoppedError, StorageError, UserError, explained
 from bmjax.settings import check_distill, check_finetune, check_train
@@ -72,6 +74,11 @@ def parse(argv: list[str]) -> Any:
 
     With `--resume`, flags that are not given take the values of the run in `--out`.
     """
+    if argv[:1] == ["verify-resume"] and "--" in argv:
+        end = argv.index("--")
+        verified = parse(argv[end + 1 :])  # what is wrong with it is said as without
+        assert verified is not None
+        return dataclasses.replace(_parse(argv[:end], {}), command=tuple(argv[end + 1 :]))
     config = _parse(argv, {})
     if isinstance(config, TrainConfig | FinetuneConfig | DistillConfig) and config.run.resume:
         config = _parse(argv, {type(config): _saved(config)})
@@ -88,6 +95,7 @@ def _parse(argv: list[str], defaults: dict[type, Any]) -> Any:
         "convert": ConvertConfig,
         "bench": BenchConfig,
         "doctor": DoctorConfig,
+        "verify-resume": VerifyResumeConfig,
     }
     kinds = tuple(
         Annotated[
@@ -115,8 +123,6 @@ def _one_line(kind: type) -> str:
 
 
 def _saved(config: TrainConfig | FinetuneConfig | DistillConfig) -> Any:
-    import dataclasses
-
     from bmjax.runs import read_run
 
     if isinstance(config, TrainConfig):
@@ -232,30 +238,10 @@ def _distill(config: DistillConfig) -> None:
 
 
 def _explain_loss(config: DistillConfig) -> None:
-    from bmjax.loss_terms import explain
+    from bmjax.loss_terms import explain, show
 
     console = Console()
-    result = explain(config, console)
-    table = Table(
-        title=f"{result['student']} with {result['teacher']}, T = {result['temperature']:g}, "
-        f"first batch of {result['examples']} images, before the first step"
-    )
-    names = ("value", "weight", "contribution", "gradient_at_logits", "ratio")
-    columns = (*names, "gradient_at_params")
-    headings = ("mean", "weight", "weighted", "gradient at logits", "to the labels'")
-    for heading in ("part", *headings, "gradient at params"):
-        table.add_column(heading, justify="left" if heading == "part" else "right")
-    for term in result["terms"]:
-        numbers = [term[name] for name in columns]
-        shown = ["-" if number is None else f"{number:.4g}" for number in numbers]
-        table.add_row(term["name"], *shown)
-    console.print(table)
-    for term in result["terms"]:
-        console.print(f"{term['name']}: {term['convention']}", highlight=False, soft_wrap=True)
-    if result["elsewhere"]:
-        console.print("\nthe same loss, up to a factor, elsewhere:", highlight=False)
-    for name, typed in result["elsewhere"]:
-        console.print(f"  {name}: {typed}", highlight=False, markup=False, soft_wrap=True)
+    show(explain(config, console), console)
 
 
 def _evaluate(config: EvaluateConfig) -> None:
@@ -371,6 +357,18 @@ def _doctor(config: DoctorConfig) -> None:
     sys.exit(1 if found["problems"] else 0)
 
 
+def _verify_resume(config: VerifyResumeConfig) -> None:
+    from bmjax.verify import verify_resume
+
+    trials = verify_resume(config, Console(stderr=config.json))
+    equal = sum(not trial.differences for trial in trials)
+    if config.json:
+        print(json.dumps([dataclasses.asdict(trial) for trial in trials]))
+    else:
+        print(f"{equal} of {len(trials)} equal")
+    sys.exit(0 if equal == len(trials) else 1)
+
+
 def _show_warnings(result: dict[str, Any]) -> None:
     for line in result["warnings"]:
         print(f"bmjax: warning: {line}", file=sys.stderr)
@@ -385,6 +383,7 @@ _COMMANDS: dict[type, Callable[[Any], None]] = {
     ConvertConfig: _convert,
     BenchConfig: _bench,
     DoctorConfig: _doctor,
+    VerifyResumeConfig: _verify_resume,
 }
 if __name__ == "__main__":
     main()

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from rich.console import Console
+from rich.table import Table
 
 from bmjax.cache import use_compilation_cache
 from bmjax.compiled import draw_batches
@@ -96,6 +97,30 @@ def explain(config: DistillConfig, console: Console | None = None) -> dict[str, 
         "terms": terms,
         "elsewhere": _elsewhere(config, dataset.num_classes),
     }
+
+
+def show(result: dict[str, Any], console: Console) -> None:
+    """Prints what `explain` found as a table."""
+    table = Table(
+        title=f"{result['student']} with {result['teacher']}, T = {result['temperature']:g}, "
+        f"first batch of {result['examples']} images, before the first step"
+    )
+    names = ("value", "weight", "contribution", "gradient_at_logits", "ratio")
+    columns = (*names, "gradient_at_params")
+    headings = ("mean", "weight", "weighted", "gradient at logits", "to the labels'")
+    for heading in ("part", *headings, "gradient at params"):
+        table.add_column(heading, justify="left" if heading == "part" else "right")
+    for term in result["terms"]:
+        numbers = [term[name] for name in columns]
+        shown = ["-" if number is None else f"{number:.4g}" for number in numbers]
+        table.add_row(term["name"], *shown)
+    console.print(table)
+    for term in result["terms"]:
+        console.print(f"{term['name']}: {term['convention']}", highlight=False, soft_wrap=True)
+    if result["elsewhere"]:
+        console.print("\nthe same loss, up to a factor, elsewhere:", highlight=False)
+    for name, typed in result["elsewhere"]:
+        console.print(f"  {name}: {typed}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _measure(

@@ -19,7 +19,7 @@ LAYERS = [
     {"cache", "quiet", "runs", "signals"},
     {"conventions", "losses", "models", "data", "optim", "parallel", "tracking"},
     {"feature_losses", "metrics", "checkpoint", "weights"},
-    {"feature_matching", "train"},
+    {"feature_matching", "run_contents", "train"},
     {"compiled"},
     {"setup"},
     {"programs"},
@@ -29,7 +29,7 @@ LAYERS = [
     {"teachers"},
     {"teacher_cache"},
     {"distill_loss"},
-    {"bench", "convert", "distill", "doctor", "finetune"},
+    {"bench", "convert", "distill", "doctor", "finetune", "verify"},
     {"loss_terms"},
     {"cli"},
 ]

@@ -136,18 +136,6 @@ def test_a_finished_run_resumed_is_left_as_it_is(small, shapes, quiet):
     assert same == history
 
 
-def test_resume_on_other_devices_goes_on(small, shapes, quiet, monkeypatch):
-    from bmjax import loop as module
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module._Session, "run_all", stopping(module._Session.run_all, 5))
-        patch.setattr(module, "_CALL_SECONDS", 1e-9)
-        with pytest.raises(StoppedError):
-            fit(small, shapes, console=quiet)
-    state, _ = fit(resumed(small, device=DeviceConfig("pmap", 4)), shapes, console=quiet)
-    assert int(state.step) == 36
-
-
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(small, shapes, capsys):
     state, _ = fit(small, shapes)
     folder = Path(small.out) / "checkpoints"

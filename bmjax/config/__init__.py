@@ -10,6 +10,7 @@ from bmjax.config.commands import (
     DoctorConfig,
     EvaluateConfig,
     PredictConfig,
+    VerifyResumeConfig,
 )
 from bmjax.config.distillation import EMA_TEACHER, DistillConfig
 from bmjax.config.finetuning import FinetuneConfig
@@ -39,4 +40,5 @@ __all__ = [
     "PredictConfig",
     "RunConfig",
     "TrainConfig",
+    "VerifyResumeConfig",
 ]

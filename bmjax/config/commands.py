@@ -126,3 +126,44 @@ class BenchConfig:
     steps: int = 2
     turns: int = 10
     json: bool = False
+
+
+@dataclass(frozen=True)
+class VerifyResumeConfig:
+    """Kill and resume a training, and prove that it ends bit for bit as if it was never stopped.
+
+    What is trained comes after --, without --out: -- train --model cnn, or finetune or distill with
+    their flags; none given: train --model mlp --epochs 20. It is done once whole, then once for
+    each kill; params, optimizer's state, running average, key, metrics and results must be equal.
+
+    Attributes:
+        kills: Runs that are killed and resumed (at least 1).
+        kills_per_run: Times that each of them is killed before it may end (at least 1).
+        at: Moments, in turn: start, of Python; compile, of the first step, with nothing compiled
+            before; epoch, anywhere in the training; save and clean-up, of a checkpoint; end, after
+            the last checkpoint. Each comes with SIGKILL and with SIGTERM.
+        seed: Of what is random about the moments.
+        out: Folder for the runs; those that are equal are removed.
+        json: Print one JSON object instead of lines.
+    """
+
+    kills: int = 20
+    kills_per_run: int = 1
+    at: tuple[Literal["start", "compile", "epoch", "save", "clean-up", "end"], ...] = (
+        "start",
+        "compile",
+        "epoch",
+        "save",
+        "clean-up",
+        "end",
+    )
+    seed: int = 0
+    out: str = "runs/verify-resume"
+    json: bool = False
+    command: Annotated[tuple[str, ...], tyro.conf.Suppress] = (
+        "train",
+        "--model",
+        "mlp",
+        "--epochs",
+        "20",
+    )
