@@ -23,7 +23,7 @@ import numpy as np
 
 from bmjax.errors import StorageError, UserError
 from bmjax.quiet import errors_only
-from bmjax.runs import free_folder
+from bmjax.runs import free_folder, read_json
 
 MANIFEST = "manifest.json"
 DAMAGED = "damaged"
@@ -173,7 +173,7 @@ def saved_steps(folder: Path) -> list[int]:
 def damage(path: Path) -> list[str]:
     """Compares a checkpoint with its manifest; returns what differs, empty when it is sound."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        manifest = read_json(path / MANIFEST)
         expected = manifest["sha256"]
         if manifest["own_sha256"] != _own_sha256(expected):
             return [f"{MANIFEST} was changed"]

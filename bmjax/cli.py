@@ -26,7 +26,14 @@ from bmjax.config import (
     TrainConfig,
     VerifyResumeConfig,
 )
-from bmjax.errors import DivergenceError, StoppedError, StorageError, UserError, explained
+from bmjax.errors import (
+    DivergenceError,
+    StoppedError,
+    StorageError,
+    UserError,
+    explained,
+    printable,
+)
 from bmjax.settings import check_distill, check_finetune, check_train
 
 # Classes that a terminal has the width for.
@@ -65,7 +72,8 @@ def _leave(signum: int, frame: FrameType | None) -> None:
 
 
 def _end(message: object, exit_code: int) -> None:
-    print(f"bmjax: {message}", file=sys.stderr)
+    lines = [printable(line) for line in f"bmjax: {message}".split("\n")]
+    print("\n".join(lines), file=sys.stderr)
     sys.exit(exit_code)
 
 
@@ -273,7 +281,7 @@ def _evaluate(config: EvaluateConfig) -> None:
 
 
 def _show_classes(result: dict[str, Any], console: Console) -> None:
-    names = [escape(name) for name in result["class_names"]]
+    names = [escape(printable(name)) for name in result["class_names"]]
     table = Table(title="by class", box=box.SIMPLE)
     for heading in ("class", "precision", "recall", "F1"):
         table.add_column(heading, justify="left" if heading == "class" else "right")
@@ -300,8 +308,8 @@ def _predict(config: PredictConfig) -> None:
             print(json.dumps(prediction))
             continue
         likeliest = list(prediction["probabilities"].items())[: config.top]
-        shown = "  ".join(f"{name} {probability:.2%}" for name, probability in likeliest)
-        print(f"{prediction['file']}: {shown}")
+        shown = "  ".join(f"{printable(name)} {share:.2%}" for name, share in likeliest)
+        print(f"{printable(prediction['file'])}: {shown}")
 
 
 def _convert(config: ConvertConfig) -> None:

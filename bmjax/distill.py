@@ -28,7 +28,9 @@ from bmjax.runs import (
     read_run,
     refuse_existing,
     write_atomically,
+    write_settings,
 )
+from bmjax.runs import read_settings as read_file
 from bmjax.settings import check_distill, contradictions, flatten, unflatten
 from bmjax.setup import (
     MakeLoss,
@@ -96,7 +98,7 @@ def _distill(config: DistillConfig, out: Path, console: Console) -> dict[str, An
     plan.check(teacher)
     if len(plan.folders) > 1 and not config.run.resume:
         make_folder(out)
-        write_atomically(out / TOUR, json.dumps(flatten(config), indent=2) + "\n")
+        write_settings(out / TOUR, flatten(config))
     if not config.teacher:
         _fit_or_go_on(plan.teacher, dataset, console, f"teacher {config.teacher_model}")
         _fit_or_go_on(plan.alone, dataset, console, f"{config.student} alone")
@@ -251,9 +253,7 @@ def read_settings(out: Path) -> DistillConfig:
             flat.pop(name, None)
         return unflatten(DistillConfig, flat, str(out / CONFIG))
     try:
-        flat = json.loads(file.read_text(errors="replace"))
-        if not isinstance(flat, dict):
-            raise ValueError("it is no JSON object")
+        flat = read_file(file)
     except ValueError as error:
         raise UserError(f"{file} cannot be read ({error}). Restore it, or start anew.") from error
     settings: DistillConfig = unflatten(DistillConfig, flat, str(file))

@@ -2,7 +2,12 @@
 
 import difflib
 import errno
+import unicodedata
 from collections.abc import Iterable
+
+# Of Unicode: controls, surrogates, separators of lines and paragraphs.
+_CONTROL = {"Cc", "Cs", "Zl", "Zp"}
+_TURNING = set("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
 class UserError(ValueError):
@@ -29,6 +34,20 @@ class StoppedError(RuntimeError):
     def __init__(self, progress: str, go_on: str, exit_code: int):
         super().__init__(f"{progress}. Go on with: {go_on}" if go_on else progress)
         self.progress, self.go_on, self.exit_code = progress, go_on, exit_code
+
+
+def printable(text: str) -> str:
+    """Returns text from a file or a file's name so that it can do nothing to a terminal.
+
+    Control characters, line breaks, those that turn the direction of what follows, and halves of
+    characters are shown as escapes.
+    """
+    return "".join(
+        char.encode("unicode_escape").decode()
+        if unicodedata.category(char) in _CONTROL or char in _TURNING
+        else char
+        for char in text
+    )
 
 
 def explained(error: OSError) -> str:

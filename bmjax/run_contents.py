@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from bmjax import checkpoint
-from bmjax.runs import CONFIG
+from bmjax.runs import CONFIG, read_settings
 from bmjax.tracking import read_metrics
 
 _SPEEDS = ("examples_per_second", "inference_images_per_second")
@@ -28,7 +28,7 @@ def contents(out: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for run in run_folders(out):
         name = str(run.relative_to(out))
-        settings = json.loads((run / CONFIG).read_text())
+        settings = read_settings(run / CONFIG)
         settings["config"].pop("out")
         settings["extra"].pop("teacher", None)
         metrics = read_metrics(run / "metrics.jsonl")

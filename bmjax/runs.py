@@ -1,6 +1,7 @@
 """The folder of a run: what is in it, creating it, reading it back."""
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -21,6 +22,7 @@ from bmjax.settings import check_train, contradictions, flatten, unflatten
 
 CONFIG = "config.json"
 TOUR = "distill.json"
+_PARTS = {"bmjax", "config", "data", "extra", "versions"}
 # What a run saved before such a setting came to be was trained with.
 _EXTRA = {
     name: list(value) if isinstance(value, tuple) else value
@@ -88,7 +90,41 @@ def create_run(run: Run) -> None:
         },
     }
     make_folder(run.checkpoints)
-    write_atomically(run.path / CONFIG, json.dumps(content, indent=2) + "\n")
+    write_settings(run.path / CONFIG, content)
+
+
+def write_settings(file: Path, content: dict[str, Any]) -> None:
+    """Writes JSON with the SHA-256 of what it says, whole or not at all."""
+    content = json.loads(json.dumps(content))  # keys become words, as they will be read
+    content["sha256"] = _sha256(content)
+    write_atomically(file, json.dumps(content, indent=2) + "\n")
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """Reads what `write_settings` wrote, or an older version without a SHA-256.
+
+    Raises:
+        ValueError: it is not as it was written.
+    """
+    content = read_json(file)
+    if "sha256" in content and content.pop("sha256") != _sha256(content):
+        raise ValueError("its SHA-256 does not fit")
+    return content
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Returns the object that a file of JSON holds; raises ValueError where it holds none."""
+    try:
+        content = json.loads(file.read_text())
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(content, dict):
+        raise ValueError("it is no JSON object")
+    return content
+
+
+def _sha256(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def make_folder(path: Path) -> None:
@@ -134,7 +170,9 @@ def read_run(path: Path) -> Run:
     if not file.is_file():
         raise UserError(f"there is no run in {path} (no {CONFIG} there). Check the path.")
     try:
-        content = json.loads(file.read_text())
+        content = read_settings(file)
+        if unknown := content.keys() - _PARTS:  # such as sha256, damaged
+            raise ValueError(f"it has {', '.join(map(repr, sorted(unknown)))}")
         config, data, extra = content["config"], content["data"], content["extra"]
         shape = tuple(int(side) for side in data["image_shape"])
         data = {
@@ -147,7 +185,7 @@ def read_run(path: Path) -> Run:
             "transform": data.get("transform"),
         }
         _check_form(config, data, extra)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(
             f"{file} cannot be read ({type(error).__name__}: {error}). It was changed or cut off; "
             "restore it, or start anew."

@@ -73,7 +73,8 @@ def _replace(config: Any, flat: dict[str, Any], where: str) -> Any:
         if dataclasses.is_dataclass(old):
             changes[item.name] = _replace(old, flat, where)
         elif item.name in flat:
-            new = changes[item.name] = _same_type(item.name, old, flat[item.name], where)
+            new = _same_type(item.name, old, flat[item.name], where, hints[item.name])
+            changes[item.name] = new
             choices = get_args(hints[item.name]) if isinstance(old, str) else ()
             if choices and new not in choices:
                 raise UserError(
@@ -83,13 +84,13 @@ def _replace(config: Any, flat: dict[str, Any], where: str) -> Any:
     return dataclasses.replace(config, **changes)
 
 
-def _same_type(name: str, old: Any, new: Any, where: str) -> Any:
+def _same_type(name: str, old: Any, new: Any, where: str, hint: Any) -> Any:
     if isinstance(old, tuple) and isinstance(new, list):
-        # Of an empty default, nothing tells whether it holds numbers or words.
-        kinds = {type(item) for item in new}
-        if kinds <= {int, float} or kinds <= {str}:
+        kind = get_args(hint)[0]
+        kinds = {int, float} if kind is float else {kind}
+        if {type(item) for item in new} <= kinds:
             return tuple(new)
-    if isinstance(old, float) and type(new) is int:
+    if isinstance(old, float) and type(new) is int and abs(new) < 2**64:
         return float(new)
     if type(new) is not type(old):
         raise UserError(

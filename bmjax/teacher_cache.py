@@ -29,7 +29,7 @@ from bmjax.data import Dataset, loader
 from bmjax.errors import UserError
 from bmjax.evaluate import TrainedRun
 from bmjax.parallel import Parallel
-from bmjax.runs import make_folder, write_atomically
+from bmjax.runs import make_folder, read_json, write_atomically
 from bmjax.settings import flatten
 from bmjax.setup import epoch_orders
 from bmjax.train import Batch, predict_logits, run_keys
@@ -126,15 +126,17 @@ def _identity(
 
 def _open(folder: Path, identity: dict[str, Any], passes: int) -> TeacherCache:
     try:
-        content = json.loads((folder / INDEX).read_text())
+        content = read_json(folder / INDEX)
         known, digests, stored = content["of"], content["sha256"], int(content["passes"])
         names = list(digests)
+        if {*names} not in ({TEACHER_LOGITS}, {TEACHER_LOGITS, _CLASSES, _REST}):
+            raise ValueError(f"it names {', '.join(map(repr, names)) or 'no arrays'}")
         differing = [
             f"{name} is {known.get(name)!r} in the cache and {identity.get(name)!r} now"
             for name in sorted({*known, *identity})
             if known.get(name) != identity.get(name)
         ]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise UserError(
             f"{folder / INDEX} cannot be read ({type(error).__name__}: {error}). Remove the cache."
         ) from error

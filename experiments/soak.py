@@ -4,7 +4,16 @@
 
 trains a small `mlp` for 72,000 steps, as many as a ResNet takes in two hours at 10 a second, in
 36,000 epochs of two steps on 8 virtual CPU devices, with event files, and a checkpoint every three
-seconds. All that an epoch does is done 36,000 times.
+seconds. All that an epoch does is done 36,000 times. On two virtual cores of an AMD EPYC, Python
+3.11, jax 0.10.2, beside other work:
+
+    36,000 epochs, 72,000 records in 957 s; after a quarter:
+    memory 836 to 868 MiB, 1.06 MiB per 1,000 epochs
+    open files: 12 to 33, at the begin 12.9, at the end 13.5 on average
+    threads: 45 to 53, at the begin 46.3, at the end 46.4 on average
+    checkpoints: 3 to 3, at the begin 3.0, at the end 3.0 on average
+
+The records of 1,000 epochs, which `fit` keeps as it returns them, take 0.85 MiB.
 """
 
 import argparse

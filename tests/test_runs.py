@@ -1,8 +1,10 @@
+import json
+
 import pytest
 
 from bmjax.config import DistillConfig, TrainConfig
 from bmjax.errors import UserError
-from bmjax.runs import Run, check_same_settings
+from bmjax.runs import CONFIG, Run, check_same_settings, create_run, read_run
 
 
 def test_settings_that_an_older_run_does_not_know_are_as_by_default(tmp_path):
@@ -15,3 +17,23 @@ def test_settings_that_an_older_run_does_not_know_are_as_by_default(tmp_path):
         check_same_settings(saved, config, {**extra, "temperature": 2.0})
     with pytest.raises(UserError, match="teacher_fingerprint is None in the run and 'f' now"):
         check_same_settings(Run(tmp_path, config, {}, {}), config, extra)
+
+
+@pytest.mark.parametrize("change", [("0.003", "0.004"), ("sha256", "sha255"), ('"mlp"', '"cnn"')])
+def test_settings_that_were_changed_are_refused(tmp_path, change):
+    data = {
+        **{"name": "two", "fingerprint": "f", "class_names": ["a", "b"], "transform": None},
+        **{"image_shape": (4, 4, 1), "mean": [0.5], "std": [0.5]},
+    }
+    run = Run(tmp_path / "run", TrainConfig(model="mlp").resolved(), data, {})
+    create_run(run)
+    assert read_run(run.path) == run
+    file = run.path / CONFIG
+    before = file.read_text()
+    file.write_text(before.replace(*change))
+    assert file.read_text() != before
+    with pytest.raises(UserError, match=r"SHA-256 does not fit|it has 'sha255'"):
+        read_run(run.path)
+    older = {name: value for name, value in json.loads(before).items() if name != "sha256"}
+    file.write_text(json.dumps(older))
+    assert read_run(run.path) == run

@@ -14,7 +14,7 @@ from PIL import Image
 from bmjax.data.files import Encoded
 from bmjax.data.prepare import Options, make_dataset
 from bmjax.data.sources import SPLITS, Dataset
-from bmjax.errors import UserError
+from bmjax.errors import UserError, printable
 
 _FOLDERS = {"train": "train", "test": "test"} | dict.fromkeys(
     ("validation", "val", "valid"), "validation"
@@ -316,7 +316,7 @@ def _hash(text: str) -> bytes:
 
 
 def _printable(name: str) -> str:
-    return name.encode(*_ANY_NAME).decode("utf-8", "replace")
+    return printable(name.encode(*_ANY_NAME).decode("utf-8", "replace"))
 
 
 def _unreadable(error: OSError) -> UserError:

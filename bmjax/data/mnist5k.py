@@ -10,18 +10,19 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 from PIL import Image
 
 from bmjax.cache import cache_folder, prepare_once
-from bmjax.data.sources import SPLITS, ArraySource, Dataset, stratified_split
+from bmjax.data.sources import SPLITS, UNREADABLE, ArraySource, Dataset, stratified_split
 from bmjax.quiet import errors_only
 
 VERSION = "1.0.0"
 _SHARES = {"test": 0.2, "validation": 0.1, "train": 0.7}
 _DECODED = "decoded.npz"
+# What reading an archive that was changed raises.
+DAMAGE = (*UNREADABLE, KeyError, AttributeError)
 
 
 def load() -> Dataset:
@@ -33,7 +34,7 @@ def load() -> Dataset:
     folder = cache_folder() / "datasets" / "mnist5k" / VERSION
     try:
         parts = _read(prepare_once(folder, _prepare))
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+    except DAMAGE:
         # Damaged in the cache; it is made anew from what never changes.
         shutil.rmtree(folder, ignore_errors=True)
         parts = _read(prepare_once(folder, _prepare))
@@ -42,7 +43,8 @@ def load() -> Dataset:
 
 
 def _read(folder: Path) -> dict[str, ArraySource]:
-    with np.load(folder / _DECODED) as arrays:
+    # Opened here: NumPy leaves a file open that turns out to be no archive.
+    with (folder / _DECODED).open("rb") as file, np.load(file) as arrays:
         return {
             name: ArraySource(arrays[f"{name}_image"], arrays[f"{name}_label"]) for name in SPLITS
         }

@@ -7,7 +7,6 @@ decoded, so that only the first start has to find out.
 import contextlib
 import functools
 import hashlib
-import json
 import os
 import shutil
 import time
@@ -27,6 +26,7 @@ from bmjax.data.outline import Outline
 from bmjax.data.preprocess import EvaluationTransform, margin_transform
 from bmjax.data.sources import SPLITS, ArraySource, Dataset, Source
 from bmjax.errors import UserError, unknown_name
+from bmjax.runs import read_settings, write_settings
 
 MOST_LEFT_OUT = 0.01
 _LARGEST_AS_IT_IS = 512
@@ -233,14 +233,14 @@ def remembered(key: str, compute: Callable[[], Any]) -> Any:
     """
 
     def prepare(folder: Path) -> None:
-        (folder / _KEPT).write_text(json.dumps(compute()))
+        write_settings(folder / _KEPT, {"kept": compute()})
 
     folder = cache_folder() / "checked" / hashlib.sha256(key.encode()).hexdigest()
     try:
-        return json.loads((prepare_once(folder, prepare) / _KEPT).read_text())
-    except (OSError, json.JSONDecodeError):  # damaged in the cache
+        return read_settings(prepare_once(folder, prepare) / _KEPT)["kept"]
+    except (OSError, ValueError, KeyError):  # damaged in the cache, or of an older version
         shutil.rmtree(folder, ignore_errors=True)
-        return json.loads((prepare_once(folder, prepare) / _KEPT).read_text())
+        return read_settings(prepare_once(folder, prepare) / _KEPT)["kept"]
 
 
 def _tell(split: str, encoded: Encoded, problems: Mapping[int, str]) -> list[str]:

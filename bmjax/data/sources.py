@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import struct
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from bmjax.data.outline import Outline
 
 SPLITS = ("train", "validation", "test")
+# What NumPy raises of an archive that was changed; RuntimeError where it seems to be encrypted.
+UNREADABLE = (ValueError, OSError, EOFError, RuntimeError, zlib.error, struct.error, BadZipFile)
 
 
 class Source(Protocol):
@@ -293,12 +296,13 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
     if not is_zipfile(path):
         raise UserError(f"{path} is no npz archive. Write it by numpy.savez.")
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        # Opened here: NumPy leaves a file open that turns out to be no archive.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {key: archive[key] for key in archive.files}
             if not all(isinstance(array, np.ndarray) for array in arrays.values()):
                 raise ValueError("it holds other files")
             return arrays
-    except (ValueError, OSError, EOFError, NotImplementedError, zlib.error, BadZipFile) as error:
+    except UNREADABLE as error:
         raise UserError(
             f"{path} cannot be read as an npz archive of plain arrays ({error}). "
             "Write it by numpy.savez, without object arrays."
