@@ -146,16 +146,21 @@ def _reserve(folder: Path, items: dict[str, Named]) -> None:
     needed = sum(array.nbytes for named in items.values() for array in named.values())
     needed += needed // 10 + 2**20  # files of names and shapes, and what a file system needs
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder) as file:
-        if hasattr(os, "posix_fallocate"):  # which knows of quotas
-            os.posix_fallocate(file.fileno(), 0, needed)
-        elif shutil.disk_usage(folder).free < needed:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    if shutil.disk_usage(folder).free < needed:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    if hasattr(os, "posix_fallocate"):  # which knows of quotas, but not on every file system
+        with tempfile.TemporaryFile(dir=folder) as file:
+            try:
+                os.posix_fallocate(file.fileno(), 0, needed)
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise
 
 
 def _not_written(path: Path, error: Exception) -> StorageError:
-    full = os.strerror(errno.ENOSPC) in str(error)
-    why = f"the disk is full ({os.strerror(errno.ENOSPC)})" if full else str(error)
+    said = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT)]
+    full = next((line for line in said if line in str(error)), "")
+    why = f"the disk is full ({full})" if full else str(error)
     remedy = "Free some space" if full else "See to it"
     before = saved_steps(path.parent)
     left = f"that at step {before[-1]} is whole" if before else "there is none before it"

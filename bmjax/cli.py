@@ -84,8 +84,7 @@ def parse(argv: list[str]) -> Any:
     """
     if argv[:1] == ["verify-resume"] and "--" in argv:
         end = argv.index("--")
-        verified = parse(argv[end + 1 :])  # what is wrong with it is said as without
-        assert verified is not None
+        parse(argv[end + 1 :])  # what is wrong with it is said as without
         return dataclasses.replace(_parse(argv[:end], {}), command=tuple(argv[end + 1 :]))
     config = _parse(argv, {})
     if isinstance(config, TrainConfig | FinetuneConfig | DistillConfig) and config.run.resume:

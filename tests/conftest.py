@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import dataclasses
 import os
+import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -34,6 +35,7 @@ from bmjax.models import onednn  # noqa: E402
 
 def pytest_configure(config: pytest.Config) -> None:
     cache = tempfile.mkdtemp(prefix="bmjax-tests-")
+    config.add_cleanup(lambda: shutil.rmtree(cache, ignore_errors=True))
     os.environ["BMJAX_CACHE"] = cache
     # Programs that tests start leave their compiled modules for the next one, as usual.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)

@@ -182,3 +182,12 @@ def test_a_full_disk_leaves_the_checkpoints_before(tmp_path, monkeypatch, name):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
     save(tmp_path, [3], keep=1)
     assert checkpoint.newest_sound(tmp_path) == (3, [])
+
+
+def test_a_file_system_that_cannot_reserve_is_written_to(tmp_path, monkeypatch):
+    def unknown(*_):
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(os, "posix_fallocate", unknown)
+    save(tmp_path, [1])
+    assert checkpoint.newest_sound(tmp_path) == (1, [])

@@ -236,8 +236,9 @@ def remembered(key: str, compute: Callable[[], Any]) -> Any:
         write_settings(folder / _KEPT, {"kept": compute()})
 
     folder = cache_folder() / "checked" / hashlib.sha256(key.encode()).hexdigest()
+    path = prepare_once(folder, prepare) / _KEPT
     try:
-        return read_settings(prepare_once(folder, prepare) / _KEPT)["kept"]
+        return read_settings(path)["kept"]
     except (OSError, ValueError, KeyError):  # damaged in the cache, or of an older version
         shutil.rmtree(folder, ignore_errors=True)
         return read_settings(prepare_once(folder, prepare) / _KEPT)["kept"]
