@@ -317,7 +317,7 @@ class Read:
     """A split that is not in memory: each image is asked for anew."""
 
     def __init__(self, source):
-        self._source, self.labels = source, source.labels
+        self._source, self.labels, self.image_shape = source, source.labels, source.image_shape
 
     def __len__(self):
         return len(self._source)
@@ -348,7 +348,6 @@ def test_data_read_window_by_window_give_the_run_of_data_in_memory(
     whole = dataclasses.replace(shapes, train=train, validation=val, test=test)
     read = dataclasses.replace(whole, train=Read(train), validation=Read(val))
     monkeypatch.setattr(Dataset, "fingerprint", lambda self: "same")
-    monkeypatch.setattr(Dataset, "image_shape", (10, 10, 1))
     devices = DeviceConfig(parallel=parallel, devices=2)
     config = dataclasses.replace(small, epochs=2, device=devices)
     one, _ = fit(config, whole, console=quiet)
