@@ -90,7 +90,8 @@ def test_what_is_compiled_ahead_is_what_runs_with_any_statistics(
     view = loader.make_view(views, (12, 12), STATISTICS["mean"])
     loss_fn = classification_loss(plain.model, STATISTICS)
     expected = train_epoch(plain, config, dataset, (view, Partial(loss_fn)))
-    chex.assert_trees_all_equal(got, expected)
+    # XLA of jax 0.7.2 divides by a constant otherwise than by an input.
+    chex.assert_trees_all_close(got, expected, rtol=1e-6)
 
 
 def photos(path):
