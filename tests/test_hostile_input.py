@@ -40,7 +40,7 @@ from tests.folder_helpers import encode, load, write_class
 from tests.mutation_helpers import HOSTILE, json_mutant, mutant
 
 LONGEST_SECONDS = 5.0
-TELLTALE = {"os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "os.remove"}
+TELLTALE = {"os.system", "subprocess.Popen", "os.exec", "os.posix_spawn"}
 
 
 class Reader(NamedTuple):
@@ -222,7 +222,7 @@ def ran_code(monkeypatch):
     watching = [True]
 
     def note(event: str, arguments: Any) -> None:
-        if watching[0] and event in TELLTALE and event != "os.remove":
+        if watching[0] and event in TELLTALE:
             seen.append(f"{event} {arguments}")
 
     sys.addaudithook(note)  # which nothing can take away again

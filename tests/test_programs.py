@@ -18,7 +18,7 @@ from bmjax.parallel import Parallel
 from bmjax.programs import Programs
 from bmjax.train import classification_loss
 from tests.folder_helpers import write, write_class
-from tests.test_loop import on_host
+from tests.test_loop import Read, on_host
 
 STATISTICS = {"mean": [0.3], "std": [0.2]}
 
@@ -49,19 +49,6 @@ def train_epoch(made, config, dataset, functions):
 
 
 ORDER = np.arange(96, dtype=np.int32)
-
-
-class Read:
-    """A split that is not in memory."""
-
-    def __init__(self, source):
-        self._source, self.labels, self.image_shape = source, source.labels, source.image_shape
-
-    def __len__(self):
-        return len(self._source)
-
-    def wide_image(self, index):
-        return self._source.wide_image(index)
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
