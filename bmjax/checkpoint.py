@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bmjax import hosts
 from bmjax.errors import StorageError, UserError
 from bmjax.quiet import errors_only
 from bmjax.runs import free_folder, read_json
@@ -120,7 +121,7 @@ class CheckpointWriter:
         arguments = {name: ocp.args.StandardSave(named) for name, named in items.items()}
         try:
             _reserve(self._folder, items)
-            with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            with _checkpointer() as checkpointer:
                 checkpointer.save(
                     saving.absolute(),
                     args=ocp.args.Composite(**arguments, meta=ocp.args.JsonSave(meta)),
@@ -136,6 +137,18 @@ class CheckpointWriter:
             removing = self._folder / f"{REMOVING}{old}"
             (self._folder / str(old)).rename(removing)
             shutil.rmtree(removing)
+
+
+def _checkpointer() -> Any:
+    """Returns Orbax's, which waits for no other process."""
+    import orbax.checkpoint as ocp
+
+    own, _ = hosts.share()
+    alone = ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
+    handler = ocp.CompositeCheckpointHandler(
+        composite_options=ocp.CompositeOptions(multiprocessing_options=alone)
+    )
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 
 def _reserve(folder: Path, items: dict[str, Named]) -> None:
@@ -241,12 +254,24 @@ def read(folder: Path, step: int, items: tuple[str, ...]) -> dict[str, Any]:
     present = [name for name in items if (path / name).is_dir()]
     arguments = {name: ocp.args.StandardRestore() for name in present}
     # Some versions warn that there is no target; the names are compared with one afterwards.
-    with errors_only(), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+    with errors_only(), _checkpointer() as checkpointer:
         restored = checkpointer.restore(
             path.absolute(), args=ocp.args.Composite(**arguments, meta=ocp.args.JsonRestore())
         )
     values: dict[str, Any] = {name: restored[name] for name in present}
     return {**values, "meta": restored["meta"]}
+
+
+def read_newest(
+    folder: Path, items: tuple[str, ...]
+) -> tuple[int | None, list[str], dict[str, Any]]:
+    """Reads the newest checkpoint that is as it was written, and sets damaged ones aside.
+
+    Returns:
+        Its step, a line for each damaged one, and what `read` returns, empty where there is none.
+    """
+    step, said = newest_sound(folder, set_aside=True)
+    return step, said, {} if step is None else read(folder, step, items)
 
 
 def _write_manifest(path: Path) -> None:

@@ -2,19 +2,19 @@
 
 import dataclasses
 import json
+import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, Union
 
 import tyro
-from rich import box
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
+from bmjax import supervisor
 from bmjax.config import (
     BenchConfig,
     ConvertConfig,
@@ -34,10 +34,8 @@ from bmjax.errors import (
     explained,
     printable,
 )
-from bmjax.settings import check_distill, check_finetune, check_train
-
-# Classes that a terminal has the width for.
-_LARGEST_MATRIX = 20
+from bmjax.settings import check_distill, check_finetune, check_train, settings_in_common
+from bmjax.tables import show_distillation, show_doctor, show_evaluation
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -48,22 +46,77 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     signal.signal(signal.SIGTERM, _leave)
     try:
-        config = parse(sys.argv[1:] if argv is None else list(argv))
-        _COMMANDS[type(config)](config)
-    except UserError as error:
-        _end(error, 2)
-    except (DivergenceError, StorageError) as error:
-        _end(error, 1)
-    except StoppedError as error:
-        _end(error, error.exit_code)
-    except KeyboardInterrupt:
-        _end("stopped by Ctrl-C", 130)
+        _run(sys.argv[1:] if argv is None else list(argv))
     except BrokenPipeError:
         # The reader of a pipe (head, say) left; Python would complain once more at its end.
         sys.stderr.close()
         sys.exit(1)
-    except OSError as error:
-        _end(explained(error), 1)
+    except (Exception, KeyboardInterrupt) as error:
+        sys.exit(_say(error))
+
+
+def _run(words: list[str]) -> None:
+    asked = parse(words)
+    device = getattr(asked, "device", None)
+    if device is None or not (device.coordinator or device.num_processes or device.process_id >= 0):
+        _COMMANDS[type(asked)](resumed(asked, words))
+        return
+    from bmjax import hosts
+
+    hosts.check(device)
+    name = f"process {device.process_id}" if device.process_id >= 0 else "this process"
+    if not supervisor.watch():
+        sys.exit(supervisor.supervise(words, name))
+    _run_as_one_of_several(asked, words, name)
+
+
+def _run_as_one_of_several(asked: Any, words: list[str], name: str) -> None:
+    """Runs a command together with other processes, and ends this one."""
+    from bmjax import hosts
+    from bmjax.parallel import request_devices
+
+    code = 0
+    try:
+        request_devices(asked.device)
+        common = settings_in_common(asked)
+        common.pop("resume", None)  # whether there is a run to go on with, the first knows
+        hosts.check_same("settings", common, "Start all with the same flags.")
+        if not hosts.is_first():  # the others show nothing but errors
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        _COMMANDS[type(asked)](hosts.on_first(resumed, asked, words))
+    except SystemExit as error:
+        code = int(error.code or 0)
+    except (Exception, KeyboardInterrupt) as error:
+        code = 1
+        if hosts.is_loss(error):
+            _print(supervisor.lost(name))
+        else:
+            try:
+                code = _say(error)
+            except Exception:
+                traceback.print_exc()
+    hosts.leave(code)
+
+
+def _say(error: BaseException) -> int:
+    """Prints what is wrong and returns the exit code; raises what it doesn't know."""
+    if isinstance(error, KeyboardInterrupt):
+        error, code = StoppedError("stopped by Ctrl-C", "", 130), 130
+    elif isinstance(error, UserError):
+        code = 2
+    elif isinstance(error, StoppedError):
+        code = error.exit_code
+    elif isinstance(error, DivergenceError | StorageError | OSError):
+        code = 1
+    else:
+        raise error
+    _print(explained(error) if isinstance(error, OSError) else error)
+    return code
+
+
+def _print(message: object) -> None:
+    lines = [printable(line) for line in f"bmjax: {message}".split("\n")]
+    print("\n".join(lines), file=sys.stderr)
 
 
 def _leave(signum: int, frame: FrameType | None) -> None:
@@ -71,24 +124,26 @@ def _leave(signum: int, frame: FrameType | None) -> None:
     sys.exit(128 + signum)
 
 
-def _end(message: object, exit_code: int) -> None:
-    lines = [printable(line) for line in f"bmjax: {message}".split("\n")]
-    print("\n".join(lines), file=sys.stderr)
-    sys.exit(exit_code)
-
-
 def parse(argv: list[str]) -> Any:
-    """Turns the words of a command line into its config.
-
-    With `--resume`, flags that are not given take the values of the run in `--out`.
-    """
+    """Turns the words of a command line into its config, as it would be without `--resume`."""
     if argv[:1] == ["verify-resume"] and "--" in argv:
         end = argv.index("--")
         parse(argv[end + 1 :])  # what is wrong with it is said as without
         return dataclasses.replace(_parse(argv[:end], {}), command=tuple(argv[end + 1 :]))
-    config = _parse(argv, {})
+    return _parse(argv, {})
+
+
+def resumed(config: Any, argv: list[str]) -> Any:
+    """Returns the config with which a command goes on.
+
+    With `--resume`, flags that are not given take the values of the run in `--out`.
+
+    Args:
+        config: of `parse`.
+        argv: what it was given.
+    """
     if isinstance(config, TrainConfig | FinetuneConfig | DistillConfig) and config.run.resume:
-        config = _parse(argv, {type(config): _saved(config)})
+        return _parse(argv, {type(config): _saved(config)})
     return config
 
 
@@ -216,32 +271,7 @@ def _distill(config: DistillConfig) -> None:
 
     console = Console()
     result = distill(config, console)
-    table = Table()
-    accuracy = f"{result['split']} accuracy"
-    for heading in ("model", "parameters", accuracy, "calibration error", "images/s"):
-        table.add_column(heading, justify="left" if heading == "model" else "right")
-    for row in result["rows"]:
-        table.add_row(
-            f"{row['model']} {'(teacher)' if row['role'] == 'teacher' else row['role']}",
-            f"{row['parameters']:,}",
-            f"{row['accuracy']:.2%}",
-            f"{row['expected_calibration_error']:.2%}",
-            f"{row['inference_images_per_second']:,.0f}",
-        )
-    console.print(table)
-    console.print(f"the runs are in {result['folder']}", highlight=False, markup=False)
-    if "gain_points" in result:
-        gain = result["gain_points"]
-        verb = "beats" if gain > 0 else "does not beat"
-        length = f"for the same {result['steps']:,} steps"
-        if not result["same_steps"]:
-            length = "until neither got better"
-        console.print(
-            f"the distilled {config.student} {verb} the one trained alone on the same views "
-            f"{length}: {gain:+.1f} points of {accuracy}",
-            highlight=False,
-            soft_wrap=True,
-        )
+    show_distillation(result, config, console)
 
 
 def _explain_loss(config: DistillConfig) -> None:
@@ -259,44 +289,7 @@ def _evaluate(config: EvaluateConfig) -> None:
     if config.json:
         print(json.dumps(result))
         return
-    console = Console()
-    summary = Table(title=escape(f"{result['model']} on {result['data']}, {result['split']}"))
-    summary.add_column("metric")
-    summary.add_column("value", justify="right")
-    for name, value in {
-        "images": f"{result['examples']:,}",
-        "loss (nats)": f"{result['loss']:.4f}",
-        "top-1 accuracy": f"{result['accuracy']:.2%}",
-        "top-5 accuracy": f"{result['top5_accuracy']:.2%}",
-        "macro F1": f"{result['macro_f1']:.4f}",
-        "expected calibration error": f"{result['expected_calibration_error']:.2%}",
-        "parameters": f"{result['parameters']:,}",
-        "inference images/s": f"{result['inference_images_per_second']:,.0f}",
-        "checkpoint": f"{config.checkpoint}, step {result['checkpoint_step']:,}",
-    }.items():
-        summary.add_row(name, value)
-    console.print(summary)
-    _show_classes(result, console)
-
-
-def _show_classes(result: dict[str, Any], console: Console) -> None:
-    names = [escape(printable(name)) for name in result["class_names"]]
-    table = Table(title="by class", box=box.SIMPLE)
-    for heading in ("class", "precision", "recall", "F1"):
-        table.add_column(heading, justify="left" if heading == "class" else "right")
-    for index, name in enumerate(names):
-        table.add_row(name, *(f"{result[key][index]:.3f}" for key in ("precision", "recall", "f1")))
-    console.print(table)
-    if len(names) > _LARGEST_MATRIX:
-        console.print(f"the confusion matrix of {len(names)} classes is in --json")
-        return
-    matrix = Table(title="confusion: true class (row), predicted (column)", box=box.SIMPLE)
-    matrix.add_column("")
-    for name in names:
-        matrix.add_column(name, justify="right")
-    for name, counts in zip(names, result["confusion"], strict=True):
-        matrix.add_row(name, *(str(count or ".") for count in counts))
-    console.print(matrix)
+    show_evaluation(result, config.checkpoint, Console())
 
 
 def _predict(config: PredictConfig) -> None:
@@ -319,11 +312,11 @@ def _convert(config: ConvertConfig) -> None:
     if certificate:
         print(certificate.as_table(), end="")
         if not certificate.passed:
-            _end(
+            _print(
                 f"the conversion differs from torchvision, so {config.out} was not written; "
-                f"every comparison is in {config.out}.certificate.json",
-                1,
+                f"every comparison is in {config.out}.certificate.json"
             )
+            sys.exit(1)
     print(
         f"{result['model']}, {result['num_classes']} classes, {result['parameters']:,} parameters, "
         f"is in {result['out']}"
@@ -341,26 +334,15 @@ def _bench(config: BenchConfig) -> None:
 
 
 def _doctor(config: DoctorConfig) -> None:
+    # To look at a GPU it need not take most of its memory, as JAX does otherwise.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     from bmjax.doctor import examine
 
-    found = examine()
+    found = examine(config.expect)
     if config.json:
         print(json.dumps(found))
     else:
-        console = Console()
-        table = Table(title=f"bmjax {found['bmjax']}")
-        table.add_column("what")
-        table.add_column("found")
-        for name in ("python", "platform", "cores", "backend", "cache"):
-            table.add_row(name, str(found[name]))
-        table.add_row("devices", "\n".join(found["devices"]) or "none")
-        for name, version in found["versions"].items():
-            table.add_row(name, version or "not installed")
-        console.print(table)
-        for problem in found["problems"]:
-            console.print(f"problem: {problem}", highlight=False, markup=False, soft_wrap=True)
-        if not found["problems"]:
-            console.print("nothing is missing")
+        show_doctor(found, Console())
     sys.exit(1 if found["problems"] else 0)
 
 

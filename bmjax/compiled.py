@@ -40,12 +40,12 @@ def draw_batches(
     Returns:
         `draw`, and whether `step` is the first of an epoch.
     """
-    num_examples = len(arrays["label"])
+    num_examples = len(arrays["label"])  # of a window, batches
     num_batches = arrays.get("num_batches", loader.num_batches(num_examples, batch_size))
     order_key, view_key, _ = jax.random.split(key, 3)
     epoch = step // num_batches
     if "first" in arrays:  # a window, which is in order
-        first, order = arrays["first"], loader.natural_order(num_examples, batch_size)
+        first, order = arrays["first"], None
     else:
         first = epoch * num_batches
         number = epoch % view_passes if view_passes else epoch
@@ -177,8 +177,10 @@ def make_evaluate(
     predict = partial(predict_logits, model, statistics)
 
     def evaluate(variables: Any, arrays: Any) -> ClassificationSums:
-        num_examples = len(arrays["label"])
-        order = loader.natural_order(num_examples, batch_size)
+        number, order = len(arrays["label"]), None
+        if "count" not in arrays:
+            order = loader.natural_order(number, batch_size)
+            number = loader.num_batches(number, batch_size)
 
         def add_batch(index: Array, sums: ClassificationSums) -> ClassificationSums:
             batch = loader.take_batch(arrays, order, index, batch_size, axis_name)
@@ -188,7 +190,7 @@ def make_evaluate(
             return sums + (lax.psum(part, axis_name) if axis_name else part)
 
         zeros = ClassificationSums.zeros(num_classes)
-        return lax.fori_loop(0, loader.num_batches(num_examples, batch_size), add_batch, zeros)
+        return lax.fori_loop(0, number, add_batch, zeros)
 
     return parallel.compile(evaluate, held=2)
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
+from bmjax import hosts
 from bmjax.config import DistillConfig, EvaluateConfig, TrainConfig
 from bmjax.data import Dataset, load_dataset, loader
 from bmjax.data.sources import Source
@@ -31,7 +32,13 @@ from bmjax.runs import (
     write_settings,
 )
 from bmjax.runs import read_settings as read_file
-from bmjax.settings import check_distill, contradictions, flatten, unflatten
+from bmjax.settings import (
+    check_distill,
+    contradictions,
+    flatten,
+    settings_to_keep,
+    unflatten,
+)
 from bmjax.setup import (
     MakeLoss,
     Start,
@@ -80,10 +87,10 @@ def distill(config: DistillConfig, console: Console | None = None) -> dict[str, 
     check_distill(config)
     if config.explain_loss:
         raise ValueError("explain_loss trains nothing: call bmjax.loss_terms.explain.")
-    config = _settled(config)
+    request_devices(config.device)
+    config = hosts.on_first(_settled, config)
     out = Path(config.out)
     console = console or Console()
-    request_devices(config.device)
     try:
         return _distill(config, out, console)
     except StoppedError as error:
@@ -97,8 +104,8 @@ def _distill(config: DistillConfig, out: Path, console: Console) -> dict[str, An
     plan = _Plan(config, out, dataset, console)
     plan.check(teacher)
     if len(plan.folders) > 1 and not config.run.resume:
-        make_folder(out)
-        write_settings(out / TOUR, flatten(config))
+        hosts.on_first(make_folder, out)
+        hosts.on_first(write_settings, out / TOUR, settings_to_keep(config))
     if not config.teacher:
         _fit_or_go_on(plan.teacher, dataset, console, f"teacher {config.teacher_model}")
         _fit_or_go_on(plan.alone, dataset, console, f"{config.student} alone")
@@ -165,7 +172,9 @@ class _Plan:
         if teacher:
             model, of_teacher = teacher.model, num_params(teacher.variables["params"])
         else:
-            model = student if config.teacher else build_model(self.teacher, 2)
+            model = (
+                student if config.teacher else build_model(self.teacher, self._dataset.num_classes)
+            )
             of_teacher = _num_params(model, shape)
         name = teacher.run.config.model if teacher else config.teacher_model
         match_features(config, student, (name, model), shape)
@@ -272,7 +281,7 @@ def _fit_or_go_on(
     beside: loader.Beside | None = None,
 ) -> None:
     """Runs a part of the tour; a resumed tour may not have begun it yet."""
-    started = (Path(config.out) / CONFIG).is_file()
+    started = hosts.on_first((Path(config.out) / CONFIG).is_file)
     run = dataclasses.replace(config.run, resume=config.run.resume and started)
     config = dataclasses.replace(config, run=run)
     fit(config, dataset, make_loss, extra, console, title, start, beside)
@@ -355,7 +364,8 @@ def _finish(
     }
     if not config.teacher:
         result["gain_points"] = 100 * (rows[-1]["accuracy"] - rows[1]["accuracy"])
-    write_atomically(Path(config.out) / "results.json", json.dumps(result, indent=2) + "\n")
+    file = Path(config.out) / "results.json"
+    hosts.on_first(write_atomically, file, json.dumps(result, indent=2) + "\n")
     return result
 
 

@@ -2,13 +2,12 @@
 
 import os
 import platform
-import shutil
 import tempfile
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from bmjax import __version__
+from bmjax import __version__, accelerators
 from bmjax.cache import cache_folder
 
 _PACKAGES = (
@@ -27,8 +26,11 @@ _PACKAGES = (
 )
 
 
-def examine() -> dict[str, Any]:
+def examine(expected: str = "any") -> dict[str, Any]:
     """Looks at the machine.
+
+    Args:
+        expected: what is to be computed on: `cpu`, `gpu`, `tpu`; `any` for the best there is.
 
     Returns:
         `bmjax`, `python`, `platform`, `versions` by package (None: not installed), `backend`,
@@ -45,8 +47,10 @@ def examine() -> dict[str, Any]:
             f"jax {versions['jax']} and jaxlib {versions['jaxlib']} differ. Install both in one "
             "version: pip install --upgrade jax jaxlib."
         )
-    if backend == "cpu" and "cpu" not in os.environ.get("JAX_PLATFORMS", ""):
-        problems += _unused_accelerators()
+    problems += accelerators.absent(backend, expected)
+    problems += accelerators.mismatches()
+    if backend != "cpu" or expected == "gpu":
+        problems += accelerators.taken()
     if backend == "cpu":
         problems += _slow_convolutions()
     if not _can_write(cache_folder()):
@@ -83,22 +87,6 @@ def _devices(problems: list[str]) -> tuple[str | None, list[str]]:
             f"({os.environ.get('JAX_PLATFORMS', 'not set')}) and the accelerator's driver."
         )
         return None, []
-
-
-def _unused_accelerators() -> list[str]:
-    """Says which accelerators the machine seems to have although JAX computes on the CPU."""
-    problems = []
-    if Path("/dev/nvidiactl").exists() or shutil.which("nvidia-smi"):
-        problems.append(
-            "there is an NVIDIA GPU, but JAX computes on the CPU. Install its GPU build: "
-            'pip install --upgrade "jax[cuda12]".'
-        )
-    if Path("/dev/accel0").exists() or "TPU_NAME" in os.environ or "COLAB_TPU_ADDR" in os.environ:
-        problems.append(
-            "there is a TPU, but JAX computes on the CPU. Install its TPU build: "
-            'pip install --upgrade "jax[tpu]", and restart the runtime.'
-        )
-    return problems
 
 
 def _slow_convolutions() -> list[str]:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bmjax import checkpoint
+from bmjax import checkpoint, hosts
 from bmjax.cache import use_compilation_cache
 from bmjax.compiled import evaluate_split, make_evaluate
 from bmjax.config import BaseConfig, EvaluateConfig, PredictConfig
@@ -86,27 +86,32 @@ def load_run(path: str | Path, which: str = "latest") -> TrainedRun:
     Raises:
         UserError: there is no run, no sound checkpoint of it, or no best params yet.
     """
-    run = read_run(Path(path))
+    run, step, warnings, fingerprint, named = hosts.on_first(_read, Path(path), which)
+    model = build_model(run.config, len(run.data["class_names"]))
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *run.data["image_shape"])))
+    like = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+    where = f"checkpoint {run.checkpoints / str(step)}"
+    variables = {"batch_stats": {}, **checkpoint.from_named(named, like, where)}
+    return TrainedRun(run, model, variables, step, fingerprint, tuple(warnings))
+
+
+def _read(path: Path, which: str) -> tuple[Run, int, list[str], str, checkpoint.Named]:
+    """Returns the run; of its newest sound checkpoint step, warnings, fingerprint and variables."""
+    run = read_run(path)
     step, warnings = checkpoint.newest_sound(run.checkpoints)
     if step is None:
         cause = "; ".join(warnings) or "none was saved yet"
         raise UserError(
             f"the run in {path} has no sound checkpoint: {cause}. Train it on with --resume."
         )
-    model = build_model(run.config, len(run.data["class_names"]))
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *run.data["image_shape"])))
-    like = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
     items = checkpoint.read(run.checkpoints, step, ("best",) if which == "best" else ("state",))
     if which == "best" and "best" not in items:
         raise UserError(f"the run in {path} has finished no epoch yet. Take the latest params.")
     named = items["best"] if which == "best" else _evaluated(items["state"])
     named = {k: v for k, v in named.items() if not k.startswith(f"params/{LOSS_PARAMS}/")}
-    where = f"checkpoint {run.checkpoints / str(step)}"
-    variables = {"batch_stats": {}, **checkpoint.from_named(named, like, where)}
-    fingerprint = checkpoint.fingerprint(run.checkpoints / str(step))
     if warnings:
         warnings = [*warnings, f"the checkpoint at step {step} is used instead"]
-    return TrainedRun(run, model, variables, step, fingerprint, tuple(warnings))
+    return run, step, warnings, checkpoint.fingerprint(run.checkpoints / str(step)), named
 
 
 def _evaluated(state: checkpoint.Named) -> checkpoint.Named:
@@ -254,7 +259,7 @@ def measure(trained: TrainedRun, source: Source, config: EvaluateConfig) -> dict
     run_evaluate = make_evaluate(
         parallel, trained.model, trained.statistics, trained.num_classes, batch_size
     )
-    feed = loader.Feed(source, parallel.put, batch_size)
+    feed = loader.Feed(source, parallel, batch_size, share=hosts.share())
     sums = evaluate_split(run_evaluate, parallel.put(trained.variables), feed)
     return {
         **summarize(parallel.get(sums)),

@@ -17,6 +17,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
+from bmjax import hosts
 from bmjax.config import TrainConfig
 from bmjax.data import Dataset, loader
 from bmjax.data.outline import Outline
@@ -75,7 +76,7 @@ def find_learning_rate(
     """
     console = console or Console()
     out = Path(config.out)
-    make_folder(out.parent)
+    hosts.on_first(make_folder, out.parent)
     rates, losses = _try_rates(config, dataset, start, console)
     finding = judge(rates, losses)
     path = out.with_name(f"{out.name}-learning-rates.json")
@@ -86,8 +87,8 @@ def find_learning_rate(
         "losses": losses.tolist(),
         "smoothed": finding.smoothed.tolist(),
     }
-    write_atomically(path, json.dumps(content, indent=2) + "\n")
-    plot(finding, path.with_suffix(".png"))
+    hosts.on_first(write_atomically, path, json.dumps(content, indent=2) + "\n")
+    hosts.on_first(plot, finding, path.with_suffix(".png"))
     return finding
 
 
@@ -164,10 +165,11 @@ def _try_rates(
     functions = parallel.put(programs.functions(phase, statistics))
     feed = loader.Feed(
         dataset.train,
-        parallel.put,
+        parallel,
         config.batch_size,
         epoch_orders(phase.fresh.key, dataset, config),
         True,
+        share=hosts.share(),
     )
     state, totals = parallel.put(phase.fresh), parallel.put(programs.zeros(statistics))
     losses: list[float] = []

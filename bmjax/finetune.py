@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from bmjax import checkpoint
+from bmjax import checkpoint, hosts
 from bmjax.cache import use_compilation_cache
 from bmjax.config import FinetuneConfig, TrainConfig
 from bmjax.data import Dataset, load_dataset, preprocess
@@ -52,9 +52,11 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> dict[str
     console = console or Console()
     train_config = config.train_config()
     path = Path(train_config.out)
-    saved = read_run(path) if config.run.resume else None
+    share_memory()  # here already, as weights are read before the model is made
+    request_devices(config.device)
+    saved = hosts.on_first(read_run, path) if config.run.resume else None
     if saved is None:
-        refuse_existing(path)
+        hosts.on_first(refuse_existing, path)
     elif "weights" not in saved.extra:
         raise UserError(f"the run in {path} was not fine-tuned. Go on with it by bmjax train.")
     elif saved.extra.get("probe_only"):
@@ -62,11 +64,9 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> dict[str
             f"the run in {path} is a linear probe, with nothing to go on with. Begin from it by "
             f"--weights {path} --head keep."
         )
-    share_memory()  # here already, as weights are read before the model is made
-    request_devices(config.device)
     use_compilation_cache()
     try:
-        if saved is not None and checkpoint.newest_sound(saved.checkpoints)[0] is not None:
+        if saved is not None and hosts.on_first(_has_checkpoint, saved):
             return _go_on(config, saved, console)
         return _begin(config, train_config, saved, console)
     except StoppedError as error:
@@ -74,16 +74,14 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> dict[str
         raise StoppedError(error.progress, go_on, error.exit_code) from None
 
 
+def _has_checkpoint(run: Run) -> bool:
+    return checkpoint.newest_sound(run.checkpoints)[0] is not None
+
+
 def _begin(
     config: FinetuneConfig, train_config: TrainConfig, saved: Run | None, console: Console
 ) -> dict[str, Any]:
-    weights = read_pretrained(
-        config.weights,
-        config.model,
-        head=config.head == "keep",
-        image_size=config.image_size,
-        console=console,
-    )
+    weights = hosts.on_first(_read_weights, config, console)
     train_config = _settle(train_config, weights)
     dataset = _load(train_config, saved.data if saved else weights.data)
     if config.head == "keep":
@@ -105,10 +103,20 @@ def _begin(
         assert probe is not None
         run = Run(Path(train_config.out), train_config, describe(dataset, start.statistics), extra)
         record = {"step": 0, "epoch": 0, "split": "validation", "accuracy": probe.accuracy}
-        write_run(run, start.variables, probe.accuracy, [record])
+        hosts.on_first(write_run, run, start.variables, probe.accuracy, [record])
         return {**result, "history": [record]}
     _, history = fit(train_config, dataset, None, extra, console, "", start)
     return {**result, "history": history}
+
+
+def _read_weights(config: FinetuneConfig, console: Console | None = None) -> Pretrained:
+    return read_pretrained(
+        config.weights,
+        config.model,
+        head=config.head == "keep",
+        image_size=config.image_size,
+        console=console,
+    )
 
 
 def _go_on(config: FinetuneConfig, saved: Run, console: Console) -> dict[str, Any]:
@@ -116,8 +124,7 @@ def _go_on(config: FinetuneConfig, saved: Run, console: Console) -> dict[str, An
     extra = {name: _plain(getattr(config, name)) for name in _OWN}
     extra["weights_fingerprint"] = saved.extra["weights_fingerprint"]
     if config.weights != saved.extra["weights"]:
-        weights = read_pretrained(config.weights, config.model, head=config.head == "keep")
-        extra["weights_fingerprint"] = weights.fingerprint()
+        extra["weights_fingerprint"] = hosts.on_first(_read_weights, config).fingerprint()
     settled = ("model", "norm", "hidden_sizes", "image_size")
     train_config = config.train_config()
     left_out = [

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from bmjax import checkpoint
+from bmjax import checkpoint, hosts
 from bmjax.cache import use_compilation_cache
 from bmjax.compiled import evaluate_split, make_evaluate
 from bmjax.config import TrainConfig
@@ -30,7 +30,7 @@ from bmjax.runs import (
     read_run,
     refuse_existing,
 )
-from bmjax.settings import check_train
+from bmjax.settings import check_train, settings_in_common
 from bmjax.setup import (
     MakeLoss,
     Phase,
@@ -86,14 +86,15 @@ def fit(
     config = config.resolved()
     check_train(config)
     path = Path(config.out)
-    saved = read_run(path) if config.run.resume else None
+    request_devices(config.device)
+    hosts.check_same("settings", settings_in_common(config), "Start all with the same flags.")
+    saved = hosts.on_first(read_run, path) if config.run.resume else None
     # Before any work, so that an unknown name is said, and memory is shared as the model needs it.
     model = build_model(saved.config if saved else config, 2)
     if saved is None:
-        refuse_existing(path)
+        hosts.on_first(refuse_existing, path)
     else:
         check_same_settings(saved, config, extra or {})
-    request_devices(config.device)
     use_compilation_cache()
 
     def make_programs(outline: Outline) -> Programs:
@@ -114,13 +115,14 @@ def fit(
     run = Run(path, config, describe(dataset, statistics), extra or {})
     if saved is not None:
         check_same_data(saved, run.data["fingerprint"])
+    hosts.check_same("data", run.data, "Give every machine a copy of the same.")
     console = console or Console()
     for line in dataset.warnings:
         console.print(f"warning: {line}", highlight=False, markup=False, soft_wrap=True)
     session = _Session(run, dataset, programs, console, title, beside)
     with noting_signals() as stop, lock_folder(path):
         if saved is None:
-            create_run(run)
+            hosts.on_first(create_run, run)
         result = session.run_all(stop)
     if stop.signum:
         raise StoppedError(
@@ -161,9 +163,11 @@ class _Session:
         self._zeros = programs.zeros(self._statistics)
         orders = epoch_orders(self._phases[0].fresh.key, dataset, config)
         self._train = loader.Feed(
-            dataset.train, parallel.put, config.batch_size, orders, wide=True, beside=beside
+            dataset.train, parallel, config.batch_size, orders, True, beside, hosts.share()
         )
-        self._validation = loader.Feed(dataset.validation, parallel.put, config.batch_size)
+        self._validation = loader.Feed(
+            dataset.validation, parallel, config.batch_size, share=hosts.share()
+        )
         self._evaluate = make_evaluate(
             parallel, programs.model, self._statistics, dataset.num_classes, config.batch_size
         )
@@ -174,10 +178,11 @@ class _Session:
         self._metrics = MetricsFile(self._run.metrics, start)
         self._events = (
             EventFiles(self._run.path / "tensorboard", start)
-            if self._config.run.tensorboard
+            if self._config.run.tensorboard and hosts.is_first()
             else None
         )
-        folder = self._run.path / "profile" if self._config.run.profile else None
+        profiled = self._config.run.profile and hosts.is_first()
+        folder = self._run.path / "profile" if profiled else None
         self._profile = Profile(folder)
         self._writer = checkpoint.CheckpointWriter(self._run.checkpoints, self._config.run.keep)
         self._display = Display(
@@ -185,7 +190,7 @@ class _Session:
         )
         try:
             state, step = self._loop(state, totals, start, stop)
-            self._writer.wait()
+            hosts.on_first(self._writer.wait)
         finally:
             self._profile.close()
             self._display.close()
@@ -207,15 +212,18 @@ class _Session:
 
     def _restore(self) -> tuple[Any, Any, int]:
         folder = self._run.checkpoints
-        step, said = checkpoint.newest_sound(folder, set_aside=True)
+        step, said, read = hosts.on_first(checkpoint.read_newest, folder, ("state", "best"))
         for line in said:
             self._console.print(f"warning: {line}", highlight=False, markup=False, soft_wrap=True)
         state, totals = self._phases[0].fresh, self._zeros
+        if hosts.several():
+            # Processors of different kinds draw params that differ in their last bits.
+            named = hosts.on_first(checkpoint.to_named, state)
+            state = checkpoint.from_named(named, state, "the state of process 0")
         if said:
             where = f"the one at step {step}" if step is not None else "the start"
             self._console.print(f"going on from {where}", highlight=False)
         if step is not None:
-            read = checkpoint.read(folder, step, ("state", "best"))
             like = {"state": self._phase_of(step).fresh, "totals": totals}
             restored = checkpoint.from_named(
                 read["state"], like, f"checkpoint {folder / str(step)}"
@@ -253,9 +261,10 @@ class _Session:
         steps = self._programs.steps(phase)
         functions = self._parallel.put(self._programs.functions(phase, self._statistics))
         calls = _Calls()
+        fitting = calls.steps_that_fit()
         while step < phase.last and not self._gave_up(step):
             arrays, end = self._train.at(step)
-            until = min(end, step + calls.steps_that_fit())
+            until = min(end, step + fitting)
             self._profile.before_call()
             begin = time.monotonic()
             with jax.profiler.StepTraceAnnotation("training", step_num=step):
@@ -268,9 +277,14 @@ class _Session:
             self._display.advance(step, figures)
             if step % self._num_batches == 0:
                 self._end_epoch(state, step, figures, phase)
-            stopped = bool(stop.signum)  # read once: it may come between two readings
-            self._save_if_due(step, state, totals, stopped)
-            if stopped and not self._ends(step):
+            late = time.monotonic() - self._saved_at > 60 * config.run.save_minutes
+            # All processes do the same: what one was told, or found, is true of all. The signal is
+            # read once, as it may come between two readings.
+            signum, waited, fitting = hosts.largest(stop.signum, late, calls.steps_that_fit())
+            if signum:
+                stop.note(signum)
+            self._save_if_due(step, state, totals, bool(signum or waited))
+            if signum and not self._ends(step):
                 self._stop(step, stop)
         return state, totals, step
 
@@ -287,17 +301,15 @@ class _Session:
     def _ends(self, step: int) -> bool:
         return step == self._total or self._gave_up(step)
 
-    def _save_if_due(self, step: int, state: Any, totals: Any, stopped: bool) -> None:
-        config = self._config
-        save_every = math.ceil(config.epochs / 10) * self._num_batches
+    def _save_if_due(self, step: int, state: Any, totals: Any, asked: bool) -> None:
+        save_every = math.ceil(self._config.epochs / 10) * self._num_batches
         due = step % self._num_batches == 0 and step - self._saved_step >= save_every
-        waited = time.monotonic() - self._saved_at > 60 * config.run.save_minutes
-        if self._ends(step) or due or waited or stopped:
+        if self._ends(step) or due or asked:
             self._save(step, state, totals)
             self._saved_step, self._saved_at = step, time.monotonic()
 
     def _stop(self, step: int, stop: Stop) -> None:
-        self._writer.wait()
+        hosts.on_first(self._writer.wait)
         raise StoppedError(
             f"stopped by {stop.name} at step {step} of {self._total}; a checkpoint is saved",
             f"bmjax train --resume --out {self._run.path}",
@@ -313,8 +325,7 @@ class _Session:
         return {name: float(value) / count for name, value in values.items()}
 
     def _diverged(self, step: int, phase: Phase) -> None:
-        self._writer.wait()
-        good, _ = checkpoint.newest_sound(self._run.checkpoints)
+        good = hosts.on_first(self._last_good)
         kept = (
             f"the last good checkpoint is {self._run.checkpoints / str(good)}"
             if good is not None
@@ -325,6 +336,10 @@ class _Session:
             f"{phase.learning_rate(step):.3g}); {kept}. A lower --learning-rate, a longer "
             "--warmup-epochs or --clip-norm 1 usually helps."
         )
+
+    def _last_good(self) -> int | None:
+        self._writer.wait()
+        return checkpoint.newest_sound(self._run.checkpoints)[0]
 
     def _end_epoch(self, state: Any, step: int, figures: dict[str, float], phase: Phase) -> None:
         epoch = step // self._num_batches
@@ -351,6 +366,8 @@ class _Session:
             self._events.write(record)
 
     def _save(self, step: int, state: Any, totals: Any) -> None:
+        if not hosts.is_first():
+            return
         tree = {"state": self._parallel.get(state), "totals": self._parallel.get(totals)}
         items = {"state": checkpoint.to_named(tree)}
         if self._best.variables:

@@ -71,9 +71,9 @@ def explain(config: DistillConfig, console: Console | None = None) -> dict[str, 
     matching = match_with(config, model, teacher, dataset.image_shape)
     _, key = run_keys(config.seed)
     variables = initial_variables(model, config, matching, dataset.image_shape)
-    parallel = Parallel("jit", jax.devices()[:1])
+    parallel = Parallel("jit", jax.local_devices()[:1])
     orders = epoch_orders(key, dataset, config)
-    feed = loader.Feed(dataset.train, parallel.put, config.batch_size, orders, wide=True)
+    feed = loader.Feed(dataset.train, parallel, config.batch_size, orders, wide=True)
     view = loader.make_view(config.views, dataset.image_shape[:2], statistics["mean"])
 
     @jax.jit

@@ -113,7 +113,7 @@ class Programs:
             phase.fresh,
             self.zeros(any_statistics),
             self.functions(phase, any_statistics),
-            loader.shapes_of_train(self.outline, self._config.batch_size),
+            loader.shapes_of_train(self.outline, self._config.batch_size, self.parallel),
         )
         self.parallel.compile_ahead(self.steps(phase), held, np.int32(1))
 

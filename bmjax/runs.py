@@ -15,10 +15,10 @@ from typing import IO, Any
 
 import filelock
 
-from bmjax import __version__
+from bmjax import __version__, hosts
 from bmjax.config import DistillConfig, FinetuneConfig, TrainConfig
 from bmjax.errors import UserError
-from bmjax.settings import check_train, contradictions, flatten, unflatten
+from bmjax.settings import check_train, contradictions, flatten, settings_to_keep, unflatten
 
 CONFIG = "config.json"
 TOUR = "distill.json"
@@ -81,7 +81,7 @@ def create_run(run: Run) -> None:
     refuse_existing(run.path)
     content = {
         "bmjax": __version__,
-        "config": flatten(run.config),
+        "config": settings_to_keep(run.config),
         "data": run.data,
         "extra": run.extra,
         "versions": {
@@ -143,17 +143,24 @@ def make_folder(path: Path) -> None:
 def lock_folder(path: Path) -> Iterator[None]:
     """Keeps every other process out of a run's folder; a killed one leaves no lock behind.
 
+    Of several that train one run, the first holds the lock for all.
+
     Raises:
         UserError: another process works in it.
     """
-    make_folder(path)
     lock = filelock.FileLock(path / ".lock")
-    try:
-        lock.acquire(blocking=False)
-    except filelock.Timeout:
-        raise UserError(
-            f"another process is training in {path}. Wait for it, or choose another --out."
-        ) from None
+
+    def acquire() -> None:
+        make_folder(path)
+        try:
+            lock.acquire(blocking=False)
+        except filelock.Timeout:
+            raise UserError(
+                f"another process is training in {path}. Wait for it, or choose another --out; "
+                "where several are to train one run, give each --coordinator."
+            ) from None
+
+    hosts.on_first(acquire)
     try:
         yield
     finally:

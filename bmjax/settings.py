@@ -6,6 +6,7 @@ from typing import Any, get_args, get_type_hints
 
 from bmjax.config import (
     EMA_TEACHER,
+    PROCESSES,
     BaseConfig,
     ConvertConfig,
     DistillConfig,
@@ -25,6 +26,7 @@ FREE_FIELDS = frozenset(
         "parallel",
         "devices",
         "memory_gib",
+        *PROCESSES,
         "resume",
         "save_minutes",
         "keep",
@@ -108,6 +110,22 @@ def contradictions(saved: Any, asked: Any) -> list[str]:
         for name in before
         if name not in FREE_FIELDS and before[name] != after[name]
     ]
+
+
+def settings_to_keep(config: Any) -> dict[str, Any]:
+    """Returns the settings that a run keeps: where its processes were says nothing of later ones.
+
+    Args:
+        config: a nested config.
+    """
+    return {name: value for name, value in flatten(config).items() if name not in PROCESSES}
+
+
+def settings_in_common(config: Any) -> dict[str, Any]:
+    """Returns the settings that several processes which train one run must have in common."""
+    kept = settings_to_keep(config)
+    kept.pop("memory_gib", None)
+    return kept
 
 
 def check_train(config: BaseConfig) -> None:

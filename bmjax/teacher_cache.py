@@ -23,6 +23,7 @@ from jax import Array, lax
 from rich.console import Console
 from rich.progress import Progress
 
+from bmjax import hosts
 from bmjax.compiled import draw_batches
 from bmjax.config import DistillConfig
 from bmjax.data import Dataset, loader
@@ -84,8 +85,13 @@ def cached_teacher(
 
     Raises:
         UserError: a cache of anything else, a damaged one, a folder that holds other things or
-            cannot be written, or too little space.
+            cannot be written, too little space, or several processes.
     """
+    if hosts.several():
+        raise UserError(
+            "--teacher-cache is for one process, but there are several. Leave it out: the result "
+            "is the same."
+        )
     passes = config.views.view_passes or config.epochs
     if config.cache_top > dataset.num_classes:
         raise UserError(
@@ -235,10 +241,10 @@ def _ask_all(
     teacher: TrainedRun, dataset: Dataset, config: DistillConfig, mean: list[float], total: int
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yields each step with the teacher's logits on its batch, [batch, classes] float32."""
-    parallel = Parallel("jit", jax.devices()[:1])
+    parallel = Parallel("jit", jax.local_devices()[:1])
     _, key = run_keys(config.seed)
     orders = epoch_orders(key, dataset, config)
-    feed = loader.Feed(dataset.train, parallel.put, config.batch_size, orders, wide=True)
+    feed = loader.Feed(dataset.train, parallel, config.batch_size, orders, wide=True)
     view = loader.make_view(config.views, dataset.image_shape[:2], mean)
 
     # In a loop, as the steps of the training are: the compiler then makes the same of the views,

@@ -11,6 +11,7 @@ import flax.linen as nn
 from jax import Array
 from rich.console import Console
 
+from bmjax import hosts
 from bmjax.config import TrainConfig
 from bmjax.errors import UserError
 from bmjax.evaluate import TrainedRun, load_run, same_classes
@@ -69,7 +70,7 @@ def load_teacher(
         UserError: a source that is not there, cannot be read, or does not fit the model.
     """
     path = Path(source)
-    if path.is_dir() or not path.suffix:
+    if not path.suffix or hosts.on_first(path.is_dir):
         return load_run(path)
     if model not in RESNETS:
         raise UserError(

@@ -12,6 +12,8 @@ import os
 
 import jax
 
+from bmjax import hosts
+
 # Of a batch, forward: those of an mlp of 28x28 pixels at a batch of 72.
 _SMALL_FLOPS = 16_000_000
 # Matmuls of one thread are left to Eigen: YNNPACK packs the kernel anew in each call. In the same
@@ -30,13 +32,13 @@ def compute_in_calling_thread() -> bool:
 
     It is for all that the process computes afterwards, and cannot be undone: for a command, not for
     a library. It has no effect once JAX has computed anything, and none on accelerators. A number
-    of threads of one's own, by `NPROC` or `PJRT_NPROC`, is respected, and several CPU devices need
-    their threads.
+    of threads of one's own, by `NPROC` or `PJRT_NPROC`, is respected, and several CPU devices or
+    processes need their threads.
 
     Returns:
         Whether it was tried, on a CPU.
     """
-    several = jax.config.jax_num_cpu_devices > 1  # type: ignore[attr-defined]
+    several = jax.config.jax_num_cpu_devices > 1 or hosts.several()  # type: ignore[attr-defined]
     several = several or "device_count" in os.environ.get("XLA_FLAGS", "")
     if several or {"NPROC", "PJRT_NPROC"} & os.environ.keys():
         return False

@@ -9,36 +9,48 @@ import jax
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
     TextColumn,
     TimeRemainingColumn,
 )
 
+from bmjax import hosts
 from bmjax.runs import write_atomically
 
 _PLAIN_LINES = 20
+# Columns that a terminal needs for all that stands beside the bar, and leave some for it.
+_WIDE = 100
 _TRACED_CALLS = 5
 
 
 class MetricsFile:
-    """`metrics.jsonl`: one JSON object a line, on the disk as soon as it is known."""
+    """`metrics.jsonl`: one JSON object a line, on the disk as soon as it is known.
+
+    Of several processes the first writes it; all know the records.
+    """
 
     def __init__(self, path: Path, resume_step: int = 0):
         """Opens the file; what a resumed run had written beyond its checkpoint is taken out."""
-        self.records = [record for record in read_metrics(path) if record["step"] <= resume_step]
-        write_atomically(path, "".join(json.dumps(record) + "\n" for record in self.records))
-        self._file = path.open("a")
+
+        def begin() -> list[dict[str, Any]]:
+            records = [record for record in read_metrics(path) if record["step"] <= resume_step]
+            write_atomically(path, "".join(json.dumps(record) + "\n" for record in records))
+            return records
+
+        self.records = hosts.on_first(begin)
+        self._file = path.open("a") if hosts.is_first() else None
 
     def write(self, record: dict[str, Any]) -> None:
         """Appends one record, which has `step`, `epoch` and `split`."""
         self.records.append(record)
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        if self._file:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
         """Closes the file."""
-        self._file.close()
+        if self._file:
+            self._file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -131,7 +143,6 @@ class Display:
             self._progress = Progress(
                 TextColumn("[bold]{task.description}"),
                 BarColumn(bar_width=None),
-                MofNCompleteColumn(),
                 TextColumn("{task.fields[figures]}"),
                 TimeRemainingColumn(),
                 console=console,
@@ -153,7 +164,7 @@ class Display:
                 self._task,
                 completed=step,
                 description=f"{self._title} epoch {epoch}/{self._epochs}",
-                figures=_figures(figures),
+                figures=_figures(figures, self._console.width >= _WIDE),
             )
 
     def epoch(self, epoch: int, figures: dict[str, float]) -> None:
@@ -179,10 +190,11 @@ class Display:
             self._progress = None
 
 
-def _figures(figures: dict[str, float]) -> str:
+def _figures(figures: dict[str, float], with_speed: bool = True) -> str:
     formats = {"loss": "loss {:.4f}", "accuracy": "accuracy {:.2%}"}
     formats["validation_accuracy"] = "validation {:.2%}"
-    formats["examples_per_second"] = "{:,.0f} images/s"
+    if with_speed:
+        formats["examples_per_second"] = "{:,.0f} images/s"
     return "  ".join(
         form.format(figures[name]) for name, form in formats.items() if name in figures
     )

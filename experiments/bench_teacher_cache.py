@@ -66,9 +66,7 @@ def make_epochs(
     steps, totals = programs.steps(phase), programs.zeros(statistics_of)
     functions = parallel.put(programs.functions(phase, statistics_of))
     orders = epoch_orders(phase.fresh.key, dataset, train)
-    feed = loader.Feed(
-        dataset.train, parallel.put, config.batch_size, orders, wide=True, beside=beside
-    )
+    feed = loader.Feed(dataset.train, parallel, config.batch_size, orders, wide=True, beside=beside)
     held = [parallel.put(phase.fresh), parallel.put(totals)]
 
     def run(epoch: int) -> float:

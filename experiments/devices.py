@@ -52,7 +52,7 @@ def first_losses(config: TrainConfig, dataset: Dataset, steps: int) -> np.ndarra
     phase, statistics = programs.phases[0], pixel_statistics(dataset)
     functions = parallel.put(programs.functions(phase, statistics))
     orders = epoch_orders(phase.fresh.key, dataset, config)
-    feed = loader.Feed(dataset.train, parallel.put, config.batch_size, orders, wide=True)
+    feed = loader.Feed(dataset.train, parallel, config.batch_size, orders, wide=True)
     state, zeros, losses = parallel.put(phase.fresh), programs.zeros(statistics), []
     for step in range(steps):
         arrays, _ = feed.at(step)

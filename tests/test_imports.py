@@ -13,10 +13,10 @@ PACKAGE = Path(__file__).parents[1] / "bmjax"
 # Lower to higher; a module may import from its own group's folder and from lower groups.
 LAYERS = [
     {"__init__"},
-    {"errors", "memory", "threads"},
+    {"accelerators", "errors", "memory", "supervisor"},
     {"config"},
-    {"settings"},
-    {"cache", "quiet", "runs", "signals"},
+    {"hosts", "settings", "tables"},
+    {"cache", "quiet", "runs", "signals", "threads"},
     {"conventions", "losses", "models", "data", "optim", "parallel", "tracking"},
     {"feature_losses", "metrics", "checkpoint", "weights"},
     {"feature_matching", "run_contents", "train"},

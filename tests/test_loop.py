@@ -91,6 +91,9 @@ class StopAfter:
         self._left -= 1
         return 15 if self._left < 0 else 0
 
+    def note(self, signum):
+        assert signum == 15
+
 
 @pytest.mark.parametrize("parallel", ["jit", pytest.param("pmap", marks=pytest.mark.slow)])
 def test_stopped_in_an_epoch_and_resumed_is_as_never_stopped(

@@ -40,7 +40,7 @@ def train_epoch(made, config, dataset, functions):
     """Trains for one epoch; returns its sums on the host."""
     (phase,), parallel = made.phases, made.parallel
     functions = parallel.put(functions)
-    feed = loader.Feed(dataset.train, parallel.put, config.batch_size, lambda _: ORDER, wide=True)
+    feed = loader.Feed(dataset.train, parallel, config.batch_size, lambda _: ORDER, wide=True)
     state, totals, step = parallel.put(phase.fresh), parallel.put(made.zeros(STATISTICS)), 0
     while step < made.num_batches:
         arrays, step = feed.at(step)

@@ -90,14 +90,7 @@ def test_files_give_the_windows_of_memory(kept, streamed, wide, threads):
     )
 
 
-@pytest.mark.parametrize("start", [4, 12, 24])
-def test_a_later_start_gives_the_rest(streamed, start):
-    whole = list(windows(streamed, ORDER, 4, wide=True))
-    equal(windows(streamed, ORDER, 4, wide=True, start=start), whole[start // 4 :])
-
-
-def test_after_the_last_example_there_is_nothing(kept):
-    assert list(windows(kept, ORDER, 4, wide=False, start=27)) == []
+def test_an_empty_order_gives_nothing(kept):
     assert list(windows(kept, ORDER[:0], 4, wide=False)) == []
 
 

@@ -16,6 +16,7 @@ from bmjax.config.distillation import EMA_TEACHER, DistillConfig
 from bmjax.config.finetuning import FinetuneConfig
 from bmjax.config.training import (
     DEFAULT_EPOCHS,
+    PROCESSES,
     AugmentConfig,
     BaseConfig,
     DeviceConfig,
@@ -27,6 +28,7 @@ from bmjax.config.training import (
 __all__ = [
     "DEFAULT_EPOCHS",
     "EMA_TEACHER",
+    "PROCESSES",
     "AugmentConfig",
     "BaseConfig",
     "BenchConfig",

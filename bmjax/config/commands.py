@@ -91,9 +91,12 @@ class DoctorConfig:
     """Say what there is to compute with, and what is missing.
 
     Attributes:
+        expect: What is to be computed on; where JAX does not, that is a problem. Any: what there
+            seems to be.
         json: Print one JSON object instead of a table.
     """
 
+    expect: Literal["any", "cpu", "gpu", "tpu"] = "any"
     json: bool = False
 
 

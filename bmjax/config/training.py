@@ -4,6 +4,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
+# Fields that say which of several processes this one is, and how they find each other.
+PROCESSES = ("coordinator", "num_processes", "process_id")
 DEFAULT_EPOCHS = {"mlp": 100}
 
 
@@ -87,14 +89,24 @@ class DeviceConfig:
 
     Attributes:
         parallel: How several devices share a batch; both give the same numbers.
-        devices: Number of devices; 0 takes all. More than a CPU has become virtual ones.
+        devices: Number of devices of each process; 0 takes all. More than a CPU has become virtual
+            ones.
         memory_gib: Most GiB that decoded images may take; a larger folder is read again and again
             while training, to the same result.
+        coordinator: For several processes that train one run, each started with the same flags:
+            HOST:PORT of the first; or auto, as JAX finds them on a TPU pod slice, in SLURM, Open
+            MPI or Kubernetes.
+        num_processes: Number of processes; 0: as JAX finds it.
+        process_id: Number of this process, from 0; the one of number 0 reads and writes the run's
+            folder. -1: as JAX finds it.
     """
 
     parallel: Literal["jit", "pmap"] = "jit"
     devices: int = 0
     memory_gib: float = 4.0
+    coordinator: str = ""
+    num_processes: int = 0
+    process_id: int = -1
 
 
 @dataclass(frozen=True)

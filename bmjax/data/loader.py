@@ -9,6 +9,7 @@ run is the same to the bit either way.
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import jax
@@ -49,24 +50,46 @@ def batches_in_window(image_shape: Sequence[int], batch_size: int, num_batches: 
     return max(1, min(num_batches, _WINDOW_BYTES // (math.prod(image_shape) * batch_size)))
 
 
-def shapes_of_train(outline: Outline, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+def shapes_of_train(
+    outline: Outline, batch_size: int, parallel: "Devices"
+) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns shapes and types of what a `Feed` of the training split gives, with nothing beside.
 
     Args:
         outline: of the dataset.
         batch_size: over all devices.
+        parallel: the devices.
     """
-    rows, scalars = len(outline.labels), {}
+    leading: tuple[int, ...] = (len(outline.labels),)
+    sharding, scalars = None, {}
     if not outline.in_memory:
-        number = num_batches(rows, batch_size)
-        rows = batches_in_window(outline.wide_shape, batch_size, number) * batch_size
+        number = num_batches(len(outline.labels), batch_size)
+        leading = (batches_in_window(outline.wide_shape, batch_size, number), batch_size)
         names = ("first", "count", "num_batches")
         scalars = {name: jax.ShapeDtypeStruct((), jnp.int32) for name in names}
+        sharding = parallel.windows
+    shapes = {"image": ((*leading, *outline.wide_shape), jnp.uint8), "label": (leading, jnp.int32)}
     return {
-        "image": jax.ShapeDtypeStruct((rows, *outline.wide_shape), jnp.uint8),
-        "label": jax.ShapeDtypeStruct((rows,), jnp.int32),
+        **{
+            name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+            for name, (shape, dtype) in shapes.items()
+        },
         **scalars,
     }
+
+
+class Devices(Protocol):
+    """Where a split is put; see `parallel.Parallel`."""
+
+    @property
+    def windows(self) -> Any:
+        """How arrays from `put_windows` lie on the devices."""
+
+    def put(self, tree: Any) -> Any:
+        """Copies a tree of arrays to every device."""
+
+    def put_windows(self, tree: Any) -> Any:
+        """Divides arrays [batches, batch, ...] along the batch."""
 
 
 class Beside(Protocol):
@@ -77,35 +100,44 @@ class Beside(Protocol):
 
 
 class Feed:
-    """Gives a split to the device: as a whole, or window after window, decoded ahead.
+    """Gives a split to the devices: as a whole, or window after window, decoded ahead.
+
+    Of windows each process reads its own part of every batch.
 
     Args:
         source: the split.
-        put: copies a tree of arrays to the devices.
+        parallel: the devices.
         batch_size: over all devices.
         draw_order: `draw_order(epoch)` returns the order of an epoch, see `epoch_order`; None for
             the natural one.
         wide: whether the images come with their margin.
         beside: what else belongs to the batches of a step.
+        share: number of this process, and how many there are; see `hosts.share`.
     """
 
     def __init__(
         self,
         source: Source,
-        put: Callable[[Any], Any],
+        parallel: Devices,
         batch_size: int,
         draw_order: Callable[[int], np.ndarray] | None = None,
         wide: bool = False,
         beside: Beside | None = None,
+        share: tuple[int, int] = (0, 1),
     ):
         self._beside = beside
         # What lies beside the epoch in use, and the step that it begins at.
         self._beside_epoch: dict[str, Any] = {}
         self._beside_first = -1
-        self._source, self._put, self._batch_size, self._wide = source, put, batch_size, wide
-        self._draw_order = draw_order
+        self._source, self._parallel, self._wide = source, parallel, wide
+        self._batch_size, self._draw_order = batch_size, draw_order
+        number, processes = share
+        size = batch_size // processes
+        self._own = slice(number * size, (number + 1) * size)
         self.num_batches = num_batches(len(source), batch_size)
-        self._whole = put(as_arrays(source, wide)) if isinstance(source, ArraySource) else None
+        self._whole = None
+        if isinstance(source, ArraySource):
+            self._whole = parallel.put(as_arrays(source, wide))
         self._windows: Iterator[dict[str, np.ndarray]] = iter(())
         # The window in use with the steps it begins and ends at, and the one after it.
         self._window, self._first, self._end = None, 0, 0
@@ -136,7 +168,7 @@ class Feed:
     def _beside_whole(self, end: int) -> dict[str, Any]:
         first = end - self.num_batches
         if self._beside is not None and first != self._beside_first:
-            self._beside_epoch = self._put({"beside": self._beside.rows(first, end)})
+            self._beside_epoch = self._parallel.put({"beside": self._beside.rows(first, end)})
             self._beside_first = first
         return self._beside_epoch
 
@@ -153,35 +185,45 @@ class Feed:
         order = np.arange(len(self._source), dtype=np.int32)
         if self._draw_order is not None:
             order = self._draw_order(epoch)[: len(self._source)]
-        size = self._batches_in_window * self._batch_size
-        start = index * self._batch_size
-        self._windows = windows(self._source, order, size, wide=self._wide, start=start)
+        # Filled up to whole batches, of which this process has its part.
+        missing = -len(order) % self._batch_size
+        batches = np.pad(order, (0, missing), constant_values=order[0])
+        own = np.ascontiguousarray(batches.reshape(-1, self._batch_size)[index:, self._own])
+        size = self._batches_in_window * own.shape[1]
+        self._windows = windows(self._source, own.reshape(-1), size, wide=self._wide)
         self._ahead = None
 
     def _read(self, step: int) -> Any:
         with TraceAnnotation("wait for decoded images"):
-            window = next(self._windows)
+            window: dict[str, Any] = next(self._windows)
+        if self._beside is not None:
+            window["beside"] = self._read_beside(step)
+        number, own = self._batches_in_window, self._own.stop - self._own.start
+        batches = jax.tree.map(lambda leaf: leaf.reshape(number, own, *leaf.shape[1:]), window)
         rest = len(self._source) - step % self.num_batches * self._batch_size
         scalars = {
             "first": step,
-            "count": min(len(window["label"]), rest),
+            "count": min(number * self._batch_size, rest),
             "num_batches": self.num_batches,
         }
-        arrays: dict[str, Any] = {
-            **window,
-            **{name: np.int32(value) for name, value in scalars.items()},
-        }
-        if self._beside is not None:
-            # As many rows as there are examples in each window, so that nothing compiles anew.
-            size = len(window["label"])
-            last = step + -(-scalars["count"] // self._batch_size)
-            rows = self._beside.rows(step, last)
-            arrays["beside"] = {
-                name: np.pad(row, ((0, size - len(row)), *[(0, 0)] * (row.ndim - 1)))
-                for name, row in rows.items()
-            }
         with TraceAnnotation("transfer"):
-            return self._put(arrays)
+            return {
+                **self._parallel.put_windows(batches),
+                **self._parallel.put({name: np.int32(value) for name, value in scalars.items()}),
+            }
+
+    def _read_beside(self, step: int) -> dict[str, np.ndarray]:
+        """Returns this process's part of what lies beside a window, as many rows as in each."""
+        assert self._beside is not None
+        end_of_epoch = (step // self.num_batches + 1) * self.num_batches
+        last = min(step + self._batches_in_window, end_of_epoch)
+        found = {}
+        for name, rows in self._beside.rows(step, last).items():
+            rows = rows.reshape(last - step, self._batch_size, *rows.shape[1:])[:, self._own]
+            missing = self._batches_in_window - len(rows)  # so that nothing compiles anew
+            rows = np.pad(rows, ((0, missing), *[(0, 0)] * (rows.ndim - 1)))
+            found[name] = rows.reshape(-1, *rows.shape[2:])
+        return found
 
 
 def make_view(
@@ -243,7 +285,7 @@ def _padded(order: Array, batch_size: int) -> Array:
 
 def take_batch(
     arrays: dict[str, Any],
-    order: Array,
+    order: Array | None,
     index: Array,
     batch_size: int,
     axis_name: str | None = None,
@@ -251,9 +293,10 @@ def take_batch(
     """Takes batch `index` out of the split, or this device's part of it.
 
     Args:
-        arrays: the split on the device, or a window of it with `count`, the examples in it; and
-            perhaps `beside`, arrays in the order of the batches.
-        order: the order of the epoch, or of the window.
+        arrays: the split on the device, [examples, ...]; or a window of it, [batches, batch, ...],
+            with `count`, the examples in it; and perhaps `beside`, arrays in the order of the
+            batches.
+        order: the order of the epoch; of a window, which is in order, it is not used.
         index: scalar integer, the number of the batch in the epoch, or in the window.
         batch_size: over all devices.
         axis_name: under pmap, the axis that the batch is divided along.
@@ -268,15 +311,26 @@ def take_batch(
     first = 0 if axis_name is None else lax.axis_index(axis_name) * size
     position = first + jnp.arange(size, dtype=jnp.int32)
     begin = index * batch_size + first
-    rows = lax.dynamic_slice(order, (begin,), (size,))
-    beside = {
-        name: lax.dynamic_slice_in_dim(leaf, begin, size)
-        for name, leaf in arrays.get("beside", {}).items()
-    }
+    beside = arrays.get("beside", {})
+    if "count" in arrays:
+        pick = partial(lax.dynamic_index_in_dim, index=index, keepdims=False)
+        count = arrays["count"]
+        taken = {name: pick(leaf) for name, leaf in {**_examples(arrays), **beside}.items()}
+    else:
+        assert order is not None
+        rows = lax.dynamic_slice(order, (begin,), (size,))
+        count = len(arrays["label"])
+        taken = {name: leaf[rows] for name, leaf in _examples(arrays).items()}
+        taken |= {
+            name: lax.dynamic_slice_in_dim(leaf, begin, size) for name, leaf in beside.items()
+        }
     return {
-        **beside,
-        "image": arrays["image"][rows].astype(jnp.float32) / 255,
-        "label": arrays["label"][rows],
-        "mask": index * batch_size + position < arrays.get("count", len(arrays["label"])),
+        **taken,
+        "image": taken["image"].astype(jnp.float32) / 255,
+        "mask": index * batch_size + position < count,
         "position": position,
     }
+
+
+def _examples(arrays: dict[str, Any]) -> dict[str, Array]:
+    return {name: arrays[name] for name in ("image", "label")}

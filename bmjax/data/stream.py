@@ -44,21 +44,18 @@ def windows(
     size: int,
     *,
     wide: bool,
-    start: int = 0,
     threads: int | None = None,
     ahead: int = 2,
 ) -> Generator[dict[str, np.ndarray], None, None]:
     """Yields the examples of a source in an order, `size` of them at a time.
 
-    Nothing is random here: the same arguments give the same windows, and with a later `start`
-    that is a multiple of `size` the last of them.
+    Nothing is random here: the same arguments give the same windows.
 
     Args:
         source: random access to the examples.
         order: [examples] integers, the place in the source of the first, second, ... example.
         size: examples in a window, at least 1.
         wide: whether images come with the margin that random views are cut from.
-        start: how many examples of the order are left out.
         threads: that decode; None takes one per processor.
         ahead: windows that are decoded before they are asked for, at least 1.
 
@@ -73,13 +70,13 @@ def windows(
     with errors_only():
         import grain  # type: ignore[import-untyped]
 
-    rest = np.asarray(order)[start:]
-    if not len(rest):
+    order = np.asarray(order)
+    if not len(order):
         return
-    rest = np.pad(rest, (0, -len(rest) % size), constant_values=order[0])
+    order = np.pad(order, (0, -len(order) % size), constant_values=order[0])
     buffered = ahead * size
     options = grain.ReadOptions(min(threads or num_threads(), buffered), buffered)
-    examples = grain.MapDataset.source(_Ordered(source, rest, wide))
+    examples = grain.MapDataset.source(_Ordered(source, order, wide))
     iterator = iter(examples.to_iter_dataset(options).batch(size))
     try:
         yield from iterator

@@ -1,0 +1,108 @@
+"""What commands print of their results: tables for a person."""
+
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from bmjax.config import DistillConfig
+from bmjax.errors import printable
+
+# Classes that a terminal has the width for.
+_LARGEST_MATRIX = 20
+
+
+def show_distillation(result: dict[str, Any], config: DistillConfig, console: Console) -> None:
+    """Shows what `distill.distill` returned: teacher and students side by side."""
+    table = Table()
+    accuracy = f"{result['split']} accuracy"
+    for heading in ("model", "parameters", accuracy, "calibration error", "images/s"):
+        table.add_column(heading, justify="left" if heading == "model" else "right")
+    for row in result["rows"]:
+        table.add_row(
+            f"{row['model']} {'(teacher)' if row['role'] == 'teacher' else row['role']}",
+            f"{row['parameters']:,}",
+            f"{row['accuracy']:.2%}",
+            f"{row['expected_calibration_error']:.2%}",
+            f"{row['inference_images_per_second']:,.0f}",
+        )
+    console.print(table)
+    console.print(f"the runs are in {result['folder']}", highlight=False, markup=False)
+    if "gain_points" in result:
+        gain = result["gain_points"]
+        verb = "beats" if gain > 0 else "does not beat"
+        length = f"for the same {result['steps']:,} steps"
+        if not result["same_steps"]:
+            length = "until neither got better"
+        console.print(
+            f"the distilled {config.student} {verb} the one trained alone on the same views "
+            f"{length}: {gain:+.1f} points of {accuracy}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def show_evaluation(result: dict[str, Any], checkpoint: str, console: Console) -> None:
+    """Shows what `evaluate.evaluate` returned.
+
+    Args:
+        result: as returned.
+        checkpoint: which params were measured.
+        console: where it is shown.
+    """
+    summary = Table(title=escape(f"{result['model']} on {result['data']}, {result['split']}"))
+    summary.add_column("metric")
+    summary.add_column("value", justify="right")
+    for name, value in {
+        "images": f"{result['examples']:,}",
+        "loss (nats)": f"{result['loss']:.4f}",
+        "top-1 accuracy": f"{result['accuracy']:.2%}",
+        "top-5 accuracy": f"{result['top5_accuracy']:.2%}",
+        "macro F1": f"{result['macro_f1']:.4f}",
+        "expected calibration error": f"{result['expected_calibration_error']:.2%}",
+        "parameters": f"{result['parameters']:,}",
+        "inference images/s": f"{result['inference_images_per_second']:,.0f}",
+        "checkpoint": f"{checkpoint}, step {result['checkpoint_step']:,}",
+    }.items():
+        summary.add_row(name, value)
+    console.print(summary)
+    _show_classes(result, console)
+
+
+def _show_classes(result: dict[str, Any], console: Console) -> None:
+    names = [escape(printable(name)) for name in result["class_names"]]
+    table = Table(title="by class", box=box.SIMPLE)
+    for heading in ("class", "precision", "recall", "F1"):
+        table.add_column(heading, justify="left" if heading == "class" else "right")
+    for index, name in enumerate(names):
+        table.add_row(name, *(f"{result[key][index]:.3f}" for key in ("precision", "recall", "f1")))
+    console.print(table)
+    if len(names) > _LARGEST_MATRIX:
+        console.print(f"the confusion matrix of {len(names)} classes is in --json")
+        return
+    matrix = Table(title="confusion: true class (row), predicted (column)", box=box.SIMPLE)
+    matrix.add_column("")
+    for name in names:
+        matrix.add_column(name, justify="right")
+    for name, counts in zip(names, result["confusion"], strict=True):
+        matrix.add_row(name, *(str(count or ".") for count in counts))
+    console.print(matrix)
+
+
+def show_doctor(found: dict[str, Any], console: Console) -> None:
+    """Shows what `doctor.examine` found."""
+    table = Table(title=f"bmjax {found['bmjax']}")
+    table.add_column("what")
+    table.add_column("found")
+    for name in ("python", "platform", "cores", "backend", "cache"):
+        table.add_row(name, str(found[name]))
+    table.add_row("devices", "\n".join(found["devices"]) or "none")
+    for name, version in found["versions"].items():
+        table.add_row(name, version or "not installed")
+    console.print(table)
+    for problem in found["problems"]:
+        console.print(f"problem: {problem}", highlight=False, markup=False, soft_wrap=True)
+    if not found["problems"]:
+        console.print("nothing is missing")

@@ -1,0 +1,131 @@
+"""What a split is on the device: whole, or in windows of which each process has its part."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bmjax.data import loader
+from bmjax.parallel import Parallel
+from tests.conftest import draw_shapes
+
+BATCH = 8
+ORDER = np.random.default_rng(3).permutation(30).astype(np.int32)
+SOURCE = draw_shapes(30, 5)
+
+
+class Read:
+    """The same examples as if they were read from files; notes which ones are."""
+
+    labels, image_shape = SOURCE.labels, SOURCE.image_shape
+
+    def __init__(self):
+        self.seen = set()
+
+    def __len__(self):
+        return len(SOURCE)
+
+    def __getitem__(self, index):
+        raise AssertionError("not asked for")
+
+    def wide_image(self, index):
+        self.seen.add(index)
+        return SOURCE.images[index]
+
+
+class Rows:
+    """Beside each view: its step and its place in the batch."""
+
+    def rows(self, first, last):
+        steps, places = np.meshgrid(np.arange(first, last), np.arange(BATCH), indexing="ij")
+        return {"beside_it": np.stack([steps, places], -1).reshape(-1, 2)}
+
+
+@pytest.fixture(autouse=True)
+def _two_batches_in_a_window(monkeypatch):
+    monkeypatch.setattr(loader, "_WINDOW_BYTES", 2 * BATCH * 12 * 12)
+
+
+def batches_of(feed, parallel, first=0):
+    """All batches of an epoch, each as whole arrays of numpy."""
+    found, step = [], first
+    while step < feed.num_batches:
+        arrays, end = feed.at(step)
+        whole = "count" not in arrays
+        order = jnp.pad(jnp.asarray(ORDER), (0, -len(ORDER) % BATCH)) if whole else None
+
+        def take(index, arrays, order=order):
+            return loader.take_batch(arrays, order, index, BATCH, parallel.axis_name)
+
+        for index in range(step, end):
+            number = np.int32(index if whole else index - step)
+            if parallel.axis_name:
+                axes = (None, 0)
+                batch = jax.pmap(take, parallel.axis_name, in_axes=axes, devices=parallel.devices)(
+                    number, arrays
+                )
+                batch = {name: leaf.reshape(-1, *leaf.shape[2:]) for name, leaf in batch.items()}
+            else:
+                batch = jax.jit(take)(number, arrays)
+            found.append({name: np.asarray(leaf) for name, leaf in batch.items()})
+        feed.read_ahead()
+        step = end
+    return found
+
+
+def feed_of(source, parallel, share=(0, 1)):
+    return loader.Feed(source, parallel, BATCH, lambda _: ORDER, True, Rows(), share)
+
+
+def assert_same(got, expected):
+    assert len(got) == len(expected)
+    for one, other in zip(got, expected, strict=True):
+        assert one.keys() == other.keys()
+        np.testing.assert_array_equal(one["mask"], other["mask"])
+        for name in one.keys() - {"mask"}:
+            np.testing.assert_array_equal(one[name][one["mask"]], other[name][other["mask"]])
+
+
+@pytest.mark.parametrize(("kind", "number"), [("jit", 1), ("jit", 4), ("pmap", 4)])
+def test_windows_on_several_devices_hold_the_batches_of_memory(kind, number):
+    one = Parallel("jit", jax.devices()[:1])
+    expected = batches_of(feed_of(SOURCE, one), one)
+    parallel = Parallel(kind, jax.devices()[:number])
+    assert_same(batches_of(feed_of(Read(), parallel), parallel), expected)
+    assert [batch["mask"].sum() for batch in expected] == [8, 8, 8, 6]
+
+
+def test_a_window_is_divided_and_not_copied_to_every_device():
+    parallel = Parallel("jit", jax.devices()[:4])
+    arrays, end = feed_of(Read(), parallel).at(0)
+    assert end == 2
+    assert arrays["image"].shape == (2, 8, 12, 12, 1)
+    assert {shard.data.shape for shard in arrays["image"].addressable_shards} == {(2, 2, 12, 12, 1)}
+
+
+@pytest.mark.parametrize("first", [0, 1, 3])
+def test_each_process_reads_its_own_part_of_every_batch(first):
+    one = Parallel("jit", jax.devices()[:1])
+    expected = batches_of(feed_of(SOURCE, one), one, first)
+    read = [Read(), Read()]
+    padded = np.pad(ORDER, (0, 2), constant_values=ORDER[0]).reshape(4, 2, 4)
+    parts = []
+    for number in (0, 1):
+        feed = feed_of(read[number], one, (number, 2))
+        steps, step = [], first
+        while step < 4:
+            arrays, end = feed.at(step)
+            for index in range(end - step):
+                steps.append({n: np.asarray(arrays[n][index]) for n in ("image", "label")})
+                steps[-1]["beside_it"] = np.asarray(arrays["beside"]["beside_it"][index])
+            step = end
+        parts.append(steps)
+        # One more than its own: the first, whose size says how many fit into a window.
+        assert read[number].seen - {0} <= set(padded[first:, number].flat)
+    for batch, *both in zip(expected, *parts, strict=True):
+        for name in ("label", "beside_it"):
+            whole = np.concatenate([part[name] for part in both])
+            np.testing.assert_array_equal(whole[batch["mask"]], batch[name][batch["mask"]])
+        whole = np.concatenate([part["image"] for part in both])[batch["mask"]]
+        expected_images = np.round(255 * batch["image"][batch["mask"]]).astype(np.uint8)
+        np.testing.assert_array_equal(whole, expected_images)
