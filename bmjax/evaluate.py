@@ -45,7 +45,7 @@ class TrainedRun:
         model: the Linen module.
         variables: `params` and `batch_stats`, on the host.
         step: of the checkpoint.
-        fingerprint: SHA-256 of the checkpoint's content.
+        fingerprint: SHA-256 of the variables, see `checkpoint.fingerprint`.
         warnings: a line for each damaged checkpoint that was passed over.
     """
 
@@ -86,17 +86,18 @@ def load_run(path: str | Path, which: str = "latest") -> TrainedRun:
     Raises:
         UserError: there is no run, no sound checkpoint of it, or no best params yet.
     """
-    run, step, warnings, fingerprint, named = hosts.on_first(_read, Path(path), which)
+    run, step, warnings, named = hosts.on_first(_read, Path(path), which)
     model = build_model(run.config, len(run.data["class_names"]))
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *run.data["image_shape"])))
     like = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
     where = f"checkpoint {run.checkpoints / str(step)}"
     variables = {"batch_stats": {}, **checkpoint.from_named(named, like, where)}
+    fingerprint = checkpoint.fingerprint(named)
     return TrainedRun(run, model, variables, step, fingerprint, tuple(warnings))
 
 
-def _read(path: Path, which: str) -> tuple[Run, int, list[str], str, checkpoint.Named]:
-    """Returns the run; of its newest sound checkpoint step, warnings, fingerprint and variables."""
+def _read(path: Path, which: str) -> tuple[Run, int, list[str], checkpoint.Named]:
+    """Returns the run, and of its newest sound checkpoint step, warnings and variables."""
     run = read_run(path)
     step, warnings = checkpoint.newest_sound(run.checkpoints)
     if step is None:
@@ -111,7 +112,7 @@ def _read(path: Path, which: str) -> tuple[Run, int, list[str], str, checkpoint.
     named = {k: v for k, v in named.items() if not k.startswith(f"params/{LOSS_PARAMS}/")}
     if warnings:
         warnings = [*warnings, f"the checkpoint at step {step} is used instead"]
-    return run, step, warnings, checkpoint.fingerprint(run.checkpoints / str(step)), named
+    return run, step, warnings, named
 
 
 def _evaluated(state: checkpoint.Named) -> checkpoint.Named:

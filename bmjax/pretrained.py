@@ -1,6 +1,5 @@
 """Weights from any place, with what belongs to them: a file, a published set, a run."""
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -54,11 +53,7 @@ class Pretrained:
 
     def fingerprint(self) -> str:
         """Returns the SHA-256 of all variables, by name, as 64 hexadecimal digits."""
-        digest = hashlib.sha256()
-        for name, array in sorted(checkpoint.to_named(self.variables).items()):
-            digest.update(f"{name} {array.dtype} {array.shape}".encode())
-            digest.update(np.ascontiguousarray(array).tobytes())
-        return digest.hexdigest()
+        return checkpoint.fingerprint(checkpoint.to_named(self.variables))
 
 
 def read_pretrained(

@@ -64,6 +64,8 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
         one, other = ours[name], theirs[name]
         if isinstance(one, np.ndarray):
             lines += _different_arrays(name, one, other)
+        elif isinstance(one, dict) and isinstance(other, dict):
+            lines += differences(*({f"{name}, {k}": v for k, v in d.items()} for d in (one, other)))
         elif isinstance(one, list) and isinstance(other, list):
             pairs = zip(one, other, strict=False)
             lines += [f"{name}, {n}: {a} and {b}" for n, (a, b) in enumerate(pairs) if a != b][:1]

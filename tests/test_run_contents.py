@@ -29,6 +29,7 @@ def test_what_differs_is_said_with_its_place():
         "b": np.zeros((), np.int32),
         "c": [1, 2, 3],
         "d": jnp.ones(3, jnp.bfloat16),
+        "e": {"same": 1, "inner": {"x": 1, "y": 2}, "gone": 0},
         "gone": 1,
     }
     one = {name: np.asarray(v) if name == "d" else v for name, v in one.items()}
@@ -38,6 +39,7 @@ def test_what_differs_is_said_with_its_place():
         "b": np.zeros((), np.int64),
         "c": [1, 5],
         "d": np.asarray(jnp.array([1, 1, 1.0078125], jnp.bfloat16)),
+        "e": {"same": 1, "inner": {"x": 1, "y": 3}},
         "new": 1,
     }
     assert differences(one, other) == [
@@ -46,6 +48,8 @@ def test_what_differs_is_said_with_its_place():
         "c, 1: 2 and 5",
         "c: 3 and 2 of them",
         "d: 1 of 3 numbers, by 0.00781 at most, the first at [2]: 1.0 and 1.0078125",
+        "e, gone is missing",
+        "e, inner, y: 2 and 3",
         "gone is missing",
         "new is new",
     ]

@@ -1,11 +1,14 @@
 import dataclasses
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bmjax import checkpoint
 from bmjax.errors import UserError
+from bmjax.evaluate import load_run
 from bmjax.models import create_model
 from bmjax.runs import Run
 from bmjax.teachers import combine, load_teacher
@@ -28,6 +31,26 @@ def test_a_checkpoint_is_a_teacher(tmp_path, quiet):
     assert teacher.model == model
     with pytest.raises(UserError, match="--teacher-model says which ResNet, but is ''"):
         load_teacher(str(path))
+
+
+def test_a_run_is_known_by_its_params_and_not_by_the_files_that_hold_them(teacher, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(teacher.run.path, copy)
+    (newest,) = list((copy / "checkpoints").glob(str(teacher.step)))
+    items = checkpoint.read(copy / "checkpoints", teacher.step, ("state", "best"))
+    meta = {**items.pop("meta"), "said": "nothing of the params"}
+    shutil.rmtree(newest)
+    writer = checkpoint.CheckpointWriter(copy / "checkpoints", 3)
+    writer.save(teacher.step, items, meta)
+    writer.close()
+    assert load_run(copy).fingerprint == teacher.fingerprint
+    shutil.rmtree(newest)
+    name = next(name for name in items["state"] if name.startswith("state/params/head"))
+    items["state"][name] = items["state"][name] + 1
+    writer = checkpoint.CheckpointWriter(copy / "checkpoints", 3)
+    writer.save(teacher.step, items, meta)
+    writer.close()
+    assert load_run(copy).fingerprint != teacher.fingerprint
 
 
 def with_data(teacher, **changes):
