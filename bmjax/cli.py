@@ -34,7 +34,7 @@ from bmjax.errors import (
     explained,
     printable,
 )
-from bmjax.settings import check_distill, check_finetune, check_train, settings_in_common
+from bmjax.settings import check_distill, check_finetune, check_train, settings_to_keep
 from bmjax.tables import show_distillation, show_doctor, show_evaluation
 
 
@@ -78,7 +78,7 @@ def _run_as_one_of_several(asked: Any, words: list[str], name: str) -> None:
     code = 0
     try:
         request_devices(asked.device)
-        common = settings_in_common(asked)
+        common = settings_to_keep(asked)
         common.pop("resume", None)  # whether there is a run to go on with, the first knows
         hosts.check_same("settings", common, "Start all with the same flags.")
         if not hosts.is_first():  # the others show nothing but errors

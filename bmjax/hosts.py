@@ -27,7 +27,6 @@ AUTO = "auto"
 _HEARTBEAT_SECONDS = 40
 # Processes of a cluster begin minutes apart.
 _WAIT_SECONDS = 300
-_LEAVE_SECONDS = 60
 _LAST_SECONDS = 3
 # What `on_first` runs is alone with itself: the others wait for the outcome.
 _inside: list[bool] = []
@@ -58,7 +57,6 @@ def join(config: DeviceConfig) -> None:
             None if config.process_id < 0 else config.process_id,
             initialization_timeout=_WAIT_SECONDS,
             heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
-            shutdown_timeout_seconds=_LEAVE_SECONDS,
         )
     # What JAX's look at the environment raises depends on the environment.
     except (ValueError, TypeError, RuntimeError, OSError, KeyError) as error:

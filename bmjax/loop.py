@@ -30,7 +30,7 @@ from bmjax.runs import (
     read_run,
     refuse_existing,
 )
-from bmjax.settings import check_train, settings_in_common
+from bmjax.settings import check_train, settings_to_keep
 from bmjax.setup import (
     MakeLoss,
     Phase,
@@ -87,7 +87,7 @@ def fit(
     check_train(config)
     path = Path(config.out)
     request_devices(config.device)
-    hosts.check_same("settings", settings_in_common(config), "Start all with the same flags.")
+    hosts.check_same("settings", settings_to_keep(config), "Start all with the same flags.")
     saved = hosts.on_first(read_run, path) if config.run.resume else None
     # Before any work, so that an unknown name is said, and memory is shared as the model needs it.
     model = build_model(saved.config if saved else config, 2)

@@ -113,19 +113,14 @@ def contradictions(saved: Any, asked: Any) -> list[str]:
 
 
 def settings_to_keep(config: Any) -> dict[str, Any]:
-    """Returns the settings that a run keeps: where its processes were says nothing of later ones.
+    """Returns the settings that a run keeps, and that all processes of one have in common.
+
+    Left out is where these are: it says nothing of those that go on with it.
 
     Args:
         config: a nested config.
     """
     return {name: value for name, value in flatten(config).items() if name not in PROCESSES}
-
-
-def settings_in_common(config: Any) -> dict[str, Any]:
-    """Returns the settings that several processes which train one run must have in common."""
-    kept = settings_to_keep(config)
-    kept.pop("memory_gib", None)
-    return kept
 
 
 def check_train(config: BaseConfig) -> None:
