@@ -17,12 +17,13 @@ from typing import IO
 
 # Under it, the number of the pipe whose other end the supervisor holds.
 _PIPE = "BMJAX_SUPERVISOR"
-# With this begins JAX's dump, after which nothing else comes.
+# With this begins JAX's dump.
 _DUMP = b"Terminating process because the JAX distributed service"
 # What is in a dump where processes never came together.
 _JOINING = b"RegisterTask"
 # What it says of connecting processes, in lines that several threads write at once.
 _CONNECTING = (b"[Gloo] Rank", b"connected peer ranks")
+_OWN = b"bmjax: "
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -88,13 +89,17 @@ def supervise(words: Sequence[str], process: str) -> int:
     try:
         with _handing_on_signals(child):
             assert child.stderr is not None
-            dump = _hand_on(child.stderr)
+            with child.stderr as errors:
+                dump, said = _hand_on(errors)
             code = child.wait()
     finally:
         os.close(holds)
-    if code >= 0:
+    aborted = code == -signal.SIGABRT
+    if aborted and said:
+        return 1
+    if code >= 0 and not (code == 1 and dump and not said):
         return code
-    if code == -signal.SIGABRT:
+    if aborted or code == 1:  # the latter was about to say so itself, when JAX began to dump
         message, code = _never_met(process) if _JOINING in dump else lost(process), 1
     else:
         message, code = f"{process} got {signal.Signals(-code).name}", 128 - code
@@ -116,13 +121,20 @@ def _handing_on_signals(child: "subprocess.Popen[bytes]") -> Iterator[None]:
             signal.signal(signum, handler)
 
 
-def _hand_on(errors: IO[bytes]) -> bytes:
-    """Prints what comes, but for JAX's progress in connecting processes; returns its dump."""
-    dump = b""
+def _hand_on(errors: IO[bytes]) -> tuple[bytes, bool]:
+    """Prints what comes, but for JAX's progress in connecting processes, and its dump.
+
+    Returns:
+        The dump, in the middle of which may be what else is printed; and whether the command itself
+        had said what is wrong before.
+    """
+    dump, said = b"", False
     for line in errors:
         if dump or _DUMP in line:
             dump += line
-        elif not any(mark in line for mark in _CONNECTING):
+            continue
+        said = said or line.startswith(_OWN)
+        if not any(mark in line for mark in _CONNECTING):
             sys.stderr.buffer.write(line)
             sys.stderr.buffer.flush()
-    return dump
+    return dump, said
