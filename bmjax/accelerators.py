@@ -101,10 +101,10 @@ def mismatches() -> list[str]:
             wanted[requirement.name] = requirement
     problems = []
     for name, requirement in sorted(wanted.items()):
-        installed = _version(name)
+        installed = installed_version(name)
         if installed and not requirement.specifier.contains(installed, prereleases=True):
             problems.append(
-                f"{name} {installed} does not fit jax {_version('jax')}, which needs "
+                f"{name} {installed} does not fit jax {installed_version('jax')}, which needs "
                 f"{name}{requirement.specifier}. Install both anew: "
                 f"{_INSTALL['tpu' if name == 'libtpu' else 'gpu']}."
             )
@@ -117,7 +117,11 @@ def _foreign_libtpu() -> list[str]:
         return []
     if hasattr(importlib.import_module("libtpu"), "get_library_path"):
         return []
-    others = [name for name in ("tensorflow-tpu", "torch-xla", "libtpu-nightly") if _version(name)]
+    others = [
+        name
+        for name in ("tensorflow-tpu", "torch-xla", "libtpu-nightly")
+        if installed_version(name)
+    ]
     cause = f", perhaps by {' or '.join(others)}" if others else ""
     return [
         f"the package libtpu is not the one that JAX needs{cause}. Install it anew: "
@@ -182,7 +186,8 @@ def _lines(
     return (done.stderr if errors else done.stdout).strip().splitlines()
 
 
-def _version(name: str) -> str | None:
+def installed_version(name: str) -> str | None:
+    """Returns the version of an installed package, or None."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

@@ -3,11 +3,11 @@
 import os
 import platform
 import tempfile
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from bmjax import __version__, accelerators
+from bmjax.accelerators import installed_version
 from bmjax.cache import cache_folder
 
 _PACKAGES = (
@@ -38,7 +38,7 @@ def examine(expected: str = "any") -> dict[str, Any]:
     """
     problems: list[str] = []
     backend, devices = _devices(problems)
-    versions = {name: _version(name) for name in _PACKAGES}
+    versions = {name: installed_version(name) for name in _PACKAGES}
     for name, version in versions.items():
         if version is None:
             problems.append(f"{name} is not installed. Install bmjax anew: it brings it along.")
@@ -98,16 +98,9 @@ def _slow_convolutions() -> list[str]:
     cause, remedy = "cannot be loaded", "install libgomp1 (Debian, Ubuntu) or libgomp (Fedora)"
     if os.environ.get("BMJAX_ONEDNN") == "0":
         cause, remedy = "is switched off by BMJAX_ONEDNN=0", "unset it"
-    elif _version(onednn.PACKAGE) is None:
+    elif installed_version(onednn.PACKAGE) is None:
         cause, remedy = "is not installed", f"pip install {onednn.PACKAGE}"
     return [f"oneDNN {cause}, so that convolutions are slower; {remedy}."]
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _can_write(folder: Path) -> bool:

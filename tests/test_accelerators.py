@@ -110,7 +110,7 @@ def test_a_gpu_with_little_taken_is_no_problem(tmp_path):
 def installed(monkeypatch, requires, **versions):
     known = {"jax": "0.10.2", **{name.replace("_", "-"): v for name, v in versions.items()}}
     monkeypatch.setattr(accelerators.metadata, "requires", lambda name: requires)
-    monkeypatch.setattr(accelerators, "_version", known.get)
+    monkeypatch.setattr(accelerators, "installed_version", known.get)
 
 
 REQUIRES = [

@@ -196,10 +196,10 @@ class Feed:
     def _read(self, step: int) -> Any:
         with TraceAnnotation("wait for decoded images"):
             window: dict[str, Any] = next(self._windows)
-        if self._beside is not None:
-            window["beside"] = self._read_beside(step)
         number, own = self._batches_in_window, self._own.stop - self._own.start
         batches = jax.tree.map(lambda leaf: leaf.reshape(number, own, *leaf.shape[1:]), window)
+        if self._beside is not None:
+            batches["beside"] = self._read_beside(step)
         rest = len(self._source) - step % self.num_batches * self._batch_size
         scalars = {
             "first": step,
@@ -213,7 +213,7 @@ class Feed:
             }
 
     def _read_beside(self, step: int) -> dict[str, np.ndarray]:
-        """Returns this process's part of what lies beside a window, as many rows as in each."""
+        """Returns this process's part of what lies beside a window, as many batches as in each."""
         assert self._beside is not None
         end_of_epoch = (step // self.num_batches + 1) * self.num_batches
         last = min(step + self._batches_in_window, end_of_epoch)
@@ -221,8 +221,7 @@ class Feed:
         for name, rows in self._beside.rows(step, last).items():
             rows = rows.reshape(last - step, self._batch_size, *rows.shape[1:])[:, self._own]
             missing = self._batches_in_window - len(rows)  # so that nothing compiles anew
-            rows = np.pad(rows, ((0, missing), *[(0, 0)] * (rows.ndim - 1)))
-            found[name] = rows.reshape(-1, *rows.shape[2:])
+            found[name] = np.pad(rows, ((0, missing), *[(0, 0)] * (rows.ndim - 1)))
         return found
 
 
