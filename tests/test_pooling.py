@@ -5,7 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bmjax.models import onednn, onednn_pooling
 from bmjax.models.pooling import _max_pool, max_pool_2x2, max_pool_3x3
+
+needs_onednn = pytest.mark.skipif(onednn.library() is None, reason="oneDNN is not installed")
 
 
 def by_linen(window):
@@ -88,3 +91,38 @@ def test_bfloat16_stays_bfloat16():
     images = jnp.asarray(pictures(8), jnp.bfloat16)
     grad = jax.grad(lambda values: jnp.sum(max_pool_3x3(values).astype(jnp.float32)))(images)
     assert max_pool_3x3(images).dtype == grad.dtype == jnp.bfloat16
+
+
+@needs_onednn
+@pytest.mark.usefixtures("nan_in_scratch")
+@pytest.mark.parametrize("window", [2, 3])
+@pytest.mark.parametrize("side", [8, 9])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_library_gives_the_gradient_of_linen(window, side, dtype, monkeypatch):
+    monkeypatch.setattr(onednn_pooling, "_FEWEST", 0)
+    random = np.random.default_rng(0)
+    images = jnp.asarray(random.normal(size=(3, side, side + 3, 32)), dtype)
+    out = jax.eval_shape(by_linen(window), images)
+    cotangent = jnp.asarray(random.normal(size=out.shape), dtype)
+    if not onednn_pooling.can(out.shape, images.shape[1:3], window, jnp.dtype(dtype)):
+        assert dtype == jnp.bfloat16
+        pytest.skip("oneDNN computes bfloat16 only with AVX-512")
+
+    def gradient(pool):
+        return jax.jit(lambda values, cotangent: jax.vjp(pool, values)[1](cotangent)[0])
+
+    ours = gradient(lambda values: _max_pool(values, window))
+    assert "call @bmjax_max_pool_gradient" in ours.lower(images, cotangent).as_text()
+    wide = (each.astype(jnp.float32) for each in (images, cotangent))
+    expected = gradient(by_linen(window))(*wide)
+    # Of bfloat16 up to four terms are added up, each sum rounded.
+    atol = 1e-6 if dtype == jnp.float32 else 3 * 2**-8 * float(jnp.abs(expected).max())
+    np.testing.assert_allclose(ours(images, cotangent).astype(jnp.float32), expected, 0, atol)
+
+
+@needs_onednn
+def test_poolings_that_the_library_is_not_fast_for_are_left_to_xla():
+    float32 = jnp.dtype("float32")
+    assert onednn_pooling.can((8, 16, 16, 32), (32, 32), 2, float32)
+    assert not onednn_pooling.can((8, 2, 2, 32), (4, 4), 2, float32)
+    assert not onednn_pooling.can((8, 16, 16, 32), (32, 32), 2, jnp.dtype("float64"))

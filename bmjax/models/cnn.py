@@ -8,6 +8,7 @@ from jax import Array
 
 from bmjax.models.layers import Conv, name_intermediate
 from bmjax.models.pooling import max_pool_2x2
+from bmjax.models.precision import wider
 
 
 class CNN(nn.Module):
@@ -18,7 +19,7 @@ class CNN(nn.Module):
     Attributes:
         num_classes: number of logits.
         features: channels of the convolutions.
-        dtype: of the computation; params and logits are float32.
+        dtype: of the computation; params, the last layer and its logits are float32.
     """
 
     num_classes: int
@@ -47,5 +48,4 @@ class CNN(nn.Module):
             hidden = nn.relu(max_pool_2x2(layer(hidden)))
             hidden = name_intermediate(self, f"stage{number}", hidden)
         flat = name_intermediate(self, "pre_logits", hidden.reshape(hidden.shape[0], -1))
-        logits = nn.Dense(self.num_classes, dtype=self.dtype, name="head")(flat)
-        return logits.astype(jnp.float32)
+        return nn.Dense(self.num_classes, name="head")(wider(flat))

@@ -16,6 +16,7 @@ from bmjax.models.composite import make_primitive
 from bmjax.models.convolution import Pending
 from bmjax.models.geometry import Geometry
 from bmjax.models.normalization import normalize_by
+from bmjax.models.precision import wider
 
 
 def convolve_normalize(
@@ -47,8 +48,8 @@ def convolve_normalize(
 
 def finish(values: Array, shortcut: Array | None, relu: bool) -> Array:
     """Adds a shortcut, if any, and applies ReLU, if asked to."""
-    out = values if shortcut is None else values + shortcut
-    return jax.nn.relu(out) if relu else out
+    out = wider(values) if shortcut is None else wider(values) + wider(shortcut)
+    return (jax.nn.relu(out) if relu else out).astype(values.dtype)
 
 
 def _plain(

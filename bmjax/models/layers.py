@@ -10,11 +10,44 @@ from jax import Array, lax
 
 from bmjax.models.convolution import Pending, computed, make_pending
 from bmjax.models.fused_convolution import convolve_normalize, finish
-from bmjax.models.normalization import normalize, normalize_by, wider
+from bmjax.models.normalization import normalize, normalize_by
+from bmjax.models.precision import wider
+
+
+class Dense(nn.Module):
+    """A dense layer; params `kernel` and `bias` as those of `flax.linen.Dense`.
+
+    The bias is added in float32, and so is its gradient summed: XLA for CPU (jax 0.10.2) sums
+    bfloat16 in bfloat16, and Linen's is wrong by percents.
+
+    Attributes:
+        features: number of outputs.
+        dtype: of the computation; params are float32.
+    """
+
+    features: int
+    dtype: jnp.dtype | None = None
+
+    @nn.compact
+    def __call__(self, inputs: Array) -> Array:
+        """Maps [..., inputs] to [..., features]."""
+        shape = (inputs.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
+        inputs, kernel = nn.dtypes.promote_dtype(inputs, kernel, dtype=self.dtype)
+        return _add(inputs @ kernel, bias)
+
+
+def _add(values: Array, bias: Array) -> Array:
+    """Adds a bias to each [features]; see `Dense`."""
+    along = bias.reshape(*(1,) * (values.ndim - 1), -1)
+    return (wider(values) + along).astype(values.dtype)
 
 
 class Conv(nn.Module):
     """2-D convolution; params `kernel` and `bias` as those of `flax.linen.Conv`.
+
+    A bias is added as in `Dense`.
 
     Attributes:
         features: number of output channels.
@@ -43,7 +76,7 @@ class Conv(nn.Module):
         if not self.use_bias:
             return out
         bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
-        return out + bias.astype(out.dtype)[None, None, None, :]
+        return _add(out, bias)
 
     def _pending(self, images: Array) -> Pending:
         shape = (*self.kernel_size, images.shape[-1] // self.groups, self.features)

@@ -14,6 +14,7 @@ import numpy as np
 from jax import Array, lax
 
 from bmjax.models.geometry import Geometry, Role
+from bmjax.models.precision import at_least_float32
 
 # Patches that a core works on at once: of about the size of its cache. Measured on shapes of
 # ResNet-18 at 128 px, batch 64: forward 1.1 to 2.5 times, backward 1.2 to 1.8 times as fast as the
@@ -23,11 +24,6 @@ _PATCH_BYTES = 5 << 20
 _THIN = 8
 # Outputs of at most so many pixels are few.
 _FEW = 9
-
-
-def at_least_float32(dtype: jax.typing.DTypeLike) -> jnp.dtype:
-    """Returns the type that sums and statistics of values of `dtype` are kept in."""
-    return jnp.promote_types(dtype, jnp.float32)
 
 
 def few_pixels(geometry: Geometry) -> bool:

@@ -7,7 +7,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from bmjax.models.layers import name_intermediate
+from bmjax.models.layers import Dense, name_intermediate
+from bmjax.models.precision import wider
 
 
 class MLP(nn.Module):
@@ -18,7 +19,7 @@ class MLP(nn.Module):
     Attributes:
         num_classes: number of logits.
         hidden_sizes: widths of the hidden layers.
-        dtype: of the computation; params and logits are float32.
+        dtype: of the computation; params, the last layer and its logits are float32.
     """
 
     num_classes: int
@@ -36,8 +37,7 @@ class MLP(nn.Module):
         del train, mask  # the same in both modes, and no example sees another
         features = images.reshape(images.shape[0], -1)
         for number, size in enumerate(self.hidden_sizes, 1):
-            layer = nn.Dense(size, dtype=self.dtype, name=f"dense{number}")
+            layer = Dense(size, dtype=self.dtype, name=f"dense{number}")
             features = name_intermediate(self, f"hidden{number}", nn.relu(layer(features)))
         features = name_intermediate(self, "pre_logits", features)
-        logits = nn.Dense(self.num_classes, dtype=self.dtype, name="head")(features)
-        return logits.astype(jnp.float32)
+        return nn.Dense(self.num_classes, name="head")(wider(features))

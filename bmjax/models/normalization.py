@@ -17,7 +17,7 @@ from jax.interpreters import ad, mlir
 from bmjax.models import onednn
 from bmjax.models import onednn_normalization as fast
 from bmjax.models.composite import make_primitive
-from bmjax.models.matmul_convolution import at_least_float32
+from bmjax.models.precision import at_least_float32, wider
 
 # Rows that are added up elementwise before a sum.
 _ROWS_AT_ONCE = 8
@@ -68,11 +68,6 @@ def normalize_by(
 def per_channel(channels: Array) -> Array:
     """Returns [channels] as [1, 1, 1, channels]."""
     return channels[None, None, None, :]
-
-
-def wider(values: Array) -> Array:
-    """Returns values as at least float32."""
-    return values.astype(at_least_float32(values.dtype))
 
 
 def _number(values: Array, weights: Array, axis_name: str | None) -> Array:

@@ -16,7 +16,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from ctypes import Structure, byref, c_int, c_int64, c_size_t, c_void_p
+from ctypes import Structure, byref, c_char_p, c_int, c_int64, c_size_t, c_void_p
 from typing import Any
 
 import jax
@@ -148,6 +148,7 @@ _Dims = c_int64 * 12
 _CPU, _IN_ORDER, _TRAINING, _DIRECT, _ANY_LAYOUT = map(c_int, (1, 1, 64, 1, 1))
 _WEIGHTS, _GRADIENT_OF_WEIGHTS, _SCRATCHPAD = c_int(131), c_int(132), c_int(136)
 _OF_THE_CALLER = c_int(1)
+_IMPLEMENTATION = c_int(8)
 _FROM, _TO, _SCRATCH = 1, 17, 80
 # What first operand, second operand and result of each role are to its primitive.
 _ARGUMENTS = {"output": (1, 33, 17), "images": (33, 145, 129), "kernel": (1, 145, 161)}
@@ -184,6 +185,10 @@ class Library:
         self.check(name, byref(made), *arguments)
         return made
 
+    def dims(self, *sizes: int) -> Any:
+        """Returns sizes as oneDNN takes them."""
+        return _Dims(*sizes)
+
     def images(self, shape: Sequence[int], dtype: int) -> c_void_p:
         """Describes an array of a shape [batch, height, width, channels]."""
         batch, height, width, channels = shape
@@ -216,9 +221,11 @@ class Library:
         """Returns the layout of one of a primitive's arrays."""
         return c_void_p(self.call("primitive_desc_query_md", description, kind, 0))
 
-    def query(self, description: c_void_p, what: c_int, answer: Any) -> None:
-        """Has a description of a primitive write what it says of itself into `answer`."""
-        self.check("primitive_desc_query", description, what, 0, byref(answer))
+    def is_fast(self, description: c_void_p) -> bool:
+        """Says whether a primitive is made for this processor, and not oneDNN's reference."""
+        name = c_char_p()
+        self.check("primitive_desc_query", description, _IMPLEMENTATION, 0, byref(name))
+        return b"jit" in (name.value or b"")
 
     def size(self, layout: c_void_p) -> int:
         """Returns the bytes of an array of a layout."""

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from ctypes import c_char_p, c_float, c_int, c_uint, c_void_p
+from ctypes import c_float, c_int, c_uint, c_void_p
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,6 @@ _FEWEST = 2**15
 # Numbers of oneDNN's interface.
 _TRAINING, _BACKWARD = c_int(64), c_int(128)
 _SCALE_AND_SHIFT = c_uint(2 | 4)
-_IMPLEMENTATION = c_int(8)
 # What operands and results of the two directions are to their primitives.
 _FORWARD_ARGUMENTS = (1, 51, 52, 17, 49, 50)
 _BACKWARD_ARGUMENTS = (1, 51, 49, 50, 145, 129, 255, 256)
@@ -78,9 +77,7 @@ class _BatchNorm:
             *("batch_normalization_forward", library.engine, _TRAINING),
             *(self._layout, self._layout, *settings),
         )
-        name = c_char_p()
-        library.query(described, _IMPLEMENTATION, name)
-        if b"jit" not in (name.value or b""):
+        if not library.is_fast(described):
             raise OneDnnError("oneDNN has only its reference for this shape, which is slow")
         back = library.describe(
             *("batch_normalization_backward", library.engine, _BACKWARD),

@@ -17,6 +17,9 @@ from jax import Array, lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from bmjax.models import onednn, onednn_pooling
+from bmjax.models.precision import wider
+
 # For even and for odd rows of an image (columns alike): the places in a window that such a row may
 # have, and by how many windows the window begins later than at half the row's number.
 _PLACES = {2: (((0, 0),), ((1, 0),)), 3: (((1, 0),), ((2, 0), (0, 1)))}
@@ -52,15 +55,17 @@ def _max_pool(images: Array, window: int) -> Array:
         return _with_places(images, window)[0]
 
     alone = _by_halves if window == 2 else _by_picking
-    return lax.platform_dependent(images, cpu=alone, default=with_places)
+    out = lax.platform_dependent(wider(images), cpu=alone, default=with_places)
+    return out.astype(images.dtype)
 
 
 @_max_pool.defjvp
 def _max_pool_jvp(window: int, primals: Any, tangents: Any) -> tuple[Array, Array]:
     (images,), (tangent,) = primals, tangents
-    out, places = _with_places(images, window)
+    out, places = _with_places(wider(images), window)
     size = images.shape[1:3]
-    return out, _primitive.bind(places, tangent, window=window, size=size, spread=False)
+    moved = _primitive.bind(places, tangent, window=window, size=size, spread=False)
+    return out.astype(images.dtype), moved
 
 
 def _windows(images: Array, window: int, fill: float) -> list[Array]:
@@ -194,10 +199,27 @@ def _compiled(**options: Any) -> Any:
     return jax.jit(functools.partial(_primitive.bind, **options))
 
 
+def _on_cpu(context: Any, *operands: Any, **options: Any) -> Any:
+    def by_library(places: Array, values: Array, *, window: int, size: Any, spread: bool) -> Array:
+        del spread
+        return onednn_pooling.spread(places, values, window, size)
+
+    values = context.avals_in[1]
+    # A call into a library cannot be divided over devices, see `convolution`.
+    can = (
+        options["spread"]
+        and onednn.is_alone(context)
+        and onednn_pooling.can(values.shape, options["size"], options["window"], values.dtype)
+    )
+    rule = mlir.lower_fun(by_library if can else _compute, multiple_results=False)
+    return rule(context, *operands, **options)
+
+
 _primitive = Primitive("at_places")
 _primitive.def_abstract_eval(_abstract)
 _primitive.def_impl(lambda *operands, **options: _compiled(**options)(*operands))
 ad.primitive_jvps[_primitive] = _jvp
 ad.primitive_transposes[_primitive] = _transpose
 batching.primitive_batchers[_primitive] = _batched
+mlir.register_lowering(_primitive, _on_cpu, "cpu")
 mlir.register_lowering(_primitive, mlir.lower_fun(_compute, multiple_results=False))

@@ -15,8 +15,8 @@ from jax import Array
 
 from bmjax.models.convolution import Pending
 from bmjax.models.layers import PendingConv, make_norm, name_intermediate
-from bmjax.models.normalization import wider
 from bmjax.models.pooling import max_pool_3x3
+from bmjax.models.precision import wider
 
 _conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 # PyTorch's initial weights of a linear layer: uniform within 1 / sqrt(fan_in).
@@ -152,9 +152,8 @@ class ResidualNetwork(_Layers):
                 block = kind(name=name, **self._block(stage, number), **self._options)
                 hidden = block(hidden, train, mask)
             hidden = name_intermediate(self, f"stage{stage}", hidden)
-        features = name_intermediate(self, "pre_logits", jnp.mean(hidden, axis=(1, 2)))
-        head = nn.Dense(self.num_classes, kernel_init=_head_init, dtype=self.dtype, name="head")
-        return wider(head(features))
+        features = name_intermediate(self, "pre_logits", jnp.mean(wider(hidden), axis=(1, 2)))
+        return nn.Dense(self.num_classes, kernel_init=_head_init, name="head")(features)
 
 
 class ResNet(ResidualNetwork):
@@ -175,7 +174,8 @@ class ResNet(ResidualNetwork):
         axis_name: under pmap, the axis of the devices that share a batch.
         frozen_layers: paths of layers that are not trained, such as `stage1_block1/norm1`: the
             batch normalisations among them use their running statistics in training mode too.
-        dtype: of the computation; params, statistics and logits are float32.
+        dtype: of the computation; params, statistics, the mean over pixels and what follows it are
+            float32.
     """
 
     num_blocks: Sequence[int] = (2, 2, 2, 2)
