@@ -39,8 +39,13 @@ def can(role: Role, geometry: Geometry, dtype: jnp.dtype) -> bool:
         return False
     if role == "kernel" and dtype == jnp.bfloat16 and geometry.width < geometry.stride:
         return False  # oneDNN 3 reads scratch there that it has not written: any number comes out
+    return has(_convolution, _key(role, geometry, dtype))
+
+
+def has(compiled: Callable[[bytes], Any], key: np.ndarray) -> bool:
+    """Says whether oneDNN compiles what a key describes for this processor."""
     try:
-        _convolution(_key(role, geometry, dtype).tobytes())
+        compiled(key.tobytes())
     except OneDnnError:  # bfloat16 without AVX-512, for one
         return False
     return True

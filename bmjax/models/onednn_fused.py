@@ -11,7 +11,7 @@ from jax import Array
 
 from bmjax.models import onednn
 from bmjax.models.geometry import Geometry
-from bmjax.models.onednn import DATA_TYPES, Convolution, OneDnnError
+from bmjax.models.onednn import DATA_TYPES, Convolution
 
 _TARGET = "bmjax_convolution_normalized"
 _FLOAT32 = DATA_TYPES["float32"]
@@ -26,11 +26,7 @@ def can(geometry: Geometry, dtype: jnp.dtype, shortcut: bool, relu: bool) -> boo
     """Says whether oneDNN is there and does such a convolution, with all that follows."""
     if not onednn.can("output", geometry, dtype) or not onednn.provides(_TARGET, _compute):
         return False
-    try:
-        _fused(_key(geometry, dtype, shortcut, relu).tobytes())
-    except OneDnnError:
-        return False
-    return True
+    return onednn.has(_fused, _key(geometry, dtype, shortcut, relu))
 
 
 def compute(geometry: Geometry, relu: bool, images: Array, kernel: Array, *more: Array) -> Array:
