@@ -223,7 +223,8 @@ def test_the_gradient_of_a_bias_is_added_up_in_float32():
     params = layer.init(jax.random.key(0), images)["params"]
 
     def loss(params):
-        return jnp.sum(layer.apply({"params": params}, images).astype(jnp.float32))
+        out: Any = layer.apply({"params": params}, images)
+        return jnp.sum(out.astype(jnp.float32))
 
     # 297 pixels are between two numbers of bfloat16.
     assert jax.grad(loss)(params)["bias"].tolist() == [3 * 9 * 11]
