@@ -7,12 +7,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bmjax import distill, evaluate, finetune, losses, metrics
+    from bmjax import metrics
     from bmjax.config import DistillConfig, FinetuneConfig, TrainConfig
     from bmjax.data import load_dataset
-    from bmjax.evaluate import load_run
-    from bmjax.loop import fit
+    from bmjax.distill import tour as distill
+    from bmjax.evaluate import measure as evaluate
+    from bmjax.evaluate.measure import load_run
+    from bmjax.finetune import tune as finetune
+    from bmjax.losses import logits as losses
     from bmjax.models import create_model, list_models
+    from bmjax.train.loop import fit
     from bmjax.weights.convert import from_torchvision, to_torchvision
 
 __version__ = "0.1.0"
@@ -22,7 +26,7 @@ _HOMES = {
     "FinetuneConfig": "bmjax.config",
     "TrainConfig": "bmjax.config",
     "create_model": "bmjax.models",
-    "fit": "bmjax.loop",
+    "fit": "bmjax.train.loop",
     "from_torchvision": "bmjax.weights.convert",
     "list_models": "bmjax.models",
     "load_dataset": "bmjax.data",

@@ -8,7 +8,7 @@ import numpy as np
 from flax import struct
 from jax import Array
 
-from bmjax import losses
+from bmjax.losses import logits as losses
 
 CALIBRATION_BINS = 15
 

@@ -32,13 +32,13 @@ def measure(freeze: tuple[str, ...], size: int, batch_size: int) -> dict[str, fl
     import numpy as np
     from jax.tree_util import Partial
 
-    from bmjax.compiled import make_train_steps, zero_totals
     from bmjax.config import FinetuneConfig
     from bmjax.data import ArraySource, loader
-    from bmjax.parallel import Parallel
-    from bmjax.pretrained import IMAGENET
-    from bmjax.setup import Start, build_model, make_phases
-    from bmjax.train import classification_loss
+    from bmjax.machine.parallel import Parallel
+    from bmjax.train.compiled import make_train_steps, zero_totals
+    from bmjax.train.setup import Start, build_model, make_phases
+    from bmjax.train.step import classification_loss
+    from bmjax.weights.pretrained import IMAGENET
 
     config = FinetuneConfig(model="resnet18", batch_size=batch_size).train_config()
     model = build_model(config, 10)

@@ -28,15 +28,15 @@ from rich.console import Console
 from bmjax.config import DistillConfig, TrainConfig
 from bmjax.data import Dataset, load_dataset, loader
 from bmjax.data.outline import Outline
-from bmjax.distill_loss import distillation_loss
-from bmjax.evaluate import TrainedRun
+from bmjax.distill.loss import distillation_loss
+from bmjax.distill.teacher_cache import NoCache, cached_teacher
+from bmjax.evaluate.measure import TrainedRun
+from bmjax.machine.parallel import Parallel
 from bmjax.models import create_model
-from bmjax.parallel import Parallel
-from bmjax.programs import Programs
-from bmjax.runs import Run
-from bmjax.setup import describe, epoch_orders, pixel_statistics
-from bmjax.teacher_cache import NoCache, cached_teacher
-from bmjax.train import LossFn
+from bmjax.runs.folder import Run
+from bmjax.train.programs import Programs
+from bmjax.train.setup import describe, epoch_orders, pixel_statistics
+from bmjax.train.step import LossFn
 
 PASSES = 2
 

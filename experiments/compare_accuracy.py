@@ -17,10 +17,10 @@ import numpy as np
 
 from bmjax import load_dataset, load_run
 from bmjax.config import ConvertConfig
-from bmjax.convert import convert
 from bmjax.data.preprocess import EvaluationTransform
 from bmjax.data.sources import all_images
-from bmjax.evaluate import predict_probabilities
+from bmjax.evaluate.measure import predict_probabilities
+from bmjax.weights.convert_command import convert
 
 
 def predict_by_bmjax(args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:

@@ -40,9 +40,9 @@ from typing import Literal
 from rich.console import Console
 
 from bmjax.config import FinetuneConfig, OptimConfig, RunConfig, TrainConfig
-from bmjax.evaluate import evaluate_finished
-from bmjax.finetune import finetune
-from bmjax.loop import fit
+from bmjax.evaluate.measure import evaluate_finished
+from bmjax.finetune.tune import finetune
+from bmjax.train.loop import fit
 
 PRECISIONS: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
 

@@ -18,21 +18,15 @@ from typing import Any
 
 from rich.console import Console
 
-from bmjax.config import (
-    AugmentConfig,
-    DistillConfig,
-    EvaluateConfig,
-    OptimConfig,
-    RunConfig,
-)
+from bmjax.config import AugmentConfig, DistillConfig, EvaluateConfig, OptimConfig, RunConfig
 from bmjax.data import Dataset
 from bmjax.data.sources import Source
-from bmjax.distill import load_data, train_student
+from bmjax.distill.tour import load_data, train_student
 from bmjax.errors import UserError
-from bmjax.evaluate import TrainedRun, inference_speed, load_run, measure
-from bmjax.loop import fit
+from bmjax.evaluate.measure import TrainedRun, inference_speed, load_run, measure
 from bmjax.models import num_params
-from bmjax.runs import CONFIG
+from bmjax.runs.folder import CONFIG
+from bmjax.train.loop import fit
 
 BATCH_SIZE = 256
 TURNS = 5

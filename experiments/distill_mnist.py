@@ -22,8 +22,8 @@ import statistics
 from pathlib import Path
 
 from bmjax.config import DistillConfig
-from bmjax.distill import distill
-from bmjax.runs import TOUR, free_folder
+from bmjax.distill.tour import distill
+from bmjax.runs.folder import TOUR, free_folder
 
 
 def main() -> None:

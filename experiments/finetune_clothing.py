@@ -38,9 +38,9 @@ from typing import Any
 from rich.console import Console
 
 from bmjax.config import FinetuneConfig, RunConfig
-from bmjax.finetune import finetune
-from bmjax.loop import fit
-from bmjax.tracking import read_metrics
+from bmjax.finetune.tune import finetune
+from bmjax.train.loop import fit
+from bmjax.train.tracking import read_metrics
 
 COLOURS = {"pretrained": "C0", "scratch": "C1"}
 

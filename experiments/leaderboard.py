@@ -32,16 +32,16 @@ import numpy as np
 from rich.console import Console
 
 from bmjax.config import DistillConfig, EvaluateConfig, RunConfig, TrainConfig
+from bmjax.config.checks import check_distill, check_train, flatten, unflatten
 from bmjax.data import ArraySource, Dataset, load_dataset
 from bmjax.data.sources import Source, all_images
-from bmjax.distill import train_student
+from bmjax.distill.teachers import combine
+from bmjax.distill.tour import train_student
 from bmjax.errors import UserError
-from bmjax.evaluate import TrainedRun, load_run, measure, predict_probabilities
-from bmjax.loop import fit
-from bmjax.runs import CONFIG, write_atomically
-from bmjax.settings import check_distill, check_train, flatten, unflatten
-from bmjax.teachers import combine
-from bmjax.tracking import read_metrics
+from bmjax.evaluate.measure import TrainedRun, load_run, measure, predict_probabilities
+from bmjax.runs.folder import CONFIG, write_atomically
+from bmjax.train.loop import fit
+from bmjax.train.tracking import read_metrics
 from experiments.leaderboard_report import ALONE, TEACHER, draw, write_csv, write_markdown
 
 # Between the seeds of an ensemble's members, so that no member of one is a member of another.

@@ -25,8 +25,8 @@ import numpy as np
 
 from bmjax.bench.step import make_step
 from bmjax.bench.workload import Workload
+from bmjax.machine.parallel import Parallel
 from bmjax.models import create_model
-from bmjax.parallel import Parallel
 
 MIB = 2**20
 # Model, side of the images, batch sizes.

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from bmjax.config import DeviceConfig, RunConfig, TrainConfig
-from bmjax.loop import fit
+from bmjax.train.loop import fit
 
 DECODE, WAIT = "decode an image", "wait for decoded images"
 TRANSFER, STEP = "transfer", "training"

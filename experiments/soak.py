@@ -30,11 +30,11 @@ jax.config.update("jax_num_cpu_devices", 8)
 import numpy as np  # noqa: E402
 from rich.console import Console  # noqa: E402
 
-from bmjax import checkpoint  # noqa: E402
 from bmjax.config import DeviceConfig, RunConfig, TrainConfig  # noqa: E402
 from bmjax.data import ArraySource, Dataset  # noqa: E402
-from bmjax.loop import fit  # noqa: E402
-from bmjax.tracking import read_metrics  # noqa: E402
+from bmjax.runs import checkpoint  # noqa: E402
+from bmjax.train.loop import fit  # noqa: E402
+from bmjax.train.tracking import read_metrics  # noqa: E402
 
 # Of the run, which is left out: caches fill, and threads start.
 WARM_UP = 0.25

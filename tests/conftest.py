@@ -24,13 +24,13 @@ if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:
 # Broadcasting arrays of different rank hides mistakes, so it must be written out.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-from bmjax.cache import use_compilation_cache  # noqa: E402
 from bmjax.config import AugmentConfig, DeviceConfig, RunConfig, TrainConfig  # noqa: E402
 from bmjax.data import ArraySource, Dataset  # noqa: E402
 from bmjax.data.sources import all_images  # noqa: E402
-from bmjax.evaluate import TrainedRun, load_run  # noqa: E402
-from bmjax.loop import fit  # noqa: E402
-from bmjax.models import onednn  # noqa: E402
+from bmjax.evaluate.measure import TrainedRun, load_run  # noqa: E402
+from bmjax.machine.cache import use_compilation_cache  # noqa: E402
+from bmjax.ops import onednn  # noqa: E402
+from bmjax.train.loop import fit  # noqa: E402
 
 
 def pytest_configure(config: pytest.Config) -> None:

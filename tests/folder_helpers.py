@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from bmjax import load_dataset
-from bmjax.data.files import Encoded
+from bmjax.data.kinds.files import Encoded
 from bmjax.data.sources import SPLITS
 
 

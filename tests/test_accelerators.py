@@ -7,9 +7,9 @@ import types
 
 import pytest
 
-from bmjax import accelerators
-from bmjax.accelerators import absent, mismatches, seen, taken
-from bmjax.doctor import examine
+from bmjax.machine import accelerators
+from bmjax.machine.accelerators import absent, mismatches, seen, taken
+from bmjax.machine.doctor import examine
 
 
 @pytest.fixture(autouse=True)

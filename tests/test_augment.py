@@ -8,8 +8,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from PIL import Image
 
 from bmjax.config import AugmentConfig
-from bmjax.data import augment, policies
 from bmjax.data.preprocess import EvaluationTransform
+from bmjax.data.views import augment, policies
 
 STILL = AugmentConfig(shift=0, rotate=0, scale=0)
 SIZE = (10, 12)

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bmjax import checkpoint
 from bmjax.errors import StorageError, UserError
+from bmjax.runs import checkpoint
 
 
 def draw(seed=0):
@@ -168,7 +168,7 @@ def test_manifests_of_any_form_are_judged(tmp_path):
         assert checkpoint.damage(tmp_path / "1") == ["manifest.json was changed"]
 
 
-@pytest.mark.parametrize("name", ["os.posix_fallocate", "bmjax.checkpoint._write_manifest"])
+@pytest.mark.parametrize("name", ["os.posix_fallocate", "bmjax.runs.checkpoint._write_manifest"])
 def test_a_full_disk_leaves_the_checkpoints_before(tmp_path, monkeypatch, name):
     save(tmp_path, [1, 2])
 

@@ -11,10 +11,11 @@ import pytest
 from PIL import Image
 
 from bmjax import cli
+from bmjax.cli.main import _COMMANDS
 from bmjax.config import DistillConfig, EvaluateConfig, TrainConfig
+from bmjax.config.checks import flatten, unflatten
 from bmjax.errors import UserError
-from bmjax.models import onednn
-from bmjax.settings import flatten, unflatten
+from bmjax.ops import onednn
 
 
 def run(capsys, *argv):
@@ -169,9 +170,7 @@ def test_every_flag_has_a_help_text(capsys, monkeypatch, command):
     monkeypatch.setenv("COLUMNS", "200")
     code, shown, _ = run(capsys, command, "--help")
     assert code == 0
-    kind = next(
-        kind for kind, function in cli._COMMANDS.items() if function.__name__ == f"_{command}"
-    )
+    kind = next(kind for kind, function in _COMMANDS.items() if function.__name__ == f"_{command}")
     names = unflatten_names(kind)
     assert len(names) >= 1
     for name in names:

@@ -7,8 +7,8 @@ import pytest
 
 from bmjax import losses
 from bmjax.config import DistillConfig
-from bmjax.conventions import CONVENTIONS, as_weights, called_elsewhere, convert_weight
 from bmjax.errors import UserError
+from bmjax.losses.conventions import CONVENTIONS, as_weights, called_elsewhere, convert_weight
 
 PAIRS = list(itertools.product(CONVENTIONS, CONVENTIONS))
 WEIGHTS = (0.0, 0.003, 0.1, 0.5, 0.9, 0.997, 1.0)

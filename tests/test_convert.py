@@ -6,8 +6,8 @@ import pytest
 from PIL import Image
 
 import bmjax
-from bmjax import convert as command
-from bmjax.cli import main
+from bmjax.cli.main import main
+from bmjax.weights import convert_command as command
 from bmjax.weights.certificate import Certificate, Row
 from bmjax.weights.files import read_state_dict
 from bmjax.weights.writing import write_state_dict

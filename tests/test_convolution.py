@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from jax import lax
 
-from bmjax.models import matmul_convolution, onednn
-from bmjax.models.convolution import by_xla, convolve
-from bmjax.models.geometry import ROLES, Geometry
+from bmjax.ops import matmul_convolution, onednn
+from bmjax.ops.convolution import by_xla, convolve
+from bmjax.ops.geometry import ROLES, Geometry
 from tests.conftest import float64_enabled
 
 CASES = [
@@ -258,7 +258,7 @@ def test_no_result_depends_on_what_was_in_memory(width, dtype):
 @needs_onednn
 def test_without_onednn_convolutions_are_matmuls():
     code = (
-        "import jax.numpy as jnp; from bmjax.models.convolution import convolve; import jax;"
+        "import jax.numpy as jnp; from bmjax.ops.convolution import convolve; import jax;"
         "f = jax.jit(lambda x, k: convolve(x, k, ((1, 1), (1, 1))));"
         "print(f.lower(jnp.ones((1, 8, 8, 8)), jnp.ones((3, 3, 8, 8))).as_text())"
     )

@@ -8,11 +8,11 @@ import chex
 import numpy as np
 import pytest
 
-from bmjax import loop
 from bmjax.config import DeviceConfig
 from bmjax.errors import StoppedError, UserError
-from bmjax.loop import fit
-from bmjax.tracking import read_metrics
+from bmjax.train import loop
+from bmjax.train.loop import fit
+from bmjax.train.tracking import read_metrics
 from tests.test_loop import on_host, resumed, stopping
 
 # Sums of a batch's gradients are rounded in another order on other devices.

@@ -6,13 +6,13 @@ import chex
 import numpy as np
 import pytest
 
-from bmjax import checkpoint
 from bmjax.config import AugmentConfig, DeviceConfig, DistillConfig, RunConfig
 from bmjax.data import Dataset
-from bmjax.distill import distill
+from bmjax.distill.tour import distill
 from bmjax.errors import UserError
-from bmjax.evaluate import load_run
-from bmjax.train import LOSS_PARAMS
+from bmjax.evaluate.measure import load_run
+from bmjax.runs import checkpoint
+from bmjax.train.step import LOSS_PARAMS
 
 
 def config_of(tmp_path, **changes) -> DistillConfig:
@@ -35,8 +35,8 @@ def config_of(tmp_path, **changes) -> DistillConfig:
 
 @pytest.fixture
 def as_data(monkeypatch, shapes):
-    from bmjax import distill as module
-    from bmjax import evaluate
+    from bmjax.distill import tour as module
+    from bmjax.evaluate import measure as evaluate
 
     for place in (module, evaluate):
         monkeypatch.setattr(place, "load_dataset", lambda name, image_size, **_: shapes)
@@ -73,7 +73,7 @@ def test_the_tour_compares_equals(tmp_path, quiet, as_data):
 
 @pytest.mark.slow
 def test_a_tour_that_was_stopped_goes_on(tmp_path, quiet, as_data, monkeypatch):
-    from bmjax import distill as module
+    from bmjax.distill import tour as module
 
     whole = distill(config_of(tmp_path, out=str(tmp_path / "whole")), quiet)
 
@@ -109,8 +109,8 @@ def test_a_given_teacher_trains_one_student(teacher, tmp_path, quiet, as_data):
 
 
 def test_misuse_is_named_and_nothing_is_written(teacher, tmp_path, quiet, shapes, monkeypatch):
-    from bmjax import distill as module
-    from bmjax import evaluate
+    from bmjax.distill import tour as module
+    from bmjax.evaluate import measure as evaluate
 
     two = Dataset("two", shapes.train, shapes.validation, shapes.test, ("a", "b"))
     for place in (module, evaluate):
@@ -203,8 +203,8 @@ def test_a_cached_teacher_gives_the_same_bits(
     small, shapes, tmp_path, quiet, as_data, model, monkeypatch
 ):
     """Views that repeat, mixed images, and a batch that is filled up."""
-    from bmjax import teacher_cache
-    from bmjax.loop import fit
+    from bmjax.distill import teacher_cache
+    from bmjax.train.loop import fit
 
     fit(
         dataclasses.replace(

@@ -10,11 +10,11 @@ import pytest
 
 from bmjax import create_model, losses
 from bmjax.config import DistillConfig
-from bmjax.distill_loss import distillation_loss, logit_loss, main_label, match_features
-from bmjax.loop import build_model
-from bmjax.teacher_cache import NoCache
-from bmjax.teachers import combine
-from bmjax.train import LOSS_PARAMS, classification_loss, predict_logits
+from bmjax.distill.loss import distillation_loss, logit_loss, main_label, match_features
+from bmjax.distill.teacher_cache import NoCache
+from bmjax.distill.teachers import combine
+from bmjax.train.loop import build_model
+from bmjax.train.step import LOSS_PARAMS, classification_loss, predict_logits
 
 SETTINGS = DistillConfig(temperature=3.0, alpha=0.7)
 

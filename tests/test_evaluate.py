@@ -9,9 +9,9 @@ from PIL import Image
 
 from bmjax.config import DeviceConfig, EvaluateConfig, PredictConfig
 from bmjax.errors import UserError
-from bmjax.evaluate import evaluate, load_run, predict, predict_probabilities
-from bmjax.loop import fit
-from bmjax.tracking import read_metrics
+from bmjax.evaluate.measure import evaluate, load_run, predict, predict_probabilities
+from bmjax.train.loop import fit
+from bmjax.train.tracking import read_metrics
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bmjax import feature_losses
+from bmjax.losses import features as feature_losses
 
 ON_FEATURES = {
     name: jax.jit(getattr(feature_losses, name))

@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 
 import bmjax
-from bmjax import feature_losses
-from bmjax.errors import UserError
-from bmjax.feature_matching import (
+from bmjax.distill.feature_matching import (
     FEATURE_LOSSES,
     Shapes,
     adaptive_average_pool,
     feature_shapes,
     match,
 )
+from bmjax.errors import UserError
+from bmjax.losses import features as feature_losses
 
 WIDE: tuple[str, Shapes] = (
     "resnet20x4",

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from bmjax.errors import UserError
-from bmjax.finder import judge
+from bmjax.train.finder import judge
 
 
 def test_the_suggestion_is_a_tenth_of_the_rate_of_the_lowest_loss():

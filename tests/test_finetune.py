@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bmjax import checkpoint, create_model, load_run, to_torchvision
+from bmjax import create_model, load_run, to_torchvision
 from bmjax.config import (
     AugmentConfig,
     DeviceConfig,
@@ -19,10 +19,11 @@ from bmjax.config import (
     TrainConfig,
 )
 from bmjax.errors import UserError
-from bmjax.evaluate import evaluate
-from bmjax.finetune import finetune, read_settings
-from bmjax.pretrained import write_run
-from bmjax.runs import Run
+from bmjax.evaluate.measure import evaluate
+from bmjax.finetune.tune import finetune, read_settings
+from bmjax.runs import checkpoint
+from bmjax.runs.folder import Run
+from bmjax.weights.pretrained import write_run
 from bmjax.weights.writing import write_state_dict
 
 from .conftest import draw_shapes
@@ -193,8 +194,8 @@ def test_the_head_learns_first_then_everything(config, tmp_path):
 def test_stopped_in_either_phase_and_resumed_is_as_never_stopped(
     config, tmp_path, monkeypatch, calls
 ):
-    from bmjax import loop as module
     from bmjax.errors import StoppedError
+    from bmjax.train import loop as module
 
     from .test_loop import stopping
 
@@ -211,7 +212,7 @@ def test_stopped_in_either_phase_and_resumed_is_as_never_stopped(
     resumed = dataclasses.replace(
         saved, out=config.out, run=dataclasses.replace(saved.run, resume=True)
     )
-    monkeypatch.setattr("bmjax.finetune.read_pretrained", None)
+    monkeypatch.setattr("bmjax.finetune.tune.read_pretrained", None)
     finetune(resumed)
     one, other = leaves(config.out), leaves(whole.out)
     assert one.keys() == other.keys()
@@ -284,7 +285,7 @@ def test_what_is_wrong_is_said_and_nothing_written(config, changes, message):
 
 @pytest.mark.slow
 def test_the_learning_rate_finder_writes_curve_and_plot_and_no_run(config, monkeypatch):
-    monkeypatch.setattr("bmjax.finder._STEPS", 40)
+    monkeypatch.setattr("bmjax.train.finder._STEPS", 40)
     finding = finetune(dataclasses.replace(config, find_learning_rate=True))["finding"]
     assert 1e-6 < finding.suggestion < 10
     out = Path(config.out)
@@ -306,7 +307,7 @@ def test_gray_images_are_taken_as_colour(resnet, tmp_path):
 
 
 def test_balanced_classes_weigh_the_same():
-    from bmjax.setup import class_weights
+    from bmjax.train.setup import class_weights
 
     source = draw_shapes(12, 0)
     few = dataclasses.replace(source, labels=np.array([0] * 8 + [1] * 3 + [2], np.int32))

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bmjax.data import folder, prepare
-from bmjax.data.files import View
+from bmjax.data.kinds import folder, prepare
+from bmjax.data.kinds.files import View
 from bmjax.data.preprocess import EvaluationTransform, decode
 from bmjax.data.sources import SPLITS, ArraySource
 from bmjax.errors import UserError

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from bmjax import load_dataset
-from bmjax.data import folder, prepare
-from bmjax.data.files import DecodingError, Encoded, View
+from bmjax.data.kinds import folder, prepare
+from bmjax.data.kinds.files import DecodingError, Encoded, View
 from bmjax.data.preprocess import EvaluationTransform
 from bmjax.errors import UserError
 from tests.folder_helpers import (

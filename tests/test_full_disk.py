@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from bmjax import checkpoint
+from bmjax.runs import checkpoint
 
 
 def mount(*words):

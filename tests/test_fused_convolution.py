@@ -6,9 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bmjax.models import create_model, onednn, onednn_fused
-from bmjax.models.convolution import make_pending
-from bmjax.models.fused_convolution import convolve_normalize
+from bmjax.models import create_model
+from bmjax.ops import onednn, onednn_fused
+from bmjax.ops.convolution import make_pending
+from bmjax.ops.fused_convolution import convolve_normalize
 from tests.conftest import float64_enabled
 
 needs_onednn = pytest.mark.skipif(onednn.library() is None, reason="oneDNN is not installed")

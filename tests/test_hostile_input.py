@@ -23,18 +23,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bmjax import checkpoint, cli, load_dataset
+from bmjax import cli, load_dataset
 from bmjax.config import DistillConfig, TrainConfig
-from bmjax.data import mnist5k, prepare
-from bmjax.data.files import DecodingError, Encoded, View
-from bmjax.data.folder import PathReader
+from bmjax.config.checks import flatten
+from bmjax.data.kinds import mnist5k, prepare
+from bmjax.data.kinds.files import DecodingError, Encoded, View
+from bmjax.data.kinds.folder import PathReader
 from bmjax.data.preprocess import squash
-from bmjax.distill import read_settings
+from bmjax.distill.teacher_cache import INDEX, _open
+from bmjax.distill.tour import read_settings
 from bmjax.errors import UserError, printable
-from bmjax.runs import CONFIG, TOUR, Run, create_run, read_run, write_settings
-from bmjax.settings import flatten
-from bmjax.teacher_cache import INDEX, _open
-from bmjax.tracking import read_metrics
+from bmjax.runs import checkpoint
+from bmjax.runs.folder import CONFIG, TOUR, Run, create_run, read_run, write_settings
+from bmjax.train.tracking import read_metrics
 from bmjax.weights.files import read_state_dict, write_state_dict
 from tests.folder_helpers import encode, load, write_class
 from tests.mutation_helpers import HOSTILE, json_mutant, mutant
@@ -170,7 +171,7 @@ def read_kept(path: Path) -> Any:
 
 def make_teacher_cache(folder: Path) -> Path:
     np.save(folder / "teacher_logits.npy", np.zeros((2, 3, 4, 5), np.float32))
-    from bmjax.teacher_cache import _sha256
+    from bmjax.distill.teacher_cache import _sha256
 
     digests = {"teacher_logits": _sha256(folder / "teacher_logits.npy")}
     content = {"of": {"seed": 0, "mean": [0.5]}, "passes": 2, "sha256": digests}

@@ -8,14 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bmjax import cli, hosts
+from bmjax import cli
+from bmjax.cli.main import resumed as asked_again
 from bmjax.config import DeviceConfig
+from bmjax.config.checks import settings_to_keep
 from bmjax.data.sources import all_images
 from bmjax.errors import UserError
-from bmjax.evaluate import evaluate
-from bmjax.loop import fit
-from bmjax.run_contents import contents, differences
-from bmjax.settings import settings_to_keep
+from bmjax.evaluate.measure import evaluate
+from bmjax.machine import hosts
+from bmjax.train.loop import fit
+from bmjax.train.run_contents import contents, differences
 from tests.folder_helpers import write_class
 from tests.hosts_helpers import Processes, timeless
 from tests.test_loop import resumed
@@ -81,7 +83,7 @@ def test_a_resumption_does_not_look_for_the_processes_of_the_run(small, shapes, 
     assert kept.keys().isdisjoint({"coordinator", "num_processes", "process_id"})
     fit(dataclasses.replace(small, epochs=1), shapes, console=quiet)
     words = ["train", "--resume", "--out", small.out]
-    config = cli.resumed(cli.parse(words), words)
+    config = asked_again(cli.parse(words), words)
     assert (config.epochs, config.device) == (1, DeviceConfig(devices=1))
 
 
@@ -228,6 +230,6 @@ def test_a_signal_to_one_stops_both_and_one_process_goes_on(whole, quiet, tmp_pa
     assert "stopped by SIGTERM at step" in two.said(0)
     assert "a checkpoint is saved" in two.said(1)
     line = ["train", *flags, "--out", str(run), "--resume", "--devices", "1"]
-    config = cli.resumed(cli.parse(line), line)
+    config = asked_again(cli.parse(line), line)
     fit(resumed(config), console=quiet)
     assert_close(timeless(run), timeless(expected))

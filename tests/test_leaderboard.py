@@ -8,9 +8,9 @@ import pytest
 
 from bmjax.data import load_dataset
 from bmjax.data.sources import all_images
+from bmjax.distill.teachers import combine
 from bmjax.errors import UserError
-from bmjax.evaluate import load_run, predict_probabilities
-from bmjax.teachers import combine
+from bmjax.evaluate.measure import load_run, predict_probabilities
 from experiments import leaderboard
 
 TABLE = """

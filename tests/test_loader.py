@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from bmjax.data import loader
-from bmjax.parallel import Parallel
+from bmjax.machine.parallel import Parallel
 from tests.conftest import draw_shapes
 
 BATCH = 8

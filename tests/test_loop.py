@@ -15,14 +15,14 @@ import jax
 import numpy as np
 import pytest
 
-from bmjax import checkpoint
 from bmjax.config import DeviceConfig, OptimConfig, RunConfig
 from bmjax.data import ArraySource, Dataset, loader
 from bmjax.data.sources import resized
 from bmjax.errors import DivergenceError, StoppedError, UserError
-from bmjax.loop import fit
-from bmjax.runs import lock_folder
-from bmjax.tracking import read_metrics
+from bmjax.runs import checkpoint
+from bmjax.runs.folder import lock_folder
+from bmjax.train.loop import fit
+from bmjax.train.tracking import read_metrics
 from tests.folder_helpers import write_class
 
 
@@ -105,7 +105,7 @@ def test_stopped_in_an_epoch_and_resumed_is_as_never_stopped(
         dataclasses.replace(config, out=str(tmp_path / "w")), shapes, console=quiet
     )
 
-    from bmjax import loop as module
+    from bmjax.train import loop as module
 
     for calls in (1, 3, 8):
         with monkeypatch.context() as patch:
@@ -163,7 +163,7 @@ def test_divergence_names_step_learning_rate_and_checkpoint(small, shapes, quiet
 
 
 def test_divergence_later_keeps_the_last_good_checkpoint(small, shapes, quiet, monkeypatch):
-    from bmjax import setup as module
+    from bmjax.train import setup as module
 
     schedule = module.learning_rate_schedule
 
@@ -185,7 +185,7 @@ def test_an_update_that_breaks_the_params_is_seen_without_a_later_loss(small, sh
 
 
 def test_a_signal_in_the_last_call_is_answered_after_it(small, shapes, quiet, monkeypatch):
-    from bmjax import loop as module
+    from bmjax.train import loop as module
 
     stop = module.Stop()
     stop.signum = signal.SIGTERM
@@ -356,7 +356,7 @@ def test_data_read_window_by_window_give_the_run_of_data_in_memory(
     one, _ = fit(config, whole, console=quiet)
     config = dataclasses.replace(config, out=str(tmp_path / "read"))
 
-    from bmjax import loop as module
+    from bmjax.train import loop as module
 
     with monkeypatch.context() as patch:  # stopped inside a window of the second epoch
         patch.setattr(module._Session, "run_all", stopping(module._Session.run_all, 9))

@@ -5,14 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bmjax import distill as distill_module
-from bmjax import evaluate
 from bmjax.config import AugmentConfig, DeviceConfig, DistillConfig
-from bmjax.distill_loss import distillation_loss, match_features
+from bmjax.distill import tour as distill_module
+from bmjax.distill.loss import distillation_loss, match_features
+from bmjax.distill.loss_terms import explain
 from bmjax.errors import UserError
-from bmjax.loss_terms import explain
-from bmjax.setup import build_model, pixel_statistics
-from bmjax.train import LOSS_PARAMS, predict_logits, run_keys
+from bmjax.evaluate import measure as evaluate
+from bmjax.train.setup import build_model, pixel_statistics
+from bmjax.train.step import LOSS_PARAMS, predict_logits, run_keys
 
 
 @pytest.fixture

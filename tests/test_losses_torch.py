@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bmjax import feature_losses, losses
+from bmjax import losses
+from bmjax.losses import features as feature_losses
 
 torch = pytest.importorskip("torch")
 functional = torch.nn.functional

@@ -11,7 +11,7 @@ from bmjax import models
 CODE = """
 import resource, sys, threading
 import numpy as np
-from bmjax.memory import keep_memory, share_memory
+from bmjax.ops.memory import keep_memory, share_memory
 _, mebibytes, keep, where = sys.argv
 if keep == "keep":
     share_memory()

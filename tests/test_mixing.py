@@ -5,7 +5,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bmjax.config import AugmentConfig
-from bmjax.data import mixing
+from bmjax.data.views import mixing
 
 MIXUP, CUTMIX = AugmentConfig(mixup=0.4), AugmentConfig(cutmix=1.0)
 BOTH = AugmentConfig(mixup=40.0, cutmix=1.0)  # the first is close to 1/2 always

@@ -13,7 +13,7 @@ import bmjax
 from bmjax.errors import UserError
 from bmjax.models import CIFAR_RESNETS, num_params
 from bmjax.models.layers import Conv, Dense
-from bmjax.optim import path_of
+from bmjax.train.optim import path_of
 
 
 @pytest.mark.parametrize("name", ["cnn", "cnn_tiny", "mlp"])

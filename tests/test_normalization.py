@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bmjax.models import onednn
-from bmjax.models import onednn_normalization as fast
-from bmjax.models.normalization import normalize
+from bmjax.ops import onednn
+from bmjax.ops import onednn_normalization as fast
+from bmjax.ops.normalization import normalize
 from tests.conftest import float64_enabled
 
 needs_onednn = pytest.mark.skipif(onednn.library() is None, reason="oneDNN is not installed")

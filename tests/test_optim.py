@@ -7,7 +7,7 @@ import pytest
 
 from bmjax.config import OptimConfig
 from bmjax.errors import UserError
-from bmjax.optim import (
+from bmjax.train.optim import (
     decay_mask,
     depth_scales,
     frozen_layers,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
-from bmjax.data import policies
+from bmjax.data.views import policies
 
 HEIGHT, WIDTH = 40, 36
 ENHANCERS = {

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bmjax.models import onednn, onednn_pooling
-from bmjax.models.pooling import _max_pool, max_pool_2x2, max_pool_3x3
+from bmjax.ops import onednn, onednn_pooling
+from bmjax.ops.pooling import _max_pool, max_pool_2x2, max_pool_3x3
 
 needs_onednn = pytest.mark.skipif(onednn.library() is None, reason="oneDNN is not installed")
 

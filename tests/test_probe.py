@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bmjax.probe import fit_logistic
+from bmjax.finetune.probe import fit_logistic
 
 
 @pytest.mark.parametrize("penalty", [1e-3, 0.1])

@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 from jax.tree_util import Partial
 
-from bmjax import loop, programs
 from bmjax.config import AugmentConfig, DeviceConfig
-from bmjax.data import loader, prepare
+from bmjax.data import loader
+from bmjax.data.kinds import prepare
 from bmjax.data.outline import Outline
 from bmjax.errors import UserError
-from bmjax.loop import fit
-from bmjax.parallel import Parallel
-from bmjax.programs import Programs
-from bmjax.train import classification_loss
+from bmjax.machine.parallel import Parallel
+from bmjax.train import loop, programs
+from bmjax.train.loop import fit
+from bmjax.train.programs import Programs
+from bmjax.train.step import classification_loss
 from tests.folder_helpers import write, write_class
 from tests.test_loop import Read, on_host
 

@@ -3,8 +3,8 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
-from bmjax.loop import fit
-from bmjax.run_contents import contents, differences
+from bmjax.train.loop import fit
+from bmjax.train.run_contents import contents, differences
 
 
 def test_runs_are_told_apart_by_all_they_leave_behind(small, shapes, quiet, tmp_path):

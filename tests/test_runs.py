@@ -4,7 +4,7 @@ import pytest
 
 from bmjax.config import DistillConfig, TrainConfig
 from bmjax.errors import UserError
-from bmjax.runs import CONFIG, Run, check_same_settings, create_run, read_run
+from bmjax.runs.folder import CONFIG, Run, check_same_settings, create_run, read_run
 
 
 def test_settings_that_an_older_run_does_not_know_are_as_by_default(tmp_path):

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from bmjax import supervisor
-from bmjax.supervisor import lost, supervise
+from bmjax.cli import supervisor
+from bmjax.cli.supervisor import lost, supervise
 
 PYTHON = sys.executable
 DUMP = "F1127 09:31:02 3370 client.h:80] Terminating process because the JAX distributed service"
@@ -96,7 +96,7 @@ def test_signals_are_handed_on(run):
 def test_the_command_ends_with_its_supervisor():
     reads, holds = os.pipe()
     code = (
-        "import os, sys, time\nfrom bmjax import supervisor\n"
+        "import os, sys, time\nfrom bmjax.cli import supervisor\n"
         "assert supervisor.watch() and not supervisor.watch()\nprint('ready', flush=True)\n"
         "time.sleep(60)\n"
     )

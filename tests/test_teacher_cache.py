@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bmjax import teacher_cache
 from bmjax.config import AugmentConfig, DistillConfig
+from bmjax.distill import teacher_cache
+from bmjax.distill.teacher_cache import INDEX, cached_teacher, expand
 from bmjax.errors import UserError
-from bmjax.teacher_cache import INDEX, cached_teacher, expand
 
 CONFIG = DistillConfig(
     epochs=2, batch_size=16, views=AugmentConfig(shift=0.05), hidden_sizes=(16,), data="shapes"

@@ -6,12 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bmjax import checkpoint
+from bmjax.distill.teachers import combine, load_teacher
 from bmjax.errors import UserError
-from bmjax.evaluate import load_run
+from bmjax.evaluate.measure import load_run
 from bmjax.models import create_model
-from bmjax.runs import Run
-from bmjax.teachers import combine, load_teacher
+from bmjax.runs import checkpoint
+from bmjax.runs.folder import Run
 from bmjax.weights.convert import to_torchvision
 from bmjax.weights.writing import write_state_dict
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from bmjax import load_dataset
-from bmjax.data import tfds as tfds_data
-from bmjax.data.files import FileSource
+from bmjax.data.kinds import tfds as tfds_data
+from bmjax.data.kinds.files import FileSource
 from bmjax.data.preprocess import EvaluationTransform, decode
 from bmjax.data.sources import SPLITS, ArraySource
 from bmjax.data.stream import windows

@@ -4,16 +4,16 @@ import sys
 
 import pytest
 
-from bmjax import threads
+from bmjax.machine import threads
+from bmjax.machine.threads import suits_one_thread
 from bmjax.models import create_model, forward_flops
-from bmjax.threads import suits_one_thread
 
 # Counts the threads of a process that has computed, without those that are just about to end.
 CODE = """
 import os
 import time
 import jax
-from bmjax.threads import compute_in_calling_thread
+from bmjax.machine.threads import compute_in_calling_thread
 print(compute_in_calling_thread())
 jax.jit(lambda x: x @ x)(jax.numpy.ones((300, 300))).block_until_ready()
 counts = []

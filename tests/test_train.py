@@ -10,15 +10,15 @@ import optax
 import pytest
 from jax.tree_util import Partial
 
-from bmjax.compiled import make_evaluate, make_train_steps, zero_totals
 from bmjax.config import AugmentConfig, DeviceConfig
 from bmjax.data import loader, preprocess
 from bmjax.errors import UserError
+from bmjax.machine.parallel import Parallel, check_divides, make_parallel
 from bmjax.metrics import summarize
 from bmjax.models import create_model
-from bmjax.optim import trainable_mask
-from bmjax.parallel import Parallel, check_divides, make_parallel
-from bmjax.train import (
+from bmjax.train.compiled import make_evaluate, make_train_steps, zero_totals
+from bmjax.train.optim import trainable_mask
+from bmjax.train.step import (
     classification_loss,
     create_state,
     label_loss,

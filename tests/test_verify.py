@@ -6,7 +6,7 @@ import pytest
 from bmjax import cli
 from bmjax.config import VerifyResumeConfig
 from bmjax.errors import UserError
-from bmjax.verify import MOMENTS, Times, _Runner, check, verify_resume
+from bmjax.train.verify_resume import MOMENTS, Times, _Runner, check, verify_resume
 
 
 def test_words_after_two_dashes_are_the_command_that_is_verified():

@@ -7,9 +7,9 @@ import jax
 import numpy as np
 
 from bmjax.bench.step import make_step
+from bmjax.machine.parallel import Parallel
 from bmjax.models import create_model
-from bmjax.parallel import Parallel
-from bmjax.train import TrainState
+from bmjax.train.step import TrainState
 
 _KINDS = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
 _SHAPE = re.compile(r"[a-z]\w*\[([\d,]*)\]")

@@ -11,7 +11,6 @@ import optax
 from jax import Array
 from jax.tree_util import Partial
 
-from bmjax import losses
 from bmjax.bench.workload import (
     ALPHA,
     BLOCKS,
@@ -24,13 +23,14 @@ from bmjax.bench.workload import (
     count_flops,
     normalized,
 )
-from bmjax.compiled import make_train_steps, zero_totals
 from bmjax.config import AugmentConfig, OptimConfig
 from bmjax.data import loader, preprocess
+from bmjax.losses import logits as losses
+from bmjax.machine.parallel import Parallel
 from bmjax.models import create_model
-from bmjax.optim import make_optimizer
-from bmjax.parallel import Parallel
-from bmjax.train import Batch, apply_train, classification_loss, create_state
+from bmjax.train.compiled import make_train_steps, zero_totals
+from bmjax.train.optim import make_optimizer
+from bmjax.train.step import Batch, apply_train, classification_loss, create_state
 
 _DTYPES = {"float32": None, "bfloat16": jnp.bfloat16}
 

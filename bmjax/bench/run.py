@@ -15,11 +15,11 @@ from rich.table import Table
 
 from bmjax.bench import jax_contenders, timing
 from bmjax.bench.workload import BLOCKS, NUM_CLASSES, Contender, Workload
-from bmjax.cache import use_compilation_cache
 from bmjax.config import BenchConfig
 from bmjax.errors import UserError
+from bmjax.machine.cache import use_compilation_cache
+from bmjax.machine.threads import compute_in_calling_thread, suits_one_thread
 from bmjax.models import create_model, forward_flops, list_models
-from bmjax.threads import compute_in_calling_thread, suits_one_thread
 
 _NEEDS = {
     "bmjax": (),

@@ -6,12 +6,12 @@ import flax.linen as nn
 from jax.tree_util import Partial
 
 from bmjax.bench.workload import STATISTICS
-from bmjax.compiled import make_train_steps, zero_totals
 from bmjax.config import AugmentConfig, OptimConfig
 from bmjax.data import loader
-from bmjax.optim import make_optimizer
-from bmjax.parallel import Parallel
-from bmjax.train import TrainState, classification_loss, create_state
+from bmjax.machine.parallel import Parallel
+from bmjax.train.compiled import make_train_steps, zero_totals
+from bmjax.train.optim import make_optimizer
+from bmjax.train.step import TrainState, classification_loss, create_state
 
 
 class Step(NamedTuple):

@@ -20,10 +20,10 @@ from jax.profiler import TraceAnnotation
 from jax.tree_util import Partial
 
 from bmjax.config import AugmentConfig
-from bmjax.data.augment import center_crop, random_views
-from bmjax.data.mixing import mix
 from bmjax.data.outline import Outline
 from bmjax.data.sources import ArraySource, Source
+from bmjax.data.views.augment import center_crop, random_views
+from bmjax.data.views.mixing import mix
 
 # Of images in one window, so that the next ones are decoded while it is trained on.
 _WINDOW_BYTES = 64 * 2**20

@@ -153,7 +153,7 @@ def _joined(parts: list[Source]) -> Source:
     labels = np.concatenate([part.labels for part in parts])
     if all(isinstance(part, ArraySource) for part in parts):
         return ArraySource(np.concatenate([all_images(part) for part in parts]), labels)
-    from bmjax.data.files import JoinedSource
+    from bmjax.data.kinds.files import JoinedSource
 
     return JoinedSource(tuple(parts), labels)
 
@@ -192,20 +192,20 @@ def load_dataset(
     """
     kind, colon, path = name.partition(":")
     if kind in ("folder", "tfds") and path:
-        from bmjax.data.prepare import Options
+        from bmjax.data.kinds.prepare import Options
 
         options = Options(
             image_size, transform, split_seed, memory_gib, tuple(splits), channels, meanwhile
         )
         if kind == "folder":
-            from bmjax.data import folder
+            from bmjax.data.kinds import folder
 
             return folder.load(path, options)
-        from bmjax.data import tfds
+        from bmjax.data.kinds import tfds
 
         return tfds.load(path, options)
     if name == "mnist5k":
-        from bmjax.data import mnist5k
+        from bmjax.data.kinds import mnist5k
 
         dataset = mnist5k.load()
     elif kind == "npz" and colon:

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 from jax.profiler import TraceAnnotation
 
-from bmjax.data.prepare import num_threads
+from bmjax.data.kinds.prepare import num_threads
 from bmjax.data.sources import Source
-from bmjax.quiet import errors_only
+from bmjax.machine.quiet import errors_only
 
 
 class _Ordered:

@@ -7,12 +7,12 @@ from typing import Any
 import flax.linen as nn
 
 from bmjax.errors import UserError, unknown_name
-from bmjax.memory import share_memory
 from bmjax.models.cifar_resnet import CIFAR_RESNETS, CifarResNet
 from bmjax.models.cnn import CNN
 from bmjax.models.layers import num_params
 from bmjax.models.mlp import MLP
 from bmjax.models.resnet import RESNETS, ResNet
+from bmjax.ops.memory import share_memory
 
 __all__ = [
     "CIFAR_RESNETS",
@@ -54,8 +54,8 @@ def forward_flops(model: nn.Module, image_shape: tuple[int, int, int]) -> float:
 def create_model(name: str, num_classes: int, **options: Any) -> nn.Module:
     """Returns the Linen module `name`.
 
-    A model that convolves has this process share its memory, see `bmjax.memory.share_memory`: call
-    this before JAX computes anything.
+    A model that convolves has this process share its memory, see `bmjax.ops.memory.share_memory`:
+    call this before JAX computes anything.
 
     Every model maps images [batch, height, width, channels] to float32 logits
     [batch, num_classes], and takes `train=True` for training mode and `mask` [batch] for the

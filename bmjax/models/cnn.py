@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from bmjax.models.layers import Conv, name_intermediate
-from bmjax.models.pooling import max_pool_2x2
-from bmjax.models.precision import wider
+from bmjax.ops.pooling import max_pool_2x2
+from bmjax.ops.precision import wider
 
 
 class CNN(nn.Module):

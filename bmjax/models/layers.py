@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from bmjax.models.convolution import Pending, computed, make_pending
-from bmjax.models.fused_convolution import convolve_normalize, finish
-from bmjax.models.normalization import normalize, normalize_by
-from bmjax.models.precision import wider
+from bmjax.ops.convolution import Pending, computed, make_pending
+from bmjax.ops.fused_convolution import convolve_normalize, finish
+from bmjax.ops.normalization import normalize, normalize_by
+from bmjax.ops.precision import wider
 
 
 class Dense(nn.Module):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from bmjax.models.layers import Dense, name_intermediate
-from bmjax.models.precision import wider
+from bmjax.ops.precision import wider
 
 
 class MLP(nn.Module):

@@ -13,10 +13,10 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from bmjax.models.convolution import Pending
 from bmjax.models.layers import PendingConv, make_norm, name_intermediate
-from bmjax.models.pooling import max_pool_3x3
-from bmjax.models.precision import wider
+from bmjax.ops.convolution import Pending
+from bmjax.ops.pooling import max_pool_3x3
+from bmjax.ops.precision import wider
 
 _conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 # PyTorch's initial weights of a linear layer: uniform within 1 / sqrt(fan_in).

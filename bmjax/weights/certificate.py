@@ -18,7 +18,7 @@ import optax
 
 from bmjax.errors import UserError
 from bmjax.models import RESNETS
-from bmjax.runs import write_atomically
+from bmjax.runs.folder import write_atomically
 from bmjax.weights.convert import from_torchvision, to_torchvision
 
 LEARNING_RATE = 0.1

@@ -6,8 +6,8 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bmjax.cache import cache_folder
 from bmjax.errors import UserError, unknown_name
+from bmjax.machine.cache import cache_folder
 from bmjax.weights.published import OFFICIAL_URL, PUBLISHED, PublishedWeights
 
 if TYPE_CHECKING:

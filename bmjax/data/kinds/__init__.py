@@ -1,0 +1,1 @@
+"""The kinds of data that `load_dataset` reads: one file for each."""

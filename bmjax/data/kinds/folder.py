@@ -1,0 +1,323 @@
+"""`folder:PATH`: images sorted into folders by split and class, or by class alone."""
+
+import functools
+import hashlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from bmjax.data.kinds.files import Encoded
+from bmjax.data.kinds.prepare import Options, make_dataset
+from bmjax.data.sources import SPLITS, Dataset
+from bmjax.errors import UserError, printable
+
+_FOLDERS = {"train": "train", "test": "test"} | dict.fromkeys(
+    ("validation", "val", "valid"), "validation"
+)
+# Most probably splits under another name; as classes they would make a useless classifier.
+_LIKE_SPLITS = {*_FOLDERS, "training", "testing", "eval", "evaluation", "dev"}
+_SKIPPED = {"thumbs.db", "desktop.ini", "__macosx"}
+# Files of more in all are told apart by their sizes, as reading them takes too long.
+_READ_BYTES = 2**30
+# File names need not be valid text.
+_ANY_NAME = ("utf-8", "surrogateescape")
+_SORTED = "PATH/train/CLASS/IMAGE and PATH/test/CLASS/IMAGE, or just PATH/CLASS/IMAGE"
+
+
+class _File(NamedTuple):
+    """A file by its path below the root, with slashes; size in bytes, and time of change in ns."""
+
+    name: str
+    size: int
+    changed: int
+
+
+@dataclass
+class _Class:
+    """The files below a class's folder: those named like images, and the names of others."""
+
+    images: list[_File]
+    others: list[str]
+
+
+@dataclass(frozen=True)
+class PathReader:
+    """Reads files below a root, which are asked for by their relative paths."""
+
+    root: str
+
+    def read(self, key: str) -> bytes:
+        """Returns a file's bytes."""
+        with open(os.path.join(self.root, key), "rb") as file:
+            return file.read()
+
+    def name(self, key: str) -> str:
+        """Returns the relative path, fit to be printed."""
+        return _printable(key)
+
+
+@dataclass(eq=False)
+class Content:
+    """Computes a digest of image files when it is first called.
+
+    It is over split, name, label and bytes of every image; where they take more than 1 GiB in
+    all, over their sizes in place of their bytes.
+    """
+
+    parts: Mapping[str, Encoded]
+    sizes: Mapping[str, Sequence[int]]
+
+    def __call__(self) -> str:
+        """Returns 64 hexadecimal digits.
+
+        Raises:
+            UserError: a file can no longer be read.
+        """
+        return self._digest
+
+    @functools.cached_property
+    def _digest(self) -> str:
+        read = sum(map(sum, self.sizes.values())) <= _READ_BYTES
+        digest = hashlib.sha256()
+        for split, part in self.parts.items():
+            for key, label, size in zip(part.keys, part.labels, self.sizes[split], strict=True):
+                data = _bytes_of(part, key) if read else b""
+                length = len(data) if read else size
+                digest.update(f"{split}\0{key}\0{label}\0{length}\0".encode(*_ANY_NAME))
+                digest.update(data)
+        return digest.hexdigest()
+
+
+def _bytes_of(part: Encoded, key: str) -> bytes:
+    try:
+        return part.reader.read(key)
+    except PermissionError as error:
+        raise _unreadable(error) from error
+    except OSError:  # a broken link, which is left out of the dataset
+        return b""
+
+
+def load(path: str, options: Options) -> Dataset:
+    """Loads the images below a folder.
+
+    Splits are the folders `train`, `validation` (or `val`, `valid`) and `test`, classes the
+    folders in them, and images all image files in those at any depth. A missing validation split
+    is cut from train, 10% of each class; a missing test split stays empty. Without split folders,
+    20% and 10% of each class become test and validation.
+
+    Args:
+        path: the folder, perhaps with `~`.
+        options: see `sources.load_dataset`.
+
+    Raises:
+        UserError: no such folder, images that are not sorted into at least two classes, a class
+            without images, or more than 1% of a split's images that cannot be decoded.
+    """
+    root = Path(path).expanduser()
+    if not root.is_dir():
+        what = "is a file, not a folder" if root.exists() else "does not exist"
+        raise UserError(f"{root} {what}. Check the path after 'folder:'.")
+    try:
+        folders = _find_splits(root)
+        listed = {split: _list_classes(root, folder) for split, folder in folders.items()}
+    except OSError as error:
+        raise _unreadable(error) from error
+    class_names = _check_classes(root, folders, listed)
+    if "" in listed:
+        shares = {"validation": 0.1, "test": 0.2}
+        cut = _cut(listed.pop(""), shares, options.split_seed)
+    elif "validation" not in listed:
+        cut = _cut(listed["train"], {"validation": 0.1}, options.split_seed)
+    else:
+        cut = {}
+    listed |= cut
+    return _make(root, f"folder:{path}", listed, class_names, options)
+
+
+def _make(
+    root: Path,
+    name: str,
+    listed: Mapping[str, Mapping[str, _Class]],
+    class_names: Sequence[str],
+    options: Options,
+) -> Dataset:
+    parts, sizes = {}, {}
+    for split in SPLITS:
+        classes = listed.get(split, {})
+        files = [
+            (file, label)
+            for label, class_name in enumerate(class_names)
+            for file in classes.get(class_name, _Class([], [])).images
+        ]
+        lines = "".join(f"{file.name}\0{file.size}\0{file.changed}\n" for file, _ in files)
+        parts[split] = Encoded(
+            PathReader(str(root)),
+            [file.name for file, _ in files],
+            np.array([label for _, label in files], np.int32),
+            hashlib.sha256(lines.encode(*_ANY_NAME)).hexdigest(),
+            tuple(_printable(other) for each in classes.values() for other in each.others),
+        )
+        sizes[split] = [file.size for file, _ in files]
+    return make_dataset(name, parts, class_names, options, Content(parts, sizes))
+
+
+def _find_splits(root: Path) -> dict[str, str]:
+    """Returns the folder of each split, relative to the root; or {"": ""} if classes lie there."""
+    names = [entry.name for entry in _entries(root) if entry.is_dir()]
+    found: dict[str, list[str]] = {}
+    for name in names:
+        if name.lower() in _FOLDERS:
+            found.setdefault(_FOLDERS[name.lower()], []).append(name)
+    if "train" in found and not _is_class(root, names, found["train"]):
+        for split, folders in found.items():
+            if len(folders) > 1:
+                raise UserError(
+                    f"{root} has {' and '.join(sorted(folders))}, which all mean the {split} "
+                    "split. Keep one of them."
+                )
+        return {split: folders[0] for split, folders in found.items()}
+    for name in sorted(names):
+        if name.lower() in _LIKE_SPLITS and _has_folders(root / name):
+            raise UserError(
+                f"{root} has no folder train, but {name}, which looks like a split. Name the "
+                "folders of the splits train, validation and test; only train must be there."
+            )
+    return {"": ""}
+
+
+def _is_class(root: Path, names: Sequence[str], found: Sequence[str]) -> bool:
+    """Whether `train` is the class of what runs on rails: it has images, and other classes."""
+    others = any(name.lower() not in _FOLDERS for name in names)
+    return others and not any(_has_folders(root / name) for name in found)
+
+
+def _has_folders(folder: Path) -> bool:
+    return any(entry.is_dir() for entry in _entries(folder))
+
+
+def _entries(folder: str | Path) -> Iterator["os.DirEntry[str]"]:
+    """Yields what is in a folder except for what systems leave behind, in any order."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if not entry.name.startswith(".") and entry.name.lower() not in _SKIPPED:
+                yield entry
+
+
+def _list_classes(root: Path, folder: str) -> dict[str, _Class]:
+    classes, flat = {}, []
+    for entry in _entries(root / folder):
+        name = f"{folder}/{entry.name}" if folder else entry.name
+        if entry.is_dir():
+            files = sorted(_files_below(entry, name, ()))
+            classes[entry.name] = _Class(
+                [file for file in files if _is_image(file.name)],
+                [file.name for file in files if not _is_image(file.name)],
+            )
+        elif _is_image(entry.name):
+            flat.append(name)
+    where = root / folder
+    if flat:
+        beside = "beside the folders of its classes" if classes else "and no folders of classes"
+        raise UserError(
+            f"{where} has {len(flat):,} images {beside}, such as {_printable(min(flat))}: their "
+            f"class is not known. Put each into a folder named after its class: {_SORTED}."
+        )
+    if not classes:
+        raise UserError(f"{where} has no folders of classes. Sort the images as {_SORTED}.")
+    if empty := sorted(name for name, each in classes.items() if not each.images):
+        raise UserError(
+            f"{where} has {len(empty)} class folder(s) without an image: "
+            f"{', '.join(map(_printable, empty))}. Add images, or remove what is no class."
+        )
+    return classes
+
+
+def _files_below(
+    folder: "os.DirEntry[str]", name: str, above: tuple[tuple[int, int], ...]
+) -> Iterator[_File]:
+    """Yields the files in a folder and all folders in it; links may lead to either."""
+    status = folder.stat()
+    here = (status.st_dev, status.st_ino)
+    if here in above:
+        return  # a link to a folder that holds it
+    for entry in _entries(folder.path):
+        below = f"{name}/{entry.name}"
+        if entry.is_dir():
+            yield from _files_below(entry, below, (*above, here))
+            continue
+        try:
+            status = entry.stat()
+            yield _File(below, status.st_size, status.st_mtime_ns)
+        except FileNotFoundError:  # a broken link, which decoding will report
+            yield _File(below, 0, 0)
+
+
+@functools.cache
+def _image_suffixes() -> frozenset[str]:
+    suffixes = Image.registered_extensions()
+    return frozenset(suffix for suffix, kind in suffixes.items() if kind in Image.OPEN)
+
+
+def _is_image(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in _image_suffixes()
+
+
+def _check_classes(
+    root: Path, folders: Mapping[str, str], listed: Mapping[str, Mapping[str, _Class]]
+) -> list[str]:
+    """Returns the classes, ordered by code point as torchvision's `ImageFolder` orders them."""
+    first = "" if "" in listed else "train"
+    known = sorted(listed[first])
+    if len(known) < 2:
+        inner = root / folders[first] / known[0]
+        hint = f"Do you mean folder:{inner}?" if _has_folders(inner) else f"Sort as {_SORTED}."
+        raise UserError(
+            f"{inner.parent} has only one class, {_printable(known[0])}. A classifier needs two "
+            f"at least. {hint}"
+        )
+    for split, classes in listed.items():
+        if unknown := sorted(set(classes) - set(known)):
+            raise UserError(
+                f"{root / folders[split]} has {len(unknown)} class(es) that {folders[first]} has "
+                f"not: {', '.join(map(_printable, unknown))}. Are they written alike? Rename "
+                "them, or add training images of them."
+            )
+    return known
+
+
+def _cut(
+    classes: Mapping[str, _Class], shares: Mapping[str, float], seed: int
+) -> dict[str, dict[str, _Class]]:
+    """Cuts splits out of each class; what is left is `train`.
+
+    Each gets its share of the class, but at least one image, as long as one is left for train.
+    The order within a class is that of hashes of seed and name, which neither the file system nor
+    a random number generator has a hand in.
+    """
+    parts: dict[str, dict[str, _Class]] = {split: {} for split in ("train", *shares)}
+    for class_name, each in classes.items():
+        left = sorted(each.images, key=lambda file: _hash(f"{seed}:{file.name}"))
+        number = len(left)
+        for split, share in shares.items():
+            count = min(max(1, round(share * number)), len(left) - 1)
+            parts[split][class_name] = _Class(sorted(left[:count]), [])
+            left = left[count:]
+        parts["train"][class_name] = _Class(sorted(left), each.others)
+    return parts
+
+
+def _hash(text: str) -> bytes:
+    return hashlib.sha256(text.encode(*_ANY_NAME)).digest()
+
+
+def _printable(name: str) -> str:
+    return printable(name.encode(*_ANY_NAME).decode("utf-8", "replace"))
+
+
+def _unreadable(error: OSError) -> UserError:
+    return UserError(f"{error.filename} cannot be read ({error.strerror}). Check its permissions.")

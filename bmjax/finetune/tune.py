@@ -1,0 +1,249 @@
+"""Fine-tuning: pretrained weights, a new head, and training that treats both with care."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+
+from bmjax.config import FinetuneConfig, TrainConfig
+from bmjax.config.checks import check_finetune, flatten, unflatten
+from bmjax.data import Dataset, load_dataset, preprocess
+from bmjax.data.sources import with_channels
+from bmjax.errors import StoppedError, UserError
+from bmjax.evaluate.measure import same_classes
+from bmjax.finetune.probe import Probe, probe_head
+from bmjax.machine import hosts
+from bmjax.machine.cache import use_compilation_cache
+from bmjax.machine.parallel import request_devices
+from bmjax.ops.memory import share_memory
+from bmjax.runs import checkpoint
+from bmjax.runs.folder import CONFIG, Run, read_run, refuse_existing
+from bmjax.train.finder import find_learning_rate
+from bmjax.train.loop import fit
+from bmjax.train.optim import depth_scales, trainable_mask
+from bmjax.train.setup import Start, build_model, check_possible, describe, loss_weights
+from bmjax.weights.pretrained import Pretrained, read_pretrained, write_run
+
+# Settings beyond those of training; `weights_fingerprint` stands beside them in a run's config.
+_OWN = ("weights", "head", "head_epochs", "freeze", "layer_decay", "probe_only")
+
+
+def finetune(config: FinetuneConfig, console: Console | None = None) -> dict[str, Any]:
+    """Fine-tunes pretrained weights into the run `config.out`, or goes on with that run.
+
+    Args:
+        config: what, on what, and how.
+        console: where progress is shown; by default standard output.
+
+    Returns:
+        `out`, the run's folder; `probe`, the linear probe of the weights, or None where there was
+        none; `finding`, of the learning rates that were tried, or None; and `history`, the records
+        of `metrics.jsonl`.
+
+    Raises:
+        UserError: wrong settings, weights, data or folder; nothing was written.
+        DivergenceError, StoppedError: see `fit`.
+    """
+    check_finetune(config)
+    console = console or Console()
+    train_config = config.train_config()
+    path = Path(train_config.out)
+    share_memory()  # here already, as weights are read before the model is made
+    request_devices(config.device)
+    saved = hosts.on_first(read_run, path) if config.run.resume else None
+    if saved is None:
+        hosts.on_first(refuse_existing, path)
+    elif "weights" not in saved.extra:
+        raise UserError(f"the run in {path} was not fine-tuned. Go on with it by bmjax train.")
+    elif saved.extra.get("probe_only"):
+        raise UserError(
+            f"the run in {path} is a linear probe, with nothing to go on with. Begin from it by "
+            f"--weights {path} --head keep."
+        )
+    use_compilation_cache()
+    try:
+        if saved is not None and hosts.on_first(_has_checkpoint, saved):
+            return _go_on(config, saved, console)
+        return _begin(config, train_config, saved, console)
+    except StoppedError as error:
+        go_on = f"bmjax finetune --resume --out {path}" if error.go_on else ""
+        raise StoppedError(error.progress, go_on, error.exit_code) from None
+
+
+def _has_checkpoint(run: Run) -> bool:
+    return checkpoint.newest_sound(run.checkpoints)[0] is not None
+
+
+def _begin(
+    config: FinetuneConfig, train_config: TrainConfig, saved: Run | None, console: Console
+) -> dict[str, Any]:
+    weights = hosts.on_first(_read_weights, config, console)
+    train_config = _settle(train_config, weights)
+    dataset = _load(train_config, saved.data if saved else weights.data)
+    if config.head == "keep":
+        _check_kept(weights, dataset)
+    check_possible(train_config, dataset)
+    start, probe = _make_start(config, train_config, weights, dataset)
+    if probe is not None:
+        console.print(
+            f"linear probe on {len(dataset.train):,} images: validation {probe.accuracy:.2%}",
+            highlight=False,
+        )
+    result: dict[str, Any] = {"out": train_config.out, "probe": probe, "finding": None}
+    extra = {name: _plain(getattr(config, name)) for name in _OWN}
+    extra["weights_fingerprint"] = weights.fingerprint()
+    if config.find_learning_rate:
+        finding = find_learning_rate(train_config, dataset, start, console)
+        return {**result, "finding": finding, "history": []}
+    if config.probe_only:
+        assert probe is not None
+        run = Run(Path(train_config.out), train_config, describe(dataset, start.statistics), extra)
+        record = {"step": 0, "epoch": 0, "split": "validation", "accuracy": probe.accuracy}
+        hosts.on_first(write_run, run, start.variables, probe.accuracy, [record])
+        return {**result, "history": [record]}
+    _, history = fit(train_config, dataset, None, extra, console, "", start)
+    return {**result, "history": history}
+
+
+def _read_weights(config: FinetuneConfig, console: Console | None = None) -> Pretrained:
+    return read_pretrained(
+        config.weights,
+        config.model,
+        head=config.head == "keep",
+        image_size=config.image_size,
+        console=console,
+    )
+
+
+def _go_on(config: FinetuneConfig, saved: Run, console: Console) -> dict[str, Any]:
+    """Goes on from a checkpoint, for which the weights need not be there any more."""
+    extra = {name: _plain(getattr(config, name)) for name in _OWN}
+    extra["weights_fingerprint"] = saved.extra["weights_fingerprint"]
+    if config.weights != saved.extra["weights"]:
+        extra["weights_fingerprint"] = hosts.on_first(_read_weights, config).fingerprint()
+    settled = ("model", "norm", "hidden_sizes", "image_size")
+    train_config = config.train_config()
+    left_out = [
+        name for name in settled if getattr(train_config, name) == getattr(FinetuneConfig(), name)
+    ]
+    train_config = dataclasses.replace(
+        train_config, **{name: getattr(saved.config, name) for name in left_out}
+    )
+    dataset = _load(train_config, saved.data)
+    model = build_model(train_config, dataset.num_classes)
+    statistics = {"mean": saved.data["mean"], "std": saved.data["std"]}
+    # The checkpoint takes the place of these values.
+    variables = _init(model, dataset, config.seed)
+    start = Start(variables, statistics, config.freeze, config.head_epochs, config.layer_decay)
+    _, history = fit(train_config, dataset, None, extra, console, "", start)
+    return {"out": train_config.out, "probe": None, "finding": None, "history": history}
+
+
+def read_settings(out: Path) -> FinetuneConfig:
+    """Reads the settings that a fine-tuned run left in its folder.
+
+    Raises:
+        UserError: there is no run, it was not fine-tuned, or the file was changed.
+    """
+    run = read_run(out)
+    if "weights" not in run.extra:
+        raise UserError(f"the run in {out} was not fine-tuned. Go on with it by bmjax train.")
+    own = {name: value for name, value in run.extra.items() if name != "weights_fingerprint"}
+    settings: FinetuneConfig = unflatten(
+        FinetuneConfig, {**flatten(run.config), **own}, str(out / CONFIG)
+    )
+    return settings
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _settle(config: TrainConfig, weights: Pretrained) -> TrainConfig:
+    """Fills in what the weights decide."""
+    if config.hidden_sizes not in ((), weights.hidden_sizes):
+        raise UserError("--hidden-sizes is what the weights have: leave it out.")
+    if config.norm == "frozen" and weights.norm == "group":
+        raise UserError(
+            f"--norm is {config.norm}, but the weights have group normalisation: leave it out."
+        )
+    if config.norm == "group" and weights.norm != "group":
+        raise UserError("--norm is group, but the weights have batch normalisation: leave it out.")
+    return dataclasses.replace(
+        config,
+        model=weights.model,
+        norm="group" if weights.norm == "group" else config.norm,
+        hidden_sizes=weights.hidden_sizes,
+        image_size=config.image_size or weights.data["image_shape"][0],
+    )
+
+
+def _load(config: TrainConfig, like: dict[str, Any]) -> Dataset:
+    """Loads the data as the weights expect images to be, whose run's data is `like`."""
+    size, shape = config.image_size, like["image_shape"]
+    transform = preprocess.squash(*shape[:2])
+    if like["transform"] is not None:
+        transform = preprocess.EvaluationTransform.from_dict(like["transform"])
+    if (size, size) != transform.shape:
+        transform = preprocess.margin_transform(size, transform.interpolation)
+    dataset = load_dataset(
+        config.data,
+        size,
+        transform=transform,
+        split_seed=config.split_seed,
+        memory_gib=config.device.memory_gib,
+        channels=shape[2],
+    )
+    return with_channels(dataset, shape[2])
+
+
+def _check_kept(weights: Pretrained, dataset: Dataset) -> None:
+    own, theirs = tuple(weights.data["class_names"]), dataset.class_names
+    if len(own) != len(theirs):
+        raise UserError(
+            f"--head keep: the weights tell {len(own)} classes apart, but {dataset.name} has "
+            f"{len(theirs)}. Leave --head out for a new one."
+        )
+    if not same_classes(own, theirs):
+        raise UserError(
+            f"--head keep: the weights know the classes {', '.join(own)}, but {dataset.name} has "
+            f"{', '.join(theirs)}, in this order. Leave --head out for a new one."
+        )
+
+
+def _make_start(
+    config: FinetuneConfig, train_config: TrainConfig, weights: Pretrained, dataset: Dataset
+) -> tuple[Start, Probe | None]:
+    model = build_model(train_config, dataset.num_classes)
+    variables = _init(model, dataset, config.seed)
+    head = variables["params"]["head"]
+    params = {"head": head, **weights.variables["params"]}
+    start_variables = {"params": params, "batch_stats": weights.variables["batch_stats"]}
+    # Same names, shapes and types as the model's own; the message lists what differs.
+    checkpoint.from_named(checkpoint.to_named(start_variables), variables, config.weights)
+    # What is wrong is said at once.
+    trainable_mask(start_variables["params"], config.freeze)
+    if config.layer_decay != 1:
+        depth_scales(start_variables["params"], config.layer_decay)
+    probe = None
+    if config.head == "probe":
+        factors = loss_weights(config, dataset.train.labels, dataset.num_classes)
+        probe = probe_head(model, start_variables, weights.statistics, dataset, factors)
+        params["head"] = {"kernel": probe.kernel, "bias": probe.bias}
+    start = Start(
+        start_variables, weights.statistics, config.freeze, config.head_epochs, config.layer_decay
+    )
+    return start, probe
+
+
+def _init(model: nn.Module, dataset: Dataset, seed: int) -> dict[str, Any]:
+    """Returns variables as a run with this seed would draw them, on the host."""
+    init_key, _ = jax.random.split(jax.random.key(seed))
+    variables = jax.jit(model.init)(init_key, jnp.zeros((1, *dataset.image_shape)))
+    host = jax.tree.map(np.asarray, dict(variables))
+    return {"params": host["params"], "batch_stats": host.get("batch_stats", {})}

@@ -1,0 +1,220 @@
+"""Running one pure function on several devices: by jit over a mesh, or by pmap.
+
+Everything but the batch is held by every device; the batch is divided. Under jit the function
+sees the whole batch and the compiler divides the work, over the devices of several processes too;
+under pmap it sees its device's part and adds up by `axis_name`.
+"""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from bmjax.config import DeviceConfig
+from bmjax.errors import UserError
+from bmjax.machine import hosts
+from bmjax.machine.threads import compiler_options
+
+AXIS = "devices"
+
+
+class Parallel:
+    """Devices, and how a function is compiled for them.
+
+    Attributes:
+        devices: those that are used.
+        axis_name: what a function adds up along; None under jit, where there is no need.
+    """
+
+    def __init__(self, kind: str, devices: Sequence[jax.Device]):
+        self.devices = list(devices)
+        self.axis_name = AXIS if kind == "pmap" else None
+        mesh = Mesh(np.array(self.devices), (AXIS,), axis_types=(AxisType.Auto,))
+        self._everywhere = NamedSharding(mesh, PartitionSpec())
+        self._divided = NamedSharding(mesh, PartitionSpec(AXIS))
+        self._own = [device for device in self.devices if device in jax.local_devices()]
+
+    @property
+    def windows(self) -> NamedSharding:
+        """How arrays [batches, batch, ...] from `put_windows` lie on the devices under jit."""
+        return NamedSharding(self._divided.mesh, PartitionSpec(None, AXIS))
+
+    def put(self, tree: Any) -> Any:
+        """Copies a tree of arrays to every device; the copies are never the originals.
+
+        Where there are several processes, each has to give the same tree.
+        """
+        # device_put may hand out the memory of its source, and a call that is donated the result
+        # would destroy both; may_alias=False does not help where there are several devices.
+        tree = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), tree)
+        if len(self._own) < len(self.devices) or self.axis_name:
+            copies = [jax.device_put(tree, device) for device in self._own]
+            return jax.tree.map(self._stack if self.axis_name else self._replicate, *copies)
+        return jax.device_put(tree, self._everywhere)
+
+    def _replicate(self, *copies: jax.Array) -> jax.Array:
+        shape = copies[0].shape
+        return jax.make_array_from_single_device_arrays(shape, self._everywhere, list(copies))
+
+    def _stack(self, *copies: jax.Array) -> jax.Array:
+        shape = (len(copies), *copies[0].shape)
+        parts = [jnp.expand_dims(copy, 0) for copy in copies]
+        return jax.make_array_from_single_device_arrays(shape, self._divided, parts)
+
+    def put_windows(self, tree: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """Divides batches over the devices, as each example is needed by one of them alone.
+
+        Args:
+            tree: arrays [batches, batch, ...], of several processes this one's part of the batch
+                (see `hosts.share`).
+
+        Returns:
+            Arrays for `loader.take_batch`: [batches, batch, ...], divided along the batch.
+        """
+
+        def put(leaf: np.ndarray) -> jax.Array:
+            size = leaf.shape[1] // len(self._own)
+            parts = [
+                jax.device_put(leaf[:, number * size : (number + 1) * size], device)
+                for number, device in enumerate(self._own)
+            ]
+            if self.axis_name:
+                return self._stack(*parts)
+            shape = (len(leaf), size * len(self.devices), *leaf.shape[2:])
+            return jax.make_array_from_single_device_arrays(shape, self.windows, parts)
+
+        return jax.tree.map(put, tree)
+
+    def get(self, tree: Any) -> Any:
+        """Copies a tree back to the host, as numpy arrays that nothing else can change.
+
+        A typed PRNG key becomes its raw data.
+        """
+
+        def to_host(leaf: jax.Array) -> np.ndarray:
+            if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+                leaf = jax.random.key_data(leaf)
+            shard = leaf.addressable_shards[0].data
+            return np.array(shard[0] if self.axis_name else shard, copy=True)
+
+        return jax.tree.map(to_host, tree)
+
+    def divide(self, batch: Any) -> Any:
+        """Inside a function under jit: divides a batch over the devices. Under pmap it is."""
+        if self.axis_name or len(self.devices) == 1:
+            return batch
+        return jax.lax.with_sharding_constraint(batch, self._divided)
+
+    def compile(
+        self, function: Callable[..., Any], held: int, donated: Sequence[int] = ()
+    ) -> Callable[..., Any]:
+        """Compiles a pure function.
+
+        Args:
+            function: its first `held` arguments are trees from `put`, any others host scalars.
+            held: number of those.
+            donated: which of them the call may overwrite.
+
+        Returns:
+            The compiled function; its results are held by every device, as those of `put`.
+        """
+        if self.axis_name is None:
+            return jax.jit(
+                function,
+                donate_argnums=donated,
+                out_shardings=self._everywhere,
+                compiler_options=compiler_options(),
+            )
+        compiled: dict[int, Callable[..., Any]] = {}
+
+        def call(*arguments: Any) -> Any:
+            number = len(arguments)
+            if number not in compiled:
+                compiled[number] = jax.pmap(
+                    function,
+                    axis_name=AXIS,
+                    in_axes=(0,) * held + (None,) * (number - held),
+                    donate_argnums=donated,
+                    devices=self.devices,
+                )
+            return compiled[number](*arguments)
+
+        return call
+
+    def compile_ahead(
+        self, compiled: Callable[..., Any], held: Sequence[Any], *scalars: Any
+    ) -> None:
+        """Has a function from `compile` compiled for arguments that need not be there yet.
+
+        Under jit; the first call under pmap compiles as ever.
+
+        Args:
+            compiled: the function.
+            held: its arguments that will come from `put`: trees of arrays, or of what has their
+                `shape` and `dtype`; a `jax.ShapeDtypeStruct` may say by its sharding that it will
+                come from `put_windows`.
+            scalars: the others.
+        """
+        if self.axis_name is None:
+
+            def outline(leaf: Any) -> jax.ShapeDtypeStruct:
+                divided = isinstance(leaf, jax.ShapeDtypeStruct) and leaf.sharding
+                sharding = divided or self._everywhere
+                return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+            # A later call finds what this leaves in JAX's own caches.
+            compiled.lower(*jax.tree.map(outline, tuple(held)), *scalars).compile()  # type: ignore[attr-defined]
+
+
+def request_devices(config: DeviceConfig) -> None:
+    """Joins other processes and makes virtual CPU devices where the config asks for them.
+
+    To be called before all else that JAX does.
+
+    Raises:
+        UserError: see `hosts.join`.
+    """
+    if config.devices > 1:
+        # Where JAX runs already, it has the devices that it has; make_parallel judges their number.
+        with contextlib.suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", config.devices)
+    hosts.join(config)
+
+
+def make_parallel(config: DeviceConfig) -> Parallel:
+    """Returns the devices that the config asks for: of each process as many.
+
+    Raises:
+        UserError: there are fewer.
+    """
+    available = jax.local_devices()
+    number = config.devices or len(available)
+    if number > len(available):
+        raise UserError(
+            f"--devices {number} asks for more than the {len(available)} "
+            f"{available[0].platform} device(s) there are. Lower it, or leave it out to use all."
+        )
+    processes = range(jax.process_count())
+    # In order of the processes, each of which reads its own part of a batch.
+    devices = [d for index in processes for d in jax.local_devices(index)[:number]]
+    if len(devices) < number * len(processes):
+        raise UserError(
+            f"another process has fewer than the {number} device(s) of this one. Give all the same "
+            "--devices."
+        )
+    return Parallel(config.parallel, devices)
+
+
+def check_divides(parallel: Parallel, batch_size: int, accumulate: int = 1) -> None:
+    """Raises UserError where a batch does not divide over the devices, each part of it too."""
+    number = len(parallel.devices)
+    if batch_size % (number * accumulate):
+        parts = f"{number} device(s)" + (f" times {accumulate} parts" if accumulate > 1 else "")
+        raise UserError(
+            f"--batch-size {batch_size} does not divide over {parts}. Choose a multiple of "
+            f"{number * accumulate}, or other --devices."
+        )

@@ -1,0 +1,1 @@
+"""The kernels of layers, and how each is lowered on each backend."""

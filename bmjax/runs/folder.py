@@ -1,0 +1,273 @@
+"""The folder of a run: what is in it, creating it, reading it back."""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import platform
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import IO, Any
+
+import filelock
+
+from bmjax import __version__
+from bmjax.config import DistillConfig, FinetuneConfig, TrainConfig
+from bmjax.config.checks import check_train, contradictions, flatten, settings_to_keep, unflatten
+from bmjax.errors import UserError
+from bmjax.machine import hosts
+
+CONFIG = "config.json"
+TOUR = "distill.json"
+_PARTS = {"bmjax", "config", "data", "extra", "versions"}
+# What a run saved before such a setting came to be was trained with.
+_EXTRA = {
+    name: list(value) if isinstance(value, tuple) else value
+    for config in (FinetuneConfig(), DistillConfig())
+    for name, value in flatten(config).items()
+}
+_VERSIONS_OF = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder with what its `config.json` says.
+
+    Attributes:
+        path: the folder.
+        config: the settings, resolved.
+        data: of the dataset: `name`, `fingerprint`, `class_names`, `image_shape`, `mean`, `std`,
+            and `transform`, the settings of the `EvaluationTransform` by which image files become
+            inputs, or None where they are resized to the shape.
+        extra: settings beyond training, such as those of distillation.
+    """
+
+    path: Path
+    config: TrainConfig
+    data: dict[str, Any]
+    extra: dict[str, Any]
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        """The file of the metrics, one JSON object a line."""
+        return self.path / "metrics.jsonl"
+
+
+def refuse_existing(path: Path) -> None:
+    """Raises UserError where `path` holds a run or a tour, or is no folder that can be one."""
+    if any((path / mark).exists() for mark in (CONFIG, TOUR)):
+        raise UserError(
+            f"{path} already holds a run. Go on with it by --resume, choose another --out, or "
+            "remove the folder."
+        )
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file, not a folder. Choose another --out.")
+
+
+def create_run(run: Run) -> None:
+    """Makes the folder and writes its `config.json`, whole or not at all.
+
+    Raises:
+        UserError: there is a run already, or the folder cannot be written.
+    """
+    refuse_existing(run.path)
+    content = {
+        "bmjax": __version__,
+        "config": settings_to_keep(run.config),
+        "data": run.data,
+        "extra": run.extra,
+        "versions": {
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in _VERSIONS_OF},
+        },
+    }
+    make_folder(run.checkpoints)
+    write_settings(run.path / CONFIG, content)
+
+
+def write_settings(file: Path, content: dict[str, Any]) -> None:
+    """Writes JSON with the SHA-256 of what it says, whole or not at all."""
+    content = json.loads(json.dumps(content))  # keys become words, as they will be read
+    content["sha256"] = _sha256(content)
+    write_atomically(file, json.dumps(content, indent=2) + "\n")
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """Reads what `write_settings` wrote, or an older version without a SHA-256.
+
+    Raises:
+        ValueError: it is not as it was written.
+    """
+    content = read_json(file)
+    if "sha256" in content and content.pop("sha256") != _sha256(content):
+        raise ValueError("its SHA-256 does not fit")
+    return content
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Returns the object that a file of JSON holds; raises ValueError where it holds none."""
+    try:
+        content = json.loads(file.read_text())
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(content, dict):
+        raise ValueError("it is no JSON object")
+    return content
+
+
+def _sha256(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder that can be written; raises UserError where that fails."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            return
+    except OSError as error:
+        raise UserError(
+            f"the folder {path} cannot be written ({error.strerror}). Choose another --out."
+        ) from error
+
+
+@contextlib.contextmanager
+def lock_folder(path: Path) -> Iterator[None]:
+    """Keeps every other process out of a run's folder; a killed one leaves no lock behind.
+
+    Of several that train one run, the first holds the lock for all.
+
+    Raises:
+        UserError: another process works in it.
+    """
+    lock = filelock.FileLock(path / ".lock")
+
+    def acquire() -> None:
+        make_folder(path)
+        try:
+            lock.acquire(blocking=False)
+        except filelock.Timeout:
+            raise UserError(
+                f"another process is training in {path}. Wait for it, or choose another --out; "
+                "where several are to train one run, give each --coordinator."
+            ) from None
+
+    hosts.on_first(acquire)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def read_run(path: Path) -> Run:
+    """Reads back what `create_run` wrote.
+
+    Raises:
+        UserError: there is no run, or its `config.json` is damaged.
+    """
+    file = path / CONFIG
+    if not file.is_file():
+        raise UserError(f"there is no run in {path} (no {CONFIG} there). Check the path.")
+    try:
+        content = read_settings(file)
+        if unknown := content.keys() - _PARTS:  # such as sha256, damaged
+            raise ValueError(f"it has {', '.join(map(repr, sorted(unknown)))}")
+        config, data, extra = content["config"], content["data"], content["extra"]
+        shape = tuple(int(side) for side in data["image_shape"])
+        data = {
+            "name": str(data["name"]),
+            "fingerprint": str(data["fingerprint"]),
+            "class_names": [str(name) for name in data["class_names"]],
+            "image_shape": shape,
+            "mean": [float(value) for value in data["mean"]],
+            "std": [float(value) for value in data["std"]],
+            "transform": data.get("transform"),
+        }
+        _check_form(config, data, extra)
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        raise UserError(
+            f"{file} cannot be read ({type(error).__name__}: {error}). It was changed or cut off; "
+            "restore it, or start anew."
+        ) from error
+    settings = unflatten(TrainConfig, config, str(file))
+    check_train(settings)
+    return Run(path, settings, data, extra)
+
+
+def _check_form(config: Any, data: dict[str, Any], extra: Any) -> None:
+    shape, mean, std = data["image_shape"], data["mean"], data["std"]
+    fits = (
+        isinstance(config, dict)
+        and isinstance(data["transform"], dict | None)
+        and isinstance(extra, dict)
+        and len(shape) == 3
+        and min(shape) > 0
+        and len(mean) == len(std) == shape[2]
+        and all(map(math.isfinite, mean))
+        and all(0 < value < math.inf for value in std)
+        and len(data["class_names"]) > 1
+    )
+    if not fits:
+        raise ValueError("a part has the wrong form")
+
+
+def check_same_settings(saved: Run, config: TrainConfig, extra: dict[str, Any]) -> None:
+    """Raises UserError where a resumption contradicts the run, with each field and both values."""
+    differing = contradictions(saved.config, config)
+    # Where the teacher or the weights lie may change; their fingerprint says if they are the same.
+    for name in sorted({*saved.extra, *extra} - {"teacher", "weights"}):
+        before, after = saved.extra.get(name, _EXTRA.get(name)), extra.get(name)
+        if before != after:
+            differing.append(f"{name} is {before!r} in the run and {after!r} now")
+    if differing:
+        raise UserError(
+            f"--resume contradicts the run in {saved.path}: {'; '.join(differing)}. "
+            "Leave these flags out, or start another run in another --out."
+        )
+
+
+def check_same_data(saved: Run, fingerprint: str) -> None:
+    """Raises UserError where a run was begun with data of another fingerprint."""
+    if saved.data["fingerprint"] != fingerprint:
+        raise UserError(
+            f"the data of {saved.data['name']} are not those that the run in {saved.path} began "
+            "with (their SHA-256 differs). Restore the data, or start another run."
+        )
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a file so that it is either the old one or the new one, never a part."""
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """Opens a file that takes the place of `path` once it is whole; nothing is left otherwise."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("w+b") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def free_folder(path: Path) -> Path:
+    """Returns `path`, or the first of `path-2`, `path-3`, ... that does not exist."""
+    number, free = 1, path
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{path.name}-{number}")
+    return free

@@ -1,0 +1,208 @@
+"""The training step and the evaluation, compiled into loops over data on the device."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array, lax
+from jax.tree_util import Partial
+
+from bmjax.data import loader
+from bmjax.machine.parallel import AXIS, Parallel
+from bmjax.metrics import ClassificationSums
+from bmjax.train.step import Batch, LossFn, TrainState, predict_logits, train_step, with_average
+
+
+def draw_batches(
+    parallel: Parallel,
+    arrays: Any,
+    key: Array,
+    step: Array,
+    batch_size: int,
+    view: Callable[[Array, Batch], Batch],
+    view_passes: int = 0,
+) -> tuple[Callable[[Array], Batch], Array]:
+    """Returns `draw(step)`, the batch that a step of the run is trained on.
+
+    Args:
+        parallel: the devices.
+        arrays: of a `loader.Feed`.
+        key: the run's key.
+        step: any of those whose batches `arrays` hold.
+        batch_size: over all devices.
+        view: from `loader.make_view`.
+        view_passes: epochs after which order and views repeat; 0: they never do.
+
+    Returns:
+        `draw`, and whether `step` is the first of an epoch.
+    """
+    num_examples = len(arrays["label"])  # of a window, batches
+    num_batches = arrays.get("num_batches", loader.num_batches(num_examples, batch_size))
+    order_key, view_key, _ = jax.random.split(key, 3)
+    epoch = step // num_batches
+    if "first" in arrays:  # a window, which is in order
+        first, order = arrays["first"], None
+    else:
+        first = epoch * num_batches
+        number = epoch % view_passes if view_passes else epoch
+        order = loader.epoch_order(order_key, number, num_examples, batch_size)
+    period = view_passes * num_batches
+
+    def draw(step: Array) -> Batch:
+        batch = loader.take_batch(arrays, order, step - first, batch_size, parallel.axis_name)
+        number = step % period if view_passes else step
+        return view(jax.random.fold_in(view_key, number), parallel.divide(batch))
+
+    return draw, step == epoch * num_batches
+
+
+def make_train_steps(
+    parallel: Parallel,
+    optimizer: optax.GradientTransformation,
+    batch_size: int,
+    accumulate: int = 1,
+    ema_decay: float = 0.0,
+    trained: Any = None,
+    view_passes: int = 0,
+) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
+    """Compiles training over data that lies on the device.
+
+    Args:
+        parallel: the devices.
+        optimizer: the update.
+        batch_size: over all devices.
+        accumulate: see `train_step`.
+        ema_decay: see `train_step`.
+        trained: see `train_step`.
+        view_passes: epochs after which order and views repeat; 0: they never do.
+
+    Returns:
+        `steps(state, totals, (view, loss_fn), arrays, until) -> (state, totals)`, which goes on to
+        step `until` of the run, at most to the end of the epoch or of the window that `arrays`
+        holds (see `loader.Feed`), as one compiled call whatever the number of steps. `view`, from
+        `loader.make_view`, and `loss_fn` are `Partial`s; `totals` come from `zero_totals`, begin
+        anew with each epoch, and grow by the step's sums. State and totals are donated. Where a
+        loss is not finite it stops at once, and `totals["bad_step"]` is that step's number,
+        otherwise -1; so it is where the last update of the call left params that are not finite.
+    """
+    axis_name = parallel.axis_name
+
+    def steps(
+        state: TrainState,
+        totals: dict[str, Array],
+        functions: tuple[Partial, Partial],
+        arrays: Any,
+        until: Array,
+    ) -> tuple[TrainState, dict[str, Array]]:
+        view, loss_fn = functions
+        draw, begins = draw_batches(
+            parallel, arrays, state.key, state.step, batch_size, view, view_passes
+        )
+        # Begun anew here, as copying zeros to the device takes longer than some whole steps.
+        totals = {
+            name: jnp.where(begins, -1 if name == "bad_step" else 0, total).astype(total.dtype)
+            for name, total in totals.items()
+        }
+
+        def unfinished(carry: Any) -> Array:
+            state, totals = carry
+            return (state.step < until) & (totals["bad_step"] < 0)
+
+        def one_step(carry: Any) -> Any:
+            state, totals = carry
+            batch = draw(state.step)
+            new, sums = train_step(
+                state, batch, loss_fn, optimizer, accumulate, ema_decay, axis_name, trained
+            )
+            bad = jnp.where(jnp.isfinite(sums["loss"]), -1, state.step)
+            totals = {
+                name: bad if name == "bad_step" else totals[name] + sums[name] for name in totals
+            }
+            return new, totals
+
+        state, totals = lax.while_loop(unfinished, one_step, (state, totals))
+        # The losses are those before the updates: the last update is judged by its params.
+        sound = jnp.all(
+            jnp.stack([jnp.all(jnp.isfinite(p)) for p in jax.tree.leaves(state.params)])
+        )
+        broken = (totals["bad_step"] < 0) & ~sound
+        totals["bad_step"] = jnp.where(broken, state.step - 1, totals["bad_step"])
+        return state, totals
+
+    return parallel.compile(steps, held=4, donated=(0, 1))
+
+
+def zero_totals(
+    loss_fn: LossFn,
+    state: TrainState,
+    image_shape: tuple[int, int, int],
+    beside: loader.Beside | None = None,
+) -> dict[str, Array]:
+    """Returns the totals before the first example, with a name for each metric of the loss."""
+    rows = beside.rows(0, 1) if beside else {}
+    batch = {
+        **{
+            name: jax.ShapeDtypeStruct((1, *row.shape[1:]), row.dtype) for name, row in rows.items()
+        },
+        "image": jax.ShapeDtypeStruct((1, *image_shape), jnp.float32),
+        "label": jax.ShapeDtypeStruct((1,), jnp.int32),
+        "mask": jax.ShapeDtypeStruct((1,), jnp.bool_),
+        "position": jax.ShapeDtypeStruct((1,), jnp.int32),
+    }
+    # Batch statistics add up along the devices' axis, which has to be there.
+    loss_fn = with_average(loss_fn, state.ema_params)
+    on_one = jax.vmap(loss_fn, (None, None, None, None), axis_name=AXIS, axis_size=1)
+    _, (_, metrics) = jax.eval_shape(on_one, state.params, state.batch_stats, batch, state.key)
+    totals = {name: jnp.zeros(()) for name in ("count", "loss", *metrics)}
+    return {**totals, "bad_step": jnp.full((), -1, jnp.int32)}
+
+
+def make_evaluate(
+    parallel: Parallel,
+    model: nn.Module,
+    statistics: dict[str, Any],
+    num_classes: int,
+    batch_size: int,
+) -> Callable[[Any, Any], ClassificationSums]:
+    """Compiles evaluation over a split that lies on the device, each example exactly once.
+
+    Returns:
+        `evaluate(variables, arrays) -> ClassificationSums`, over a split or a window of one.
+    """
+    axis_name = parallel.axis_name
+    predict = partial(predict_logits, model, statistics)
+
+    def evaluate(variables: Any, arrays: Any) -> ClassificationSums:
+        number, order = len(arrays["label"]), None
+        if "count" not in arrays:
+            order = loader.natural_order(number, batch_size)
+            number = loader.num_batches(number, batch_size)
+
+        def add_batch(index: Array, sums: ClassificationSums) -> ClassificationSums:
+            batch = loader.take_batch(arrays, order, index, batch_size, axis_name)
+            batch = parallel.divide(batch)
+            logits = predict(variables, batch["image"])
+            part = ClassificationSums.of_batch(logits, batch["label"], batch["mask"])
+            return sums + (lax.psum(part, axis_name) if axis_name else part)
+
+        zeros = ClassificationSums.zeros(num_classes)
+        return lax.fori_loop(0, number, add_batch, zeros)
+
+    return parallel.compile(evaluate, held=2)
+
+
+def evaluate_split(
+    run_evaluate: Callable[[Any, Any], ClassificationSums], variables: Any, feed: loader.Feed
+) -> Any:
+    """Adds up what `make_evaluate` made gives for all windows of a split."""
+    sums, step = None, 0
+    while step < feed.num_batches:
+        arrays, step = feed.at(step)
+        part = run_evaluate(variables, arrays)
+        feed.read_ahead()
+        sums = part if sums is None else jax.tree.map(jnp.add, sums, part)
+    return sums

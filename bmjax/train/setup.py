@@ -1,0 +1,265 @@
+"""What a run consists of, before its first step: model, start, phases."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+from bmjax.config import BaseConfig, TrainConfig
+from bmjax.config.checks import check_train
+from bmjax.data import ArraySource, Dataset, loader, preprocess
+from bmjax.data.outline import Outline
+from bmjax.errors import UserError, unknown_name
+from bmjax.machine.parallel import check_divides, make_parallel
+from bmjax.models import CIFAR_RESNETS, RESNETS, create_model, list_models
+from bmjax.train.optim import (
+    depth_scales,
+    frozen_layers,
+    learning_rate_schedule,
+    make_optimizer,
+    select,
+    trainable_mask,
+)
+from bmjax.train.step import LossFn, TrainState, create_state
+
+MakeLoss = Callable[[nn.Module, dict[str, Any]], LossFn]
+
+# Images that the statistics of pixels are taken from, of files: the same whether they are in
+# memory or not.
+_SAMPLE = 10_000
+
+
+@dataclass(frozen=True, eq=False)
+class Start:
+    """What a run begins with instead of random params, and how it treats them.
+
+    Attributes:
+        variables: `params`, the head's among them, and `batch_stats`.
+        statistics: `mean` and `std` per channel that they expect images to be normalised by.
+        freeze: which params stay as they are, see `optim.trainable_mask`.
+        head_epochs: first epochs in which the head alone learns.
+        layer_decay: see `optim.depth_scales`.
+    """
+
+    variables: dict[str, Any]
+    statistics: dict[str, Any]
+    freeze: tuple[str, ...] = ()
+    head_epochs: int = 0
+    layer_decay: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Phase:
+    """Steps of a run in which the same params learn, by a schedule of their own.
+
+    Attributes:
+        first, last: steps done before and after it.
+        trained: True for every leaf that learns; None: all do.
+        model: the Linen module, which knows the layers that don't learn.
+        schedule: learning rate by step of the phase, from 0.
+        optimizer: what updates the params.
+        fresh: the state before the first step of the phase, had the run begun with it.
+    """
+
+    first: int
+    last: int
+    trained: Any
+    model: nn.Module
+    schedule: optax.Schedule
+    optimizer: optax.GradientTransformation
+    fresh: TrainState
+
+    def learning_rate(self, step: int) -> float:
+        """Returns the learning rate of a step of the run."""
+        return float(self.schedule(step - self.first))
+
+    def enter(self, state: TrainState) -> TrainState:
+        """Returns the state of the run with the optimizer's state as it is before this phase."""
+        return state.replace(opt_state=self.fresh.opt_state)  # type: ignore[attr-defined]
+
+
+def make_phases(
+    config: BaseConfig,
+    model: nn.Module,
+    image_shape: tuple[int, int, int],
+    steps_per_epoch: int,
+    start: Start | None,
+    schedule: optax.Schedule | None = None,
+) -> list[Phase]:
+    """Returns the phases of a run, in order: one, or the head's and then that of all.
+
+    Args:
+        config: of the run.
+        model: the Linen module.
+        image_shape: height, width and channels of an image.
+        steps_per_epoch: updates in one epoch.
+        start: what the run begins with; None: random params.
+        schedule: of the learning rate in each phase; by default the config's.
+
+    Raises:
+        UserError: a rule of `start.freeze` that does not fit.
+    """
+    whole = (0, config.epochs, start.freeze if start else ())
+    plan = [whole]
+    if start and start.head_epochs:
+        plan = [(0, start.head_epochs, ("backbone",)), (start.head_epochs, *whole[1:])]
+    return [
+        _phase(config, model, image_shape, steps_per_epoch, start, schedule, *epochs_and_freeze)
+        for epochs_and_freeze in plan
+        if epochs_and_freeze[0] < epochs_and_freeze[1]
+    ]
+
+
+def _phase(
+    config: BaseConfig,
+    model: nn.Module,
+    image_shape: tuple[int, int, int],
+    steps_per_epoch: int,
+    start: Start | None,
+    schedule: optax.Schedule | None,
+    first_epoch: int,
+    last_epoch: int,
+    freeze: tuple[str, ...],
+) -> Phase:
+    first, last = first_epoch * steps_per_epoch, last_epoch * steps_per_epoch
+    schedule = schedule or learning_rate_schedule(config.optim, last - first, steps_per_epoch)
+    trained, scales = None, None
+    if start is not None:
+        params = start.variables["params"]
+        if freeze:
+            trained = trainable_mask(params, freeze)
+            if hasattr(model, "frozen_layers"):
+                model = model.clone(frozen_layers=frozen_layers(trained))
+        if start.layer_decay != 1:
+            scales = depth_scales(params, start.layer_decay)
+            scales = scales if trained is None else select(scales, trained)
+    optimizer = make_optimizer(config.optim, schedule, scales)
+    variables = start.variables if start else None
+    fresh = create_state(
+        model, optimizer, image_shape, config.seed, config.ema_decay > 0, variables, trained
+    )
+    return Phase(first, last, trained, model, schedule, optimizer, fresh)
+
+
+def epoch_orders(key: Array, dataset: Dataset, config: BaseConfig) -> Callable[[int], np.ndarray]:
+    """Returns `draw(epoch)`: the order that the compiled steps draw themselves, on the host.
+
+    Args:
+        key: the run's key.
+        dataset: of the run.
+        config: of the run.
+    """
+    num, size = len(dataset.train), config.batch_size
+    draw = jax.jit(
+        lambda key, epoch: loader.epoch_order(jax.random.split(key, 3)[0], epoch, num, size)
+    )
+    passes = config.views.view_passes
+    return lambda epoch: np.asarray(draw(key, epoch % passes if passes else epoch))
+
+
+def loss_weights(
+    config: BaseConfig, labels: np.ndarray, num_classes: int
+) -> tuple[float, ...] | None:
+    """Returns the weights of the classes in the loss that the config asks for; None: 1 each.
+
+    Args:
+        config: of the run.
+        labels: of the training split.
+        num_classes: number of classes.
+    """
+    return class_weights(labels, num_classes) if config.class_weights == "balanced" else None
+
+
+def class_weights(labels: np.ndarray, num_classes: int) -> tuple[float, ...]:
+    """Returns `examples / (classes * examples of the class)` of the training split, per class.
+
+    So each class weighs the same in a whole epoch, and the mean weight of an example is 1. Classes
+    without an example count neither way; their weight is 1.
+    """
+    counts = np.bincount(labels, minlength=num_classes)
+    present = np.count_nonzero(counts)
+    return tuple(float(len(labels) / (present * count)) if count else 1.0 for count in counts)
+
+
+def describe(dataset: Dataset, statistics: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Returns what a run keeps of its dataset; see `runs.Run`.
+
+    Args:
+        dataset: of the run.
+        statistics: `mean` and `std` that images are normalised by; None: those of the training
+            split; of image files those of at most 10,000 evenly spaced images of it.
+    """
+    return {
+        "name": dataset.name,
+        "fingerprint": dataset.fingerprint(),
+        "class_names": list(dataset.class_names),
+        "image_shape": dataset.image_shape,
+        "transform": dataset.transform.to_dict() if dataset.transform else None,
+        **(statistics or pixel_statistics(dataset)),
+    }
+
+
+def pixel_statistics(dataset: Dataset) -> dict[str, Any]:
+    """Returns the training split's `mean` and `std`, of a sample of it where it is large."""
+    return preprocess.pixel_statistics(_some_images(dataset))
+
+
+def _some_images(dataset: Dataset) -> np.ndarray:
+    source = dataset.train
+    some = np.unique(np.linspace(0, len(source) - 1, _SAMPLE).astype(int))
+    if isinstance(source, ArraySource):
+        few = dataset.content is None or len(source) <= _SAMPLE
+        return source.images if few else source.images[some]
+    return np.stack([source[int(index)]["image"] for index in some])
+
+
+def check_possible(config: TrainConfig, data: Dataset | Outline) -> None:
+    """Checks all that can be wrong with a run before anything of it is trained or written.
+
+    Raises:
+        UserError: settings out of range, or a model that cannot take the images.
+    """
+    check_train(config)
+    check_divides(make_parallel(config.device), config.batch_size, config.accumulate)
+    model = build_model(config, data.num_classes)
+    try:
+        jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *data.image_shape)))
+    except ValueError as error:
+        raise UserError(f"{config.model} cannot take these images: {error}") from error
+
+
+def build_model(config: TrainConfig, num_classes: int, axis_name: str | None = None) -> nn.Module:
+    """Returns the Linen module that the config asks for.
+
+    Args:
+        config: of the run.
+        num_classes: number of logits.
+        axis_name: under pmap, the axis along which batch statistics add up.
+
+    Raises:
+        UserError: an unknown name, or an option for a model that does not have it.
+    """
+    if config.model not in list_models():
+        raise unknown_name("model", config.model, list_models())
+    options: dict[str, Any] = {}
+    if config.precision == "bfloat16":
+        options["dtype"] = jnp.bfloat16
+    if config.hidden_sizes:
+        if config.model != "mlp":
+            raise UserError(f"--hidden-sizes belongs to mlp, but --model is {config.model}.")
+        options["hidden_sizes"] = config.hidden_sizes
+    if config.norm != "batch":
+        options["norm"] = config.norm
+    if config.remat:
+        options["remat"] = True
+    for name in ("norm", "remat"):
+        if name in options and config.model not in {**RESNETS, **CIFAR_RESNETS}:
+            raise UserError(f"--{name} belongs to ResNets, but --model is {config.model}.")
+    model = create_model(config.model, num_classes, **options)
+    return model.clone(axis_name=axis_name) if hasattr(model, "axis_name") else model

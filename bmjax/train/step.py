@@ -1,0 +1,355 @@
+"""The training step: one pure function of a state and a batch."""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Protocol, cast
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax import Array, lax
+
+from bmjax.data import preprocess
+from bmjax.losses import logits as losses
+from bmjax.train.optim import merge, select
+
+Batch = dict[str, Array]
+
+# Where the params of a loss are, beside those of the model: they are trained, and left out of all
+# that is evaluated.
+LOSS_PARAMS = "of_the_loss"
+
+
+class LossFn(Protocol):
+    """The one contract: a loss per example, new running statistics, metrics per example.
+
+    `batch` has `image` (values in [0, 1]), `label`, `mask` and `position`; `key` is the step's.
+    A loss that holds arrays (a teacher's weights) comes as a `jax.tree_util.Partial`, so that
+    they are inputs of the compiled step and not constants inside it. One that also has a
+    parameter `ema_params` is given the running average of the params: a teacher that follows
+    the student.
+    """
+
+    def __call__(
+        self, params: Any, batch_stats: Any, batch: Batch, key: Array
+    ) -> tuple[Array, tuple[Any, dict[str, Array]]]:
+        """Returns `(loss_per_example, (batch_stats, metrics))`."""
+
+
+@struct.dataclass
+class TrainState:
+    """All that training changes, as arrays alone.
+
+    Attributes:
+        step: updates done, int32.
+        params, batch_stats: the model's variables.
+        opt_state: of the optax optimizer.
+        key: the run's key; a step uses it folded with its number, so that a resumed run draws
+            the same numbers as one never stopped.
+        ema_params: running average of the params, or None.
+    """
+
+    step: Array
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+    key: Array
+    ema_params: Any = None
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """What is evaluated: the running average of the params where there is one."""
+        params = self.params if self.ema_params is None else self.ema_params
+        return {"params": params, "batch_stats": self.batch_stats}
+
+
+def run_keys(seed: int) -> tuple[Array, Array]:
+    """Returns the key of a run's initial params, and the one of all that is random later."""
+    init_key, run_key = jax.random.split(jax.random.key(seed))
+    return init_key, run_key
+
+
+def create_state(
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    image_shape: tuple[int, int, int],
+    seed: int,
+    ema: bool = False,
+    variables: Any = None,
+    trained: Any = None,
+) -> TrainState:
+    """Returns the state before the first step.
+
+    Args:
+        model: the Linen module.
+        optimizer: what updates its params.
+        image_shape: height, width and channels of an image.
+        seed: of the initial params, and of all that is random later.
+        ema: whether a running average of the params is kept.
+        variables: `params` and `batch_stats` to begin with; None draws them.
+        trained: see `train_step`.
+
+    Raises:
+        ValueError: images that the model cannot take.
+    """
+    init_key, run_key = run_keys(seed)
+
+    # In one compiled call; piece by piece it would compile dozens of tiny programs.
+    @jax.jit
+    def create(init_key: Array, run_key: Array, variables: Any) -> TrainState:
+        if variables is None:
+            variables = model.init(init_key, jnp.zeros((1, *image_shape)))
+        params = variables["params"]
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            batch_stats=variables.get("batch_stats", {}),
+            opt_state=optimizer.init(_trained(params, trained)),
+            key=run_key,
+            ema_params=params if ema else None,
+        )
+
+    return create(init_key, run_key, variables)
+
+
+def _trained(params: Any, trained: Any) -> Any:
+    return params if trained is None else select(params, trained)
+
+
+def apply_train(
+    model: nn.Module, params: Any, batch_stats: Any, images: Array, mask: Array
+) -> tuple[Array, Any]:
+    """Applies the model in training mode; returns the logits and the new running statistics.
+
+    See `apply_with_features`.
+    """
+    logits, batch_stats, _ = apply_with_features(model, params, batch_stats, images, mask, ())
+    return logits, batch_stats
+
+
+def apply_with_features(
+    model: nn.Module,
+    params: Any,
+    batch_stats: Any,
+    images: Array,
+    mask: Array,
+    layers: Sequence[str],
+) -> tuple[Array, Any, dict[str, Array]]:
+    """Applies the model in training mode.
+
+    Returns logits, new running statistics, and the named intermediates of `layers`.
+    The statistics leave out the examples where `mask` [batch] is False: a last batch that is
+    filled up counts as the smaller one that it is.
+    """
+    variables = {"params": params, "batch_stats": batch_stats}
+    # A module of one's own need not know of masks.
+    known = inspect.signature(type(model).__call__).parameters
+    masked: dict[str, Any] = {"mask": mask} if "mask" in known else {}
+    mutable = ["batch_stats", "intermediates"] if layers else ["batch_stats"]
+    logits, new = model.apply(variables, images, train=True, mutable=mutable, **masked)
+    features = {name: new["intermediates"][name] for name in layers}
+    return cast(Array, logits), new.get("batch_stats", {}), features
+
+
+def with_average(loss_fn: LossFn, ema_params: Any) -> LossFn:
+    """Gives the running average of the params to a loss that has a parameter `ema_params`.
+
+    Raises:
+        ValueError: there is no average.
+    """
+    if "ema_params" not in inspect.signature(loss_fn).parameters:
+        return loss_fn
+    if ema_params is None:
+        raise ValueError("the loss needs a running average of the params, but the state has none.")
+    return cast(LossFn, partial(cast(Callable[..., Any], loss_fn), ema_params=ema_params))
+
+
+def predict_logits(
+    model: nn.Module, statistics: dict[str, Any], variables: Any, images: Array
+) -> Array:
+    """Applies the model in evaluation mode to images with values in [0, 1].
+
+    Args:
+        model: the Linen module.
+        statistics: `mean` and `std` that the images are normalised by.
+        variables: `params` and `batch_stats`.
+        images: [batch, height, width, channels] float32.
+
+    Returns:
+        Logits [batch, classes] float32.
+    """
+    dtype = getattr(model, "dtype", None) or jnp.float32
+    logits = model.apply(variables, preprocess.normalize(images, statistics, dtype))
+    return cast(Array, logits)
+
+
+def predict_features(
+    model: nn.Module,
+    statistics: dict[str, Any],
+    variables: Any,
+    images: Array,
+    layers: Sequence[str],
+) -> tuple[Array, dict[str, Array]]:
+    """Returns what `predict_logits` does, and the named intermediates of `layers`."""
+    if not layers:
+        return predict_logits(model, statistics, variables, images), {}
+    dtype = getattr(model, "dtype", None) or jnp.float32
+    images = preprocess.normalize(images, statistics, dtype)
+    logits, new = model.apply(variables, images, mutable=["intermediates"])
+    return cast(Array, logits), {name: new["intermediates"][name] for name in layers}
+
+
+def label_loss(
+    logits: Array,
+    batch: Batch,
+    label_smoothing: float = 0.0,
+    class_weights: Sequence[float] | None = None,
+) -> Array:
+    """Returns the cross entropy with the labels of a batch, mixed where its images are.
+
+    Args:
+        logits: [batch, classes].
+        batch: has `label`, and after `mixing.mix` `other_label` and the own label's `share`.
+        label_smoothing: in [0, 1).
+        class_weights: a factor per class; None: 1. The mean over a batch is not divided by their
+            sum, as PyTorch's `cross_entropy(weight=...)` would.
+
+    Returns:
+        [batch] float32.
+    """
+    weights = None if class_weights is None else jnp.asarray(class_weights, jnp.float32)
+
+    def entropy(labels: Array) -> Array:
+        loss = losses.cross_entropy(logits, labels, label_smoothing)
+        return loss if weights is None else weights[labels] * loss
+
+    if "share" not in batch:
+        return entropy(batch["label"])
+    share = batch["share"]
+    return share * entropy(batch["label"]) + (1 - share) * entropy(batch["other_label"])
+
+
+def classification_loss(
+    model: nn.Module,
+    statistics: dict[str, Any],
+    label_smoothing: float = 0.0,
+    class_weights: Sequence[float] | None = None,
+) -> LossFn:
+    """Returns the loss function of plain training: `label_loss`, with accuracy as a metric."""
+    dtype = getattr(model, "dtype", None) or jnp.float32
+
+    def loss_fn(
+        params: Any, batch_stats: Any, batch: Batch, key: Array
+    ) -> tuple[Array, tuple[Any, dict[str, Array]]]:
+        del key  # nothing is random beyond the view
+        images = preprocess.normalize(batch["image"], statistics, dtype)
+        logits, batch_stats = apply_train(model, params, batch_stats, images, batch["mask"])
+        loss = label_loss(logits, batch, label_smoothing, class_weights)
+        hit = (jnp.argmax(logits, axis=-1) == batch["label"]).astype(jnp.float32)
+        return loss, (batch_stats, {"accuracy": hit})
+
+    return loss_fn
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    accumulate: int = 1,
+    ema_decay: float = 0.0,
+    axis_name: str | None = None,
+    trained: Any = None,
+) -> tuple[TrainState, dict[str, Array]]:
+    """Does one update on the masked mean of the loss.
+
+    The running average of the params follows `ema = d ema + (1 - d) params` with
+    `d = min(ema_decay, (1 + step) / (10 + step))`, so that it forgets the start quickly.
+
+    Args:
+        state: before the step.
+        batch: examples, see `LossFn`; under pmap this device's part.
+        loss_fn: the loss per example.
+        optimizer: the update.
+        accumulate: parts that the batch is split into, one after the other; the gradient is
+            the whole batch's.
+        ema_decay: see above; used where the state has an average.
+        axis_name: under pmap, the axis to add up along.
+        trained: a tree as that of the params with True for every leaf to be trained; None: all.
+            Of the others there is neither gradient nor state of the optimizer.
+
+    Returns:
+        The state after the step, and sums over the examples: `loss`, the metrics of the loss
+        function, and `count`.
+    """
+    key = jax.random.fold_in(jax.random.split(state.key, 3)[2], state.step)
+
+    def summed_loss(
+        moving: Any, batch_stats: Any, batch: Batch, key: Array
+    ) -> tuple[Array, tuple[Any, dict[str, Array]]]:
+        params = moving if trained is None else merge(moving, state.params)
+        loss, (batch_stats, metrics) = loss_fn(params, batch_stats, batch, key)
+        values = {"loss": loss, **metrics, "count": jnp.ones_like(loss)}
+        sums = {name: _masked_sum(value, batch["mask"]) for name, value in values.items()}
+        return sums["loss"], (batch_stats, sums)
+
+    loss_fn = with_average(loss_fn, state.ema_params)
+    moving = _trained(state.params, trained)
+    gradient = jax.grad(summed_loss, has_aux=True)
+    if accumulate == 1:
+        grads, (batch_stats, sums) = gradient(moving, state.batch_stats, batch, key)
+    else:
+
+        def add_part(carry: Any, part: Any) -> tuple[Any, None]:
+            totals, batch_stats = carry
+            part_batch, part_key = part
+            grads, (batch_stats, sums) = gradient(moving, batch_stats, part_batch, part_key)
+            return (jax.tree.map(jnp.add, totals, (grads, sums)), batch_stats), None
+
+        parts = (_split(batch, accumulate), jax.random.split(key, accumulate))
+        one = jax.tree.map(lambda leaf: leaf[0], parts)
+        shapes = jax.eval_shape(gradient, moving, state.batch_stats, *one)
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        start = ((zeros[0], zeros[1][1]), state.batch_stats)
+        ((grads, sums), batch_stats), _ = lax.scan(add_part, start, parts)
+    if axis_name is not None:
+        grads, sums = lax.psum((grads, sums), axis_name)
+    scale = 1 / sums["count"]
+    grads = jax.tree.map(lambda leaf: leaf * scale, grads)
+
+    updates, opt_state = optimizer.update(grads, state.opt_state, moving)
+    moved = optax.apply_updates(moving, updates)
+    params = moved if trained is None else merge(moved, state.params)
+    ema_params = state.ema_params
+    if ema_params is not None:
+        done = state.step.astype(jnp.float32)
+        decay = jnp.minimum(ema_decay, (1 + done) / (10 + done))
+        averaged = _trained(ema_params, trained)
+        averaged = optax.incremental_update(moved, averaged, 1 - decay)
+        ema_params = averaged if trained is None else merge(averaged, ema_params)
+    new = dataclasses.replace(
+        state,
+        step=state.step + 1,
+        params=params,
+        batch_stats=batch_stats,
+        opt_state=opt_state,
+        ema_params=ema_params,
+    )
+    return new, sums
+
+
+def _masked_sum(values: Array, mask: Array) -> Array:
+    return jnp.sum(jnp.where(mask, values, 0.0))
+
+
+def _split(batch: Batch, parts: int) -> Batch:
+    """Makes [parts, batch / parts, ...]; each part is spread over the devices as the batch is."""
+
+    def split(leaf: Array) -> Array:
+        return jnp.swapaxes(leaf.reshape(-1, parts, *leaf.shape[1:]), 0, 1)
+
+    return jax.tree.map(split, batch)

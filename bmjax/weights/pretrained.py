@@ -1,0 +1,202 @@
+"""Weights from any place, with what belongs to them: a file, a published set, a run."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import serialization
+from rich.console import Console
+
+from bmjax.data import preprocess
+from bmjax.errors import UserError
+from bmjax.evaluate.measure import load_run
+from bmjax.models import RESNETS
+from bmjax.runs import checkpoint
+from bmjax.runs.folder import Run, create_run, write_atomically
+from bmjax.weights.convert import from_torchvision, to_torchvision
+from bmjax.weights.files import read_state_dict, unseen_damage
+from bmjax.weights.named import fetch, imagenet_classes, published
+
+NAMES = ("imagenet-v1", "imagenet-v2")
+# Of ImageNet's photographs, scaled to [0, 1], as torchvision's weights expect them.
+IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+FLAX_SUFFIX = ".msgpack"
+_DEFAULT_SIZE = 224
+
+
+@dataclass(frozen=True, eq=False)
+class Pretrained:
+    """Weights, and what a run says of its images and classes.
+
+    Attributes:
+        model: name of the model.
+        variables: `params` and `batch_stats`; without `params/head` where that was left out.
+        data: as in `runs.Run`; `class_names` is empty where the head was left out.
+        state_dict: what a torchvision file holds, None for any other source.
+        norm, hidden_sizes: of the model, as in `config.BaseConfig`.
+    """
+
+    model: str
+    variables: dict[str, Any]
+    data: dict[str, Any]
+    state_dict: dict[str, np.ndarray] | None = None
+    norm: str = "batch"
+    hidden_sizes: tuple[int, ...] = ()
+
+    @property
+    def statistics(self) -> dict[str, Any]:
+        """The `mean` and `std` that images are normalised by."""
+        return {"mean": self.data["mean"], "std": self.data["std"]}
+
+    def fingerprint(self) -> str:
+        """Returns the SHA-256 of all variables, by name, as 64 hexadecimal digits."""
+        return checkpoint.fingerprint(checkpoint.to_named(self.variables))
+
+
+def read_pretrained(
+    source: str,
+    model: str,
+    *,
+    head: bool = True,
+    image_size: int = 0,
+    resize_size: int = 0,
+    class_names: tuple[str, ...] = (),
+    console: Console | None = None,
+) -> Pretrained:
+    """Reads weights.
+
+    Args:
+        source: a torchvision checkpoint (.pth, .pt or .safetensors), Flax variables (.msgpack), a
+            run's folder, or `imagenet-v1` or `imagenet-v2` for torchvision's published weights; a
+            file of that name goes first.
+        model: name of the ResNet; a run knows its own, and it may be empty then.
+        head: whether the last layer is wanted; without it, it may be absent or of any size.
+        image_size: side of the images that the model takes; 0: the weights' own, or 224. A run
+            keeps its own.
+        resize_size: shorter side that images are resized to before the middle is cut out; 0: the
+            weights' own, or 8/7 of the image size. A run keeps its own.
+        class_names: of the weights' classes; none given: ImageNet's where there are 1000, numbers
+            otherwise. A run keeps its own.
+        console: where the progress of a download is shown, and what damage cannot be seen.
+
+    Raises:
+        UserError: a source that is not there, cannot be read, or does not fit the model.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return _from_run(path, model, head)
+    if model not in RESNETS:
+        known = ", ".join(sorted(RESNETS))
+        said = f"--model {model} is none" if model else "--model says which ResNet"
+        raise UserError(f"{said}: a file of weights does not name its own. Known: {known}.")
+    state_dict = None
+    name = source if source in NAMES and not path.exists() else ""
+    if path.suffix == FLAX_SUFFIX:
+        variables = _read_flax(path, model)
+    else:
+        path = fetch(model, name, console) if name else path
+        state_dict = read_state_dict(path)
+        variables = from_torchvision(state_dict, model, head=head, where=str(path))
+    variables = variables if head else _without_head(variables)
+    if console and (note := unseen_damage(path)):
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
+    data = {
+        "name": "",
+        "fingerprint": "",
+        "class_names": _names(variables, class_names) if head else [],
+        **_images(model, name, image_size, resize_size),
+        **IMAGENET,
+    }
+    return Pretrained(model, variables, data, state_dict)
+
+
+def _from_run(path: Path, model: str, head: bool) -> Pretrained:
+    trained = load_run(path)
+    own = trained.run.config.model
+    if model not in ("", own):
+        raise UserError(f"the run in {path} is of {own}, but --model is {model}.")
+    settings, data = trained.run.config, trained.run.data
+    variables = trained.variables if head else _without_head(trained.variables)
+    if not head:
+        data = {**data, "class_names": []}
+    return Pretrained(own, variables, data, None, settings.norm, settings.hidden_sizes)
+
+
+def _without_head(variables: dict[str, Any]) -> dict[str, Any]:
+    params = {name: value for name, value in variables["params"].items() if name != "head"}
+    return {**variables, "params": params}
+
+
+def _read_flax(path: Path, model: str) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"there is no file {path}. Check the path.")
+    try:
+        variables = serialization.msgpack_restore(path.read_bytes())
+        to_torchvision(variables, model)  # checks every name and shape
+    except UserError:
+        raise
+    # What a damaged file makes of msgpack's parser is not to be foreseen.
+    except Exception as error:
+        raise UserError(
+            f"{path} cannot be read as Flax variables ({type(error).__name__}: {error}). "
+            "It is damaged, or of another kind."
+        ) from error
+    return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
+
+
+def _names(variables: dict[str, Any], names: tuple[str, ...]) -> list[str]:
+    num_classes = len(variables["params"]["head"]["bias"])
+    if not names:
+        thousand = num_classes == len(imagenet_classes())
+        names = imagenet_classes() if thousand else tuple(map(str, range(num_classes)))
+    if len(names) != num_classes:
+        raise UserError(
+            f"--class-names gives {len(names)} names, but the weights have {num_classes} classes."
+        )
+    return list(names)
+
+
+def _images(model: str, name: str, image_size: int, resize_size: int) -> dict[str, Any]:
+    """Returns shape and transform of the images for weights that came without a run."""
+    size, resize, interpolation = _DEFAULT_SIZE, 0, "bilinear"
+    if name:
+        own = published(model, name)
+        size, resize, interpolation = own.crop_size, own.resize_size, own.interpolation
+    if image_size:
+        size, resize = image_size, 0
+    resize = resize_size or resize or round(size * 8 / 7)
+    transform = preprocess.EvaluationTransform(resize, size, interpolation)
+    return {"image_shape": (size, size, 3), "transform": transform.to_dict()}
+
+
+def write_run(
+    run: Run, variables: dict[str, Any], accuracy: float = -1.0, records: Sequence[Any] = ()
+) -> None:
+    """Writes a run of no steps, with these weights as its only checkpoint.
+
+    Args:
+        run: its folder and settings.
+        variables: `params` and `batch_stats`.
+        accuracy: on the validation split, in [0, 1]; -1 where it was not measured.
+        records: of `metrics.jsonl`.
+
+    Raises:
+        UserError: there is a run already, or the folder cannot be written.
+    """
+    create_run(run)
+    if records:
+        write_atomically(run.metrics, "".join(json.dumps(record) + "\n" for record in records))
+    writer = checkpoint.CheckpointWriter(run.checkpoints, keep=1)
+    try:
+        items = {
+            "state": checkpoint.to_named({"state": variables}),
+            "best": checkpoint.to_named(variables),
+        }
+        meta = {"step": 0, "epoch": 0, "best_accuracy": accuracy, "best_epoch": 0}
+        writer.save(0, items, meta)
+        writer.wait()
+    finally:
+        writer.close()
