@@ -7,21 +7,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bmjax import metrics
+    from bmjax import distill, evaluate, finetune, losses, metrics
     from bmjax.config import DistillConfig, FinetuneConfig, TrainConfig
     from bmjax.data import load_dataset
-    from bmjax.distill import tour as distill
-    from bmjax.evaluate import measure as evaluate
-    from bmjax.evaluate.measure import load_run
-    from bmjax.finetune import tune as finetune
-    from bmjax.losses import logits as losses
     from bmjax.models import create_model, list_models
+    from bmjax.runs.trained import load_run
     from bmjax.train.loop import fit
+    from bmjax.version import __version__ as __version__
     from bmjax.weights.convert import from_torchvision, to_torchvision
 
-__version__ = "0.1.0"
-
 _HOMES = {
+    "__version__": "bmjax.version",
     "DistillConfig": "bmjax.config",
     "FinetuneConfig": "bmjax.config",
     "TrainConfig": "bmjax.config",
@@ -30,7 +26,7 @@ _HOMES = {
     "from_torchvision": "bmjax.weights.convert",
     "list_models": "bmjax.models",
     "load_dataset": "bmjax.data",
-    "load_run": "bmjax.evaluate",
+    "load_run": "bmjax.runs.trained",
     "to_torchvision": "bmjax.weights.convert",
 }
 _MODULES = ("distill", "evaluate", "finetune", "losses", "metrics")

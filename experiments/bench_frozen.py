@@ -35,8 +35,9 @@ def measure(freeze: tuple[str, ...], size: int, batch_size: int) -> dict[str, fl
     from bmjax.config import FinetuneConfig
     from bmjax.data import ArraySource, loader
     from bmjax.machine.parallel import Parallel
+    from bmjax.models.build import build_model
     from bmjax.train.compiled import make_train_steps, zero_totals
-    from bmjax.train.setup import Start, build_model, make_phases
+    from bmjax.train.setup import Start, make_phases
     from bmjax.train.step import classification_loss
     from bmjax.weights.pretrained import IMAGENET
 

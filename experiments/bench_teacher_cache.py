@@ -27,15 +27,16 @@ from rich.console import Console
 
 from bmjax.config import DistillConfig, TrainConfig
 from bmjax.data import Dataset, load_dataset, loader
-from bmjax.data.outline import Outline
+from bmjax.data.sources import Outline
+from bmjax.data.statistics import describe, pixel_statistics
 from bmjax.distill.loss import distillation_loss
 from bmjax.distill.teacher_cache import NoCache, cached_teacher
-from bmjax.evaluate.measure import TrainedRun
 from bmjax.machine.parallel import Parallel
 from bmjax.models import create_model
 from bmjax.runs.folder import Run
+from bmjax.runs.trained import TrainedRun
 from bmjax.train.programs import Programs
-from bmjax.train.setup import describe, epoch_orders, pixel_statistics
+from bmjax.train.setup import epoch_orders
 from bmjax.train.step import LossFn
 
 PASSES = 2

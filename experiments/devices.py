@@ -36,13 +36,14 @@ from rich.console import Console
 
 from bmjax.config import DeviceConfig, OptimConfig, RunConfig, TrainConfig
 from bmjax.data import Dataset, load_dataset, loader
-from bmjax.data.outline import Outline
+from bmjax.data.sources import Outline
+from bmjax.data.statistics import pixel_statistics
 from bmjax.evaluate.measure import evaluate_finished
 from bmjax.machine import hosts
 from bmjax.machine.parallel import make_parallel, request_devices
 from bmjax.train.loop import fit
 from bmjax.train.programs import Programs
-from bmjax.train.setup import epoch_orders, pixel_statistics
+from bmjax.train.setup import epoch_orders
 
 # How the devices share a batch, how many a process has, how many processes there are.
 PLACES = [("jit", 1, 1), ("jit", 2, 1), ("jit", 4, 1), ("jit", 8, 1)]

@@ -23,9 +23,10 @@ from bmjax.data import Dataset
 from bmjax.data.sources import Source
 from bmjax.distill.tour import load_data, train_student
 from bmjax.errors import UserError
-from bmjax.evaluate.measure import TrainedRun, inference_speed, load_run, measure
+from bmjax.evaluate.measure import inference_speed, measure
 from bmjax.models import num_params
 from bmjax.runs.folder import CONFIG
+from bmjax.runs.trained import TrainedRun, load_run
 from bmjax.train.loop import fit
 
 BATCH_SIZE = 256

@@ -23,7 +23,8 @@ from pathlib import Path
 
 from bmjax.config import DistillConfig
 from bmjax.distill.tour import distill
-from bmjax.runs.folder import TOUR, free_folder
+from bmjax.machine.storage import free_folder
+from bmjax.runs.folder import TOUR
 
 
 def main() -> None:

@@ -32,14 +32,17 @@ import numpy as np
 from rich.console import Console
 
 from bmjax.config import DistillConfig, EvaluateConfig, RunConfig, TrainConfig
-from bmjax.config.checks import check_distill, check_train, flatten, unflatten
+from bmjax.config.checks import check_distill, check_train
+from bmjax.config.flat import flatten, unflatten
 from bmjax.data import ArraySource, Dataset, load_dataset
 from bmjax.data.sources import Source, all_images
 from bmjax.distill.teachers import combine
 from bmjax.distill.tour import train_student
 from bmjax.errors import UserError
-from bmjax.evaluate.measure import TrainedRun, load_run, measure, predict_probabilities
-from bmjax.runs.folder import CONFIG, write_atomically
+from bmjax.evaluate.measure import measure, predict_probabilities
+from bmjax.machine.storage import write_atomically
+from bmjax.runs.folder import CONFIG
+from bmjax.runs.trained import TrainedRun, load_run
 from bmjax.train.loop import fit
 from bmjax.train.tracking import read_metrics
 from experiments.leaderboard_report import ALONE, TEACHER, draw, write_csv, write_markdown

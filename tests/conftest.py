@@ -27,9 +27,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 from bmjax.config import AugmentConfig, DeviceConfig, RunConfig, TrainConfig  # noqa: E402
 from bmjax.data import ArraySource, Dataset  # noqa: E402
 from bmjax.data.sources import all_images  # noqa: E402
-from bmjax.evaluate.measure import TrainedRun, load_run  # noqa: E402
 from bmjax.machine.cache import use_compilation_cache  # noqa: E402
 from bmjax.ops import onednn  # noqa: E402
+from bmjax.runs.trained import TrainedRun, load_run  # noqa: E402
 from bmjax.train.loop import fit  # noqa: E402
 
 

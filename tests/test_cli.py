@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from bmjax import cli
-from bmjax.cli.main import _COMMANDS
+from bmjax.cli.commands import _COMMANDS
 from bmjax.config import DistillConfig, EvaluateConfig, TrainConfig
-from bmjax.config.checks import flatten, unflatten
+from bmjax.config.flat import flatten, unflatten
 from bmjax.errors import UserError
 from bmjax.ops import onednn
 

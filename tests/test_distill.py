@@ -10,9 +10,9 @@ from bmjax.config import AugmentConfig, DeviceConfig, DistillConfig, RunConfig
 from bmjax.data import Dataset
 from bmjax.distill.tour import distill
 from bmjax.errors import UserError
-from bmjax.evaluate.measure import load_run
+from bmjax.losses.table import LOSS_PARAMS
 from bmjax.runs import checkpoint
-from bmjax.train.step import LOSS_PARAMS
+from bmjax.runs.trained import load_run
 
 
 def config_of(tmp_path, **changes) -> DistillConfig:
@@ -36,9 +36,9 @@ def config_of(tmp_path, **changes) -> DistillConfig:
 @pytest.fixture
 def as_data(monkeypatch, shapes):
     from bmjax.distill import tour as module
-    from bmjax.evaluate import measure as evaluate
+    from bmjax.runs import trained
 
-    for place in (module, evaluate):
+    for place in (module, trained):
         monkeypatch.setattr(place, "load_dataset", lambda name, image_size, **_: shapes)
 
 
@@ -110,10 +110,10 @@ def test_a_given_teacher_trains_one_student(teacher, tmp_path, quiet, as_data):
 
 def test_misuse_is_named_and_nothing_is_written(teacher, tmp_path, quiet, shapes, monkeypatch):
     from bmjax.distill import tour as module
-    from bmjax.evaluate import measure as evaluate
+    from bmjax.runs import trained
 
     two = Dataset("two", shapes.train, shapes.validation, shapes.test, ("a", "b"))
-    for place in (module, evaluate):
+    for place in (module, trained):
         monkeypatch.setattr(place, "load_dataset", lambda name, image_size, **_: two)
     base = config_of(tmp_path)
     cases = [

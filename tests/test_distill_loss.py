@@ -13,8 +13,10 @@ from bmjax.config import DistillConfig
 from bmjax.distill.loss import distillation_loss, logit_loss, main_label, match_features
 from bmjax.distill.teacher_cache import NoCache
 from bmjax.distill.teachers import combine
+from bmjax.losses.table import LOSS_PARAMS
+from bmjax.train.apply import predict_logits
 from bmjax.train.loop import build_model
-from bmjax.train.step import LOSS_PARAMS, classification_loss, predict_logits
+from bmjax.train.step import classification_loss
 
 SETTINGS = DistillConfig(temperature=3.0, alpha=0.7)
 

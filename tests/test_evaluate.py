@@ -9,7 +9,8 @@ from PIL import Image
 
 from bmjax.config import DeviceConfig, EvaluateConfig, PredictConfig
 from bmjax.errors import UserError
-from bmjax.evaluate.measure import evaluate, load_run, predict, predict_probabilities
+from bmjax.evaluate.measure import evaluate, predict, predict_probabilities
+from bmjax.runs.trained import load_run
 from bmjax.train.loop import fit
 from bmjax.train.tracking import read_metrics
 

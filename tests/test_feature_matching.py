@@ -4,15 +4,10 @@ import numpy as np
 import pytest
 
 import bmjax
-from bmjax.distill.feature_matching import (
-    FEATURE_LOSSES,
-    Shapes,
-    adaptive_average_pool,
-    feature_shapes,
-    match,
-)
+from bmjax.distill.feature_matching import Shapes, adaptive_average_pool, feature_shapes, match
 from bmjax.errors import UserError
 from bmjax.losses import features as feature_losses
+from bmjax.losses.table import FEATURE_LOSSES
 
 WIDE: tuple[str, Shapes] = (
     "resnet20x4",

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 from bmjax import cli, load_dataset
 from bmjax.config import DistillConfig, TrainConfig
-from bmjax.config.checks import flatten
+from bmjax.config.flat import flatten
 from bmjax.data.kinds import mnist5k, prepare
 from bmjax.data.kinds.files import DecodingError, Encoded, View
 from bmjax.data.kinds.folder import PathReader
@@ -33,8 +33,9 @@ from bmjax.data.preprocess import squash
 from bmjax.distill.teacher_cache import INDEX, _open
 from bmjax.distill.tour import read_settings
 from bmjax.errors import UserError, printable
+from bmjax.machine.storage import write_settings
 from bmjax.runs import checkpoint
-from bmjax.runs.folder import CONFIG, TOUR, Run, create_run, read_run, write_settings
+from bmjax.runs.folder import CONFIG, TOUR, Run, create_run, read_run
 from bmjax.train.tracking import read_metrics
 from bmjax.weights.files import read_state_dict, write_state_dict
 from tests.folder_helpers import encode, load, write_class

@@ -11,7 +11,7 @@ import pytest
 from bmjax import cli
 from bmjax.cli.main import resumed as asked_again
 from bmjax.config import DeviceConfig
-from bmjax.config.checks import settings_to_keep
+from bmjax.config.flat import settings_to_keep
 from bmjax.data.sources import all_images
 from bmjax.errors import UserError
 from bmjax.evaluate.measure import evaluate

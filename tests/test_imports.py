@@ -1,8 +1,10 @@
 """The layers of the package: imports go downward only, and importing it stays cheap."""
 
 import ast
+import shutil
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from types import ModuleType
 
@@ -10,68 +12,115 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "bmjax"
 
-# Lower to higher; a module may import from its own group's folder and from lower groups.
+# Rooms from low to high: a file may import from its own room and from lower layers.
 LAYERS = [
-    {"__init__"},
-    {"errors"},
+    {"errors", "version"},
     {"ops", "config", "losses"},
     {"models", "machine", "metrics"},
     {"data"},
     {"runs"},
     {"train", "weights"},
-    {"evaluate"},
-    {"finetune", "bench"},
+    {"evaluate", "finetune", "bench"},
     {"distill"},
     {"cli"},
+    {"bmjax"},  # the package's own file, which hands on public names
 ]
-# Arrows that still point upward.
-UPWARD = {"data": {"runs"}, "weights": {"evaluate"}}
-LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 
 
-def imported_modules(path: Path) -> set[str]:
-    """The top-level modules of bmjax that a file imports anywhere, functions included."""
-    names: set[str] = set()
+def modules_of(package: Path) -> dict[str, Path]:
+    """Returns the file of each module of a package, itself included."""
+    files = {}
+    for path in package.rglob("*.py"):
+        parts = path.relative_to(package.parent).with_suffix("").parts
+        files[".".join(parts).removesuffix(".__init__")] = path
+    return files
+
+
+def imports_of(path: Path, modules: Collection[str]) -> set[str]:
+    """Returns the modules among `modules` that a file imports anywhere, functions included."""
+    found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            if node.module == "bmjax":
-                names |= {alias.name for alias in node.names}
-            elif node.module and node.module.startswith("bmjax."):
-                names.add(node.module.split(".")[1])
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"
+                found.add(name if name in modules else node.module or "")
         elif isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[1] for alias in node.names if "bmjax." in alias.name}
-    return {name if name in LEVEL else "__init__" for name in names}
+            found |= {alias.name for alias in node.names}
+    return found & set(modules)
 
 
-def violations(module: str, imported: set[str]) -> list[str]:
-    level = LEVEL[module]
-    return [
-        f"{module} imports {name}"
-        for name in sorted(imported)
-        if name != module and LEVEL[name] >= level and name not in UPWARD.get(module, ())
-    ]
+def arrows(package: Path) -> dict[str, set[str]]:
+    """Returns for each module of a package those of the package that it imports."""
+    modules = modules_of(package)
+    return {name: imports_of(path, modules) - {name} for name, path in modules.items()}
 
 
-MODULES = sorted(
-    path for path in PACKAGE.rglob("*.py") if path.relative_to(PACKAGE).parts != ("__init__.py",)
-)
+def room(module: str) -> str:
+    return module.split(".")[1] if "." in module else module
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_go_downward(path):
-    module = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    assert module in LEVEL, f"{module} has no layer; give it one in this file"
-    assert violations(module, imported_modules(path)) == []
+def wrong_arrows(imports: dict[str, set[str]]) -> list[str]:
+    """Lists imports of a module from another room that is not lower."""
+    return sorted(
+        f"{module} imports {target}"
+        for module, targets in imports.items()
+        for target in targets
+        if room(target) != room(module) and LEVEL[room(target)] >= LEVEL[room(module)]
+    )
+
+
+def circles(imports: dict[str, set[str]]) -> list[list[str]]:
+    """Lists the modules that, by way of others, import themselves, each circle sorted."""
+    reached = {}
+    for module in imports:
+        seen: set[str] = set()
+        todo = list(imports[module])
+        while todo:
+            target = todo.pop()
+            if target not in seen:
+                seen.add(target)
+                todo += imports[target]
+        reached[module] = seen
+    found = {
+        tuple(sorted(other for other in seen if module in reached[other]))
+        for module, seen in reached.items()
+        if module in seen
+    }
+    return [list(circle) for circle in sorted(found)]
+
+
+def test_imports_go_downward():
+    imports = arrows(PACKAGE)
+    assert {room(module) for module in imports} <= set(LEVEL), "a room without a layer"
+    assert wrong_arrows(imports) == []
+
+
+def test_no_circle_of_files():
+    assert circles(arrows(PACKAGE)) == []
+
+
+def copy_of_the_package(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(PACKAGE, tmp_path / "bmjax"))
 
 
 def test_a_wrong_arrow_is_seen(tmp_path):
-    wrong = tmp_path / "losses.py"
-    wrong.write_text("def f():\n    from bmjax.train import train_step\n    import bmjax.cli\n")
-    assert violations("losses", imported_modules(wrong)) == [
-        "losses imports cli",
-        "losses imports train",
+    package = copy_of_the_package(tmp_path)
+    with (package / "losses" / "logits.py").open("a") as file:
+        file.write("def f():\n    from bmjax.train import train_step\n    import bmjax.cli\n")
+    assert wrong_arrows(arrows(package)) == [
+        "bmjax.losses.logits imports bmjax.cli",
+        "bmjax.losses.logits imports bmjax.train",
     ]
+
+
+def test_a_circle_within_a_room_is_seen(tmp_path):
+    package = copy_of_the_package(tmp_path)
+    with (package / "data" / "preprocess.py").open("a") as file:
+        file.write("def f():\n    from bmjax.data import loader\n")
+    (circle,) = circles(arrows(package))
+    assert {"bmjax.data.preprocess", "bmjax.data.loader"} <= set(circle)
 
 
 def test_importing_the_package_loads_nothing_heavy():

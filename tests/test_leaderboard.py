@@ -10,7 +10,8 @@ from bmjax.data import load_dataset
 from bmjax.data.sources import all_images
 from bmjax.distill.teachers import combine
 from bmjax.errors import UserError
-from bmjax.evaluate.measure import load_run, predict_probabilities
+from bmjax.evaluate.measure import predict_probabilities
+from bmjax.runs.trained import load_run
 from experiments import leaderboard
 
 TABLE = """

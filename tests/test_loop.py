@@ -17,7 +17,7 @@ import pytest
 
 from bmjax.config import DeviceConfig, OptimConfig, RunConfig
 from bmjax.data import ArraySource, Dataset, loader
-from bmjax.data.sources import resized
+from bmjax.data.load import resized
 from bmjax.errors import DivergenceError, StoppedError, UserError
 from bmjax.runs import checkpoint
 from bmjax.runs.folder import lock_folder

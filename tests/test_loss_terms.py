@@ -6,18 +6,21 @@ import numpy as np
 import pytest
 
 from bmjax.config import AugmentConfig, DeviceConfig, DistillConfig
+from bmjax.data.statistics import pixel_statistics
 from bmjax.distill import tour as distill_module
 from bmjax.distill.loss import distillation_loss, match_features
 from bmjax.distill.loss_terms import explain
 from bmjax.errors import UserError
-from bmjax.evaluate import measure as evaluate
-from bmjax.train.setup import build_model, pixel_statistics
-from bmjax.train.step import LOSS_PARAMS, predict_logits, run_keys
+from bmjax.losses.table import LOSS_PARAMS
+from bmjax.models.build import build_model
+from bmjax.runs import trained as trained_module
+from bmjax.train.apply import predict_logits
+from bmjax.train.step import run_keys
 
 
 @pytest.fixture
 def as_data(monkeypatch, shapes):
-    for place in (distill_module, evaluate):
+    for place in (distill_module, trained_module):
         monkeypatch.setattr(place, "load_dataset", lambda name, image_size, **_: shapes)
 
 

@@ -11,7 +11,7 @@ from jax.tree_util import Partial
 from bmjax.config import AugmentConfig, DeviceConfig
 from bmjax.data import loader
 from bmjax.data.kinds import prepare
-from bmjax.data.outline import Outline
+from bmjax.data.sources import Outline
 from bmjax.errors import UserError
 from bmjax.machine.parallel import Parallel
 from bmjax.train import loop, programs

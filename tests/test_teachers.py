@@ -8,10 +8,10 @@ import pytest
 
 from bmjax.distill.teachers import combine, load_teacher
 from bmjax.errors import UserError
-from bmjax.evaluate.measure import load_run
 from bmjax.models import create_model
 from bmjax.runs import checkpoint
 from bmjax.runs.folder import Run
+from bmjax.runs.trained import load_run
 from bmjax.weights.convert import to_torchvision
 from bmjax.weights.writing import write_state_dict
 

@@ -28,9 +28,10 @@ from bmjax.data import loader, preprocess
 from bmjax.losses import logits as losses
 from bmjax.machine.parallel import Parallel
 from bmjax.models import create_model
+from bmjax.train.apply import apply_train
 from bmjax.train.compiled import make_train_steps, zero_totals
 from bmjax.train.optim import make_optimizer
-from bmjax.train.step import Batch, apply_train, classification_loss, create_state
+from bmjax.train.step import Batch, classification_loss, create_state
 
 _DTYPES = {"float32": None, "bfloat16": jnp.bfloat16}
 

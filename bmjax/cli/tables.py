@@ -1,5 +1,6 @@
 """What commands print of their results: tables for a person."""
 
+import sys
 from typing import Any
 
 from rich import box
@@ -106,3 +107,8 @@ def show_doctor(found: dict[str, Any], console: Console) -> None:
         console.print(f"problem: {problem}", highlight=False, markup=False, soft_wrap=True)
     if not found["problems"]:
         console.print("nothing is missing")
+
+
+def print_message(message: object) -> None:
+    lines = [printable(line) for line in f"bmjax: {message}".split("\n")]
+    print("\n".join(lines), file=sys.stderr)

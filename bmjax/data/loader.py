@@ -20,8 +20,7 @@ from jax.profiler import TraceAnnotation
 from jax.tree_util import Partial
 
 from bmjax.config import AugmentConfig
-from bmjax.data.outline import Outline
-from bmjax.data.sources import ArraySource, Source
+from bmjax.data.sources import ArraySource, Outline, Source
 from bmjax.data.views.augment import center_crop, random_views
 from bmjax.data.views.mixing import mix
 

@@ -5,9 +5,8 @@ as possible; where widths have to be equal and are not, the student's features p
 projection, a 1x1 convolution. Projections are params of the run, but no part of the student.
 """
 
-import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,67 +17,12 @@ import numpy as np
 from jax import Array
 
 from bmjax.errors import UserError
-from bmjax.losses import features as feature_losses
+from bmjax.losses.table import FEATURE_LOSSES, FeatureLoss
 
 # Width that the contrastive loss compares in (Tian et al. 2020).
 _EMBEDDING = 128
-_TEMPERATURE = 0.1
 
 Shapes = dict[str, tuple[int, ...]]
-
-
-@dataclass(frozen=True)
-class FeatureLoss:
-    """One of the losses, as `bmjax distill --features` has it.
-
-    Attributes:
-        apply: `apply(student, teacher, mask)` returns the loss per example, [batch].
-        weight: the usual factor beside a cross entropy.
-        layers: which layers it compares by default: `stages`, `middle` (stage), `last` (stage) or
-            `pre_logits`.
-        images: whether it compares places, so that features have to be images.
-        widths: `any`; `same`, by a projection of the student's features; or `embedded`, by one of
-            either side.
-    """
-
-    apply: Callable[[Array, Array, Array], Array]
-    weight: float
-    layers: str
-    images: bool = False
-    widths: str = "any"
-
-
-def _attention(student: Array, teacher: Array, mask: Array) -> Array:
-    # The mean over places, as in the experiments of the paper: its weight is meant for that.
-    del mask
-    return feature_losses.attention_transfer(student, teacher) / math.prod(student.shape[1:3])
-
-
-def _relational(student: Array, teacher: Array, mask: Array) -> Array:
-    # Twice the angles (Park et al. 2019, section 4).
-    distances = feature_losses.relational_distances(student, teacher, mask)
-    return distances + 2 * feature_losses.relational_angles(student, teacher, mask)
-
-
-FEATURE_LOSSES = {
-    "hint": FeatureLoss(
-        lambda student, teacher, mask: feature_losses.hint(student, teacher),
-        100.0,
-        "middle",
-        widths="same",
-    ),
-    "attention": FeatureLoss(_attention, 1000.0, "stages", images=True),
-    "similarity": FeatureLoss(feature_losses.similarity_preserving, 3000.0, "last"),
-    "relational": FeatureLoss(_relational, 1.0, "pre_logits"),
-    "contrastive": FeatureLoss(
-        lambda student, teacher, mask: feature_losses.contrastive(
-            student, teacher, _TEMPERATURE, mask
-        ),
-        0.8,
-        "pre_logits",
-        widths="embedded",
-    ),
-}
 
 
 @dataclass(frozen=True)

@@ -13,17 +13,11 @@ from bmjax.config import DistillConfig
 from bmjax.data import preprocess
 from bmjax.distill.feature_matching import Matching, feature_shapes, match
 from bmjax.distill.teacher_cache import TEACHER_LOGITS, logits_of_batch
-from bmjax.evaluate.measure import TrainedRun
 from bmjax.losses import logits as losses
-from bmjax.train.step import (
-    LOSS_PARAMS,
-    Batch,
-    LossFn,
-    apply_with_features,
-    label_loss,
-    predict_features,
-    predict_logits,
-)
+from bmjax.losses.table import LOSS_PARAMS
+from bmjax.runs.trained import TrainedRun
+from bmjax.train.apply import apply_with_features, predict_features, predict_logits
+from bmjax.train.step import Batch, LossFn, label_loss
 
 
 def logit_loss(

@@ -13,36 +13,19 @@ from rich.table import Table
 from bmjax.config import DistillConfig
 from bmjax.config.checks import check_distill
 from bmjax.data import loader, preprocess
+from bmjax.data.statistics import pixel_statistics
 from bmjax.distill.feature_matching import Matching
 from bmjax.distill.loss import logit_loss
 from bmjax.distill.tour import initial_variables, load_data, load_teachers, match_with
 from bmjax.losses.conventions import called_elsewhere
+from bmjax.losses.table import _CONVENTIONS, LOSS_PARAMS
 from bmjax.machine.cache import use_compilation_cache
 from bmjax.machine.parallel import Parallel, request_devices
+from bmjax.models.build import build_model
+from bmjax.train.apply import apply_with_features, predict_features
 from bmjax.train.compiled import draw_batches
-from bmjax.train.setup import build_model, epoch_orders, loss_weights, pixel_statistics
-from bmjax.train.step import (
-    LOSS_PARAMS,
-    Batch,
-    apply_with_features,
-    label_loss,
-    predict_features,
-    run_keys,
-)
-
-_CONVENTIONS = {
-    "labels": "-sum over classes of target log softmax(student)",
-    "kd": "T^2 inside; KL(teacher || student) summed over the classes",
-    "dkd": "T^2 inside; both KLs summed over their classes, weights alpha {alpha:g}, beta {beta:g}",
-    "dist": "T^2 inside; 1 - correlation, over classes plus over the batch, weight 1 each",
-    "mse": "no temperature; mean over the classes",
-    "cosine": "no temperature; 1 - cosine of the angle",
-    "hint": "mean over all values of an example",
-    "attention": "mean over places, sum over pairs of layers",
-    "similarity": "sum over the row of an example, divided by the batch",
-    "relational": "distances plus twice the angles, mean over the batch",
-    "contrastive": "cosines divided by 0.1, cross entropy over the batch",
-}
+from bmjax.train.setup import epoch_orders, loss_weights
+from bmjax.train.step import Batch, label_loss, run_keys
 
 
 def explain(config: DistillConfig, console: Console | None = None) -> dict[str, Any]:

@@ -24,16 +24,17 @@ from rich.console import Console
 from rich.progress import Progress
 
 from bmjax.config import DistillConfig
-from bmjax.config.checks import flatten
+from bmjax.config.flat import flatten
 from bmjax.data import Dataset, loader
 from bmjax.errors import UserError
-from bmjax.evaluate.measure import TrainedRun
 from bmjax.machine import hosts
 from bmjax.machine.parallel import Parallel
-from bmjax.runs.folder import make_folder, read_json, write_atomically
+from bmjax.machine.storage import make_folder, read_json, write_atomically
+from bmjax.runs.trained import TrainedRun
+from bmjax.train.apply import predict_logits
 from bmjax.train.compiled import draw_batches
 from bmjax.train.setup import epoch_orders
-from bmjax.train.step import Batch, predict_logits, run_keys
+from bmjax.train.step import Batch, run_keys
 
 INDEX = "cache.json"
 # What a batch holds of the teacher: logits of all classes; or the largest of them less the

@@ -13,11 +13,11 @@ from rich.console import Console
 
 from bmjax.config import TrainConfig
 from bmjax.errors import UserError
-from bmjax.evaluate.measure import TrainedRun, load_run, same_classes
 from bmjax.machine import hosts
 from bmjax.models import RESNETS, create_model
 from bmjax.runs.folder import Run
-from bmjax.train.step import predict_logits
+from bmjax.runs.trained import TrainedRun, load_run, same_classes
+from bmjax.train.apply import predict_logits
 from bmjax.weights.pretrained import read_pretrained
 
 

@@ -11,39 +11,29 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from bmjax.config import DistillConfig, EvaluateConfig, TrainConfig
-from bmjax.config.checks import check_distill, contradictions, flatten, settings_to_keep, unflatten
+from bmjax.config.checks import check_distill
+from bmjax.config.flat import contradictions, flatten, settings_to_keep, unflatten
 from bmjax.data import Dataset, load_dataset, loader
 from bmjax.data.sources import Source
+from bmjax.data.statistics import pixel_statistics
 from bmjax.distill.feature_matching import Matching
 from bmjax.distill.loss import distillation_loss, match_features
 from bmjax.distill.teacher_cache import NoCache, cached_teacher
 from bmjax.distill.teachers import combine, load_teacher
 from bmjax.errors import StoppedError, UserError
-from bmjax.evaluate.measure import TrainedRun, check_fits, load_for, load_run, measure
+from bmjax.evaluate.measure import measure
+from bmjax.losses.table import LOSS_PARAMS
 from bmjax.machine import hosts
 from bmjax.machine.parallel import request_devices
+from bmjax.machine.storage import free_folder, make_folder, write_atomically, write_settings
+from bmjax.machine.storage import read_settings as read_file
 from bmjax.models import num_params
-from bmjax.runs.folder import (
-    CONFIG,
-    TOUR,
-    free_folder,
-    make_folder,
-    read_run,
-    refuse_existing,
-    write_atomically,
-    write_settings,
-)
-from bmjax.runs.folder import read_settings as read_file
+from bmjax.models.build import build_model
+from bmjax.runs.folder import CONFIG, TOUR, read_run, refuse_existing
+from bmjax.runs.trained import TrainedRun, check_fits, load_for, load_run
 from bmjax.train.loop import fit
-from bmjax.train.setup import (
-    MakeLoss,
-    Start,
-    build_model,
-    check_possible,
-    loss_weights,
-    pixel_statistics,
-)
-from bmjax.train.step import LOSS_PARAMS, LossFn, run_keys
+from bmjax.train.setup import MakeLoss, Start, check_possible, loss_weights
+from bmjax.train.step import LossFn, run_keys
 
 DEFAULT_OUT = "runs/distill"
 # What the teacher of a tour has in common with the student; it keeps its own optimizer.

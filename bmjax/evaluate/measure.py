@@ -4,9 +4,7 @@ import dataclasses
 import statistics as stats
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -16,117 +14,23 @@ import numpy as np
 
 from bmjax.config import BaseConfig, EvaluateConfig, PredictConfig
 from bmjax.config.checks import check_evaluate
-from bmjax.data import Dataset, load_dataset, loader, preprocess
-from bmjax.data.sources import SPLITS, Source, with_channels
+from bmjax.data import loader, preprocess
+from bmjax.data.sources import SPLITS, Source
 from bmjax.errors import UserError
 from bmjax.machine import hosts
 from bmjax.machine.cache import use_compilation_cache
 from bmjax.machine.parallel import make_parallel, request_devices
 from bmjax.metrics import summarize
 from bmjax.models import num_params
-from bmjax.runs import checkpoint
-from bmjax.runs.folder import Run, read_run
+from bmjax.runs.trained import TrainedRun, check_fits, load_for, load_run
+from bmjax.train.apply import predict_logits
 from bmjax.train.compiled import evaluate_split, make_evaluate
-from bmjax.train.setup import build_model
-from bmjax.train.step import LOSS_PARAMS, predict_logits
 
 _SPEED_SECONDS = 0.5
 
 
 class NoSplitError(UserError):
     """A dataset has no example in the split that was asked for."""
-
-
-@dataclass(frozen=True, eq=False)
-class TrainedRun:
-    """A run with the params of one of its checkpoints.
-
-    Attributes:
-        run: its folder and settings.
-        model: the Linen module.
-        variables: `params` and `batch_stats`, on the host.
-        step: of the checkpoint.
-        fingerprint: SHA-256 of the variables, see `checkpoint.fingerprint`.
-        warnings: a line for each damaged checkpoint that was passed over.
-    """
-
-    run: Run
-    model: nn.Module
-    variables: dict[str, Any]
-    step: int
-    fingerprint: str
-    warnings: tuple[str, ...]
-
-    @property
-    def statistics(self) -> dict[str, Any]:
-        """The `mean` and `std` that its images are normalised by."""
-        return {"mean": self.run.data["mean"], "std": self.run.data["std"]}
-
-    @property
-    def transform(self) -> preprocess.EvaluationTransform:
-        """How an image file becomes an input."""
-        settings = self.run.data.get("transform")
-        if settings is None:
-            return preprocess.squash(*self.run.data["image_shape"][:2])
-        return preprocess.EvaluationTransform.from_dict(settings)
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes it tells apart."""
-        return len(self.run.data["class_names"])
-
-
-def load_run(path: str | Path, which: str = "latest") -> TrainedRun:
-    """Reads a run and the params of its newest sound checkpoint; changes nothing in its folder.
-
-    Args:
-        path: the run's folder.
-        which: `latest` for the params of the checkpoint's step, `best` for those with the best
-            validation accuracy so far.
-
-    Raises:
-        UserError: there is no run, no sound checkpoint of it, or no best params yet.
-    """
-    run, step, warnings, named = hosts.on_first(_read, Path(path), which)
-    model = build_model(run.config, len(run.data["class_names"]))
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *run.data["image_shape"])))
-    like = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-    where = f"checkpoint {run.checkpoints / str(step)}"
-    variables = {"batch_stats": {}, **checkpoint.from_named(named, like, where)}
-    fingerprint = checkpoint.fingerprint(named)
-    return TrainedRun(run, model, variables, step, fingerprint, tuple(warnings))
-
-
-def _read(path: Path, which: str) -> tuple[Run, int, list[str], checkpoint.Named]:
-    """Returns the run, and of its newest sound checkpoint step, warnings and variables."""
-    run = read_run(path)
-    step, warnings = checkpoint.newest_sound(run.checkpoints)
-    if step is None:
-        cause = "; ".join(warnings) or "none was saved yet"
-        raise UserError(
-            f"the run in {path} has no sound checkpoint: {cause}. Train it on with --resume."
-        )
-    items = checkpoint.read(run.checkpoints, step, ("best",) if which == "best" else ("state",))
-    if which == "best" and "best" not in items:
-        raise UserError(f"the run in {path} has finished no epoch yet. Take the latest params.")
-    named = items["best"] if which == "best" else _evaluated(items["state"])
-    named = {k: v for k, v in named.items() if not k.startswith(f"params/{LOSS_PARAMS}/")}
-    if warnings:
-        warnings = [*warnings, f"the checkpoint at step {step} is used instead"]
-    return run, step, warnings, named
-
-
-def _evaluated(state: checkpoint.Named) -> checkpoint.Named:
-    """Picks what is evaluated out of a saved state: averaged params where there are any."""
-    averaged = any(name.startswith("state/ema_params/") for name in state)
-    homes = {"state/ema_params/" if averaged else "state/params/": "params/"}
-    homes["state/batch_stats/"] = "batch_stats/"
-    return {
-        new + name.removeprefix(old): value
-        for name, value in state.items()
-        for old, new in homes.items()
-        if name.startswith(old)
-    }
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
@@ -190,67 +94,6 @@ def evaluate_finished(out: str, config: BaseConfig) -> dict[str, Any]:
     except NoSplitError:
         result = evaluate(dataclasses.replace(asked, split="validation"))
     return {**result, "checkpoint": which}
-
-
-def load_for(
-    trained: TrainedRun,
-    name: str,
-    image_size: int = 0,
-    splits: Sequence[str] = SPLITS,
-    memory_gib: float = 4.0,
-    split_seed: int | None = None,
-) -> Dataset:
-    """Loads a dataset as a run takes images.
-
-    Args:
-        trained: the run.
-        name: see `load_dataset`; the run's own is split as it was for the run.
-        image_size: side in pixels; 0 takes the run's.
-        splits: those that are needed; of a folder, no other is read.
-        memory_gib: see `load_dataset`.
-        split_seed: see `load_dataset`; None: the run's.
-    """
-    own, data = trained.run.config, trained.run.data
-    height, width, channels = data["image_shape"]
-    fitting = image_size or (height if height == width else 0)
-    dataset = load_dataset(
-        name,
-        fitting,
-        transform=trained.transform if image_size in (0, height) else None,
-        split_seed=own.split_seed if split_seed is None else split_seed,
-        memory_gib=memory_gib,
-        splits=splits,
-        channels=channels,
-    )
-    return with_channels(dataset, channels)
-
-
-def check_fits(trained: TrainedRun, dataset: Dataset) -> None:
-    """Raises UserError where a dataset has other classes or other images than a run learned."""
-    path, shape = trained.run.path, tuple(trained.run.data["image_shape"])
-    if dataset.num_classes != trained.num_classes:
-        raise UserError(
-            f"the run in {path} tells {trained.num_classes} classes apart, but {dataset.name} has "
-            f"{dataset.num_classes}. Choose data with the same classes."
-        )
-    ours, theirs = tuple(trained.run.data["class_names"]), dataset.class_names
-    if not same_classes(ours, theirs):
-        raise UserError(
-            f"the run in {path} knows the classes {', '.join(ours)}, but {dataset.name} has "
-            f"{', '.join(theirs)}, in this order. Number the classes alike."
-        )
-    if dataset.image_shape != shape:
-        raise UserError(
-            f"the run in {path} takes images of shape {shape}, but those of {dataset.name} have "
-            f"{dataset.image_shape} (height, width, channels). Choose data of that shape, or "
-            "--image-size where only the size differs."
-        )
-
-
-def same_classes(ours: tuple[str, ...], theirs: tuple[str, ...]) -> bool:
-    """Whether as many names of classes may mean the same: equal, or one side knows numbers only."""
-    numbers = tuple(map(str, range(len(ours))))
-    return ours == theirs or numbers in (ours, theirs)
 
 
 def measure(trained: TrainedRun, source: Source, config: EvaluateConfig) -> dict[str, Any]:

@@ -11,22 +11,25 @@ import numpy as np
 from rich.console import Console
 
 from bmjax.config import FinetuneConfig, TrainConfig
-from bmjax.config.checks import check_finetune, flatten, unflatten
+from bmjax.config.checks import check_finetune
+from bmjax.config.flat import flatten, unflatten
 from bmjax.data import Dataset, load_dataset, preprocess
-from bmjax.data.sources import with_channels
+from bmjax.data.load import with_channels
+from bmjax.data.statistics import describe
 from bmjax.errors import StoppedError, UserError
-from bmjax.evaluate.measure import same_classes
 from bmjax.finetune.probe import Probe, probe_head
 from bmjax.machine import hosts
 from bmjax.machine.cache import use_compilation_cache
 from bmjax.machine.parallel import request_devices
+from bmjax.models.build import build_model
 from bmjax.ops.memory import share_memory
 from bmjax.runs import checkpoint
 from bmjax.runs.folder import CONFIG, Run, read_run, refuse_existing
+from bmjax.runs.trained import same_classes
 from bmjax.train.finder import find_learning_rate
 from bmjax.train.loop import fit
 from bmjax.train.optim import depth_scales, trainable_mask
-from bmjax.train.setup import Start, build_model, check_possible, describe, loss_weights
+from bmjax.train.setup import Start, check_possible, loss_weights
 from bmjax.weights.pretrained import Pretrained, read_pretrained, write_run
 
 # Settings beyond those of training; `weights_fingerprint` stands beside them in a run's config.

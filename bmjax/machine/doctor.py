@@ -6,10 +6,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from bmjax import __version__
 from bmjax.machine import accelerators
 from bmjax.machine.accelerators import installed_version
 from bmjax.machine.cache import cache_folder
+from bmjax.version import __version__
 
 _PACKAGES = (
     "jax",

@@ -24,7 +24,7 @@ import numpy as np
 from bmjax.errors import StorageError, UserError
 from bmjax.machine import hosts
 from bmjax.machine.quiet import errors_only
-from bmjax.runs.folder import free_folder, read_json
+from bmjax.machine.storage import free_folder, read_json
 
 MANIFEST = "manifest.json"
 DAMAGED = "damaged"

@@ -14,7 +14,8 @@ from jax.tree_util import Partial
 from bmjax.data import loader
 from bmjax.machine.parallel import AXIS, Parallel
 from bmjax.metrics import ClassificationSums
-from bmjax.train.step import Batch, LossFn, TrainState, predict_logits, train_step, with_average
+from bmjax.train.apply import predict_logits
+from bmjax.train.step import Batch, LossFn, TrainState, train_step, with_average
 
 
 def draw_batches(

@@ -19,13 +19,14 @@ from rich.progress import track
 
 from bmjax.config import TrainConfig
 from bmjax.data import Dataset, loader
-from bmjax.data.outline import Outline
+from bmjax.data.sources import Outline
+from bmjax.data.statistics import pixel_statistics
 from bmjax.errors import UserError
 from bmjax.machine import hosts
 from bmjax.machine.parallel import make_parallel
-from bmjax.runs.folder import make_folder, replacing, write_atomically
+from bmjax.machine.storage import make_folder, replacing, write_atomically
 from bmjax.train.programs import Programs
-from bmjax.train.setup import Start, epoch_orders, pixel_statistics
+from bmjax.train.setup import Start, epoch_orders
 
 _LOWEST, _HIGHEST, _STEPS = 1e-6, 10.0, 120
 # Of the running average of the losses, which a single batch makes jump.

@@ -11,9 +11,11 @@ import numpy as np
 from rich.console import Console
 
 from bmjax.config import TrainConfig
-from bmjax.config.checks import check_train, settings_to_keep
+from bmjax.config.checks import check_train
+from bmjax.config.flat import settings_to_keep
 from bmjax.data import Dataset, loader
-from bmjax.data.outline import Outline
+from bmjax.data.sources import Outline
+from bmjax.data.statistics import describe
 from bmjax.errors import DivergenceError, StoppedError
 from bmjax.machine import hosts
 from bmjax.machine.cache import use_compilation_cache
@@ -22,6 +24,7 @@ from bmjax.machine.signals import Stop, noting_signals
 from bmjax.machine.threads import compute_in_calling_thread, suits_one_thread
 from bmjax.metrics import summarize
 from bmjax.models import forward_flops
+from bmjax.models.build import build_model
 from bmjax.runs import checkpoint
 from bmjax.runs.folder import (
     Run,
@@ -34,15 +37,7 @@ from bmjax.runs.folder import (
 )
 from bmjax.train.compiled import evaluate_split, make_evaluate
 from bmjax.train.programs import Programs, load_and_compile
-from bmjax.train.setup import (
-    MakeLoss,
-    Phase,
-    Start,
-    build_model,
-    check_possible,
-    describe,
-    epoch_orders,
-)
+from bmjax.train.setup import MakeLoss, Phase, Start, check_possible, epoch_orders
 from bmjax.train.step import TrainState
 from bmjax.train.tracking import Display, EventFiles, MetricsFile, Profile
 

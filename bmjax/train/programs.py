@@ -12,10 +12,11 @@ from jax.tree_util import Partial
 
 from bmjax.config import BaseConfig, TrainConfig
 from bmjax.data import Dataset, load_dataset, loader
-from bmjax.data.outline import Outline
+from bmjax.data.sources import Outline
 from bmjax.machine.parallel import Parallel
+from bmjax.models.build import build_model
 from bmjax.train.compiled import make_train_steps, zero_totals
-from bmjax.train.setup import MakeLoss, Phase, Start, build_model, loss_weights, make_phases
+from bmjax.train.setup import MakeLoss, Phase, Start, loss_weights, make_phases
 from bmjax.train.step import Batch, classification_loss
 
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from bmjax.machine.storage import read_settings
 from bmjax.runs import checkpoint
-from bmjax.runs.folder import CONFIG, read_settings
+from bmjax.runs.folder import CONFIG
 from bmjax.train.tracking import read_metrics
 
 _SPEEDS = ("examples_per_second", "inference_images_per_second")

@@ -13,11 +13,11 @@ from jax import Array
 
 from bmjax.config import BaseConfig, TrainConfig
 from bmjax.config.checks import check_train
-from bmjax.data import ArraySource, Dataset, loader, preprocess
-from bmjax.data.outline import Outline
-from bmjax.errors import UserError, unknown_name
+from bmjax.data import Dataset, loader
+from bmjax.data.sources import Outline
+from bmjax.errors import UserError
 from bmjax.machine.parallel import check_divides, make_parallel
-from bmjax.models import CIFAR_RESNETS, RESNETS, create_model, list_models
+from bmjax.models.build import build_model
 from bmjax.train.optim import (
     depth_scales,
     frozen_layers,
@@ -29,10 +29,6 @@ from bmjax.train.optim import (
 from bmjax.train.step import LossFn, TrainState, create_state
 
 MakeLoss = Callable[[nn.Module, dict[str, Any]], LossFn]
-
-# Images that the statistics of pixels are taken from, of files: the same whether they are in
-# memory or not.
-_SAMPLE = 10_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,38 +183,6 @@ def class_weights(labels: np.ndarray, num_classes: int) -> tuple[float, ...]:
     return tuple(float(len(labels) / (present * count)) if count else 1.0 for count in counts)
 
 
-def describe(dataset: Dataset, statistics: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Returns what a run keeps of its dataset; see `runs.Run`.
-
-    Args:
-        dataset: of the run.
-        statistics: `mean` and `std` that images are normalised by; None: those of the training
-            split; of image files those of at most 10,000 evenly spaced images of it.
-    """
-    return {
-        "name": dataset.name,
-        "fingerprint": dataset.fingerprint(),
-        "class_names": list(dataset.class_names),
-        "image_shape": dataset.image_shape,
-        "transform": dataset.transform.to_dict() if dataset.transform else None,
-        **(statistics or pixel_statistics(dataset)),
-    }
-
-
-def pixel_statistics(dataset: Dataset) -> dict[str, Any]:
-    """Returns the training split's `mean` and `std`, of a sample of it where it is large."""
-    return preprocess.pixel_statistics(_some_images(dataset))
-
-
-def _some_images(dataset: Dataset) -> np.ndarray:
-    source = dataset.train
-    some = np.unique(np.linspace(0, len(source) - 1, _SAMPLE).astype(int))
-    if isinstance(source, ArraySource):
-        few = dataset.content is None or len(source) <= _SAMPLE
-        return source.images if few else source.images[some]
-    return np.stack([source[int(index)]["image"] for index in some])
-
-
 def check_possible(config: TrainConfig, data: Dataset | Outline) -> None:
     """Checks all that can be wrong with a run before anything of it is trained or written.
 
@@ -232,34 +196,3 @@ def check_possible(config: TrainConfig, data: Dataset | Outline) -> None:
         jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *data.image_shape)))
     except ValueError as error:
         raise UserError(f"{config.model} cannot take these images: {error}") from error
-
-
-def build_model(config: TrainConfig, num_classes: int, axis_name: str | None = None) -> nn.Module:
-    """Returns the Linen module that the config asks for.
-
-    Args:
-        config: of the run.
-        num_classes: number of logits.
-        axis_name: under pmap, the axis along which batch statistics add up.
-
-    Raises:
-        UserError: an unknown name, or an option for a model that does not have it.
-    """
-    if config.model not in list_models():
-        raise unknown_name("model", config.model, list_models())
-    options: dict[str, Any] = {}
-    if config.precision == "bfloat16":
-        options["dtype"] = jnp.bfloat16
-    if config.hidden_sizes:
-        if config.model != "mlp":
-            raise UserError(f"--hidden-sizes belongs to mlp, but --model is {config.model}.")
-        options["hidden_sizes"] = config.hidden_sizes
-    if config.norm != "batch":
-        options["norm"] = config.norm
-    if config.remat:
-        options["remat"] = True
-    for name in ("norm", "remat"):
-        if name in options and config.model not in {**RESNETS, **CIFAR_RESNETS}:
-            raise UserError(f"--{name} belongs to ResNets, but --model is {config.model}.")
-    model = create_model(config.model, num_classes, **options)
-    return model.clone(axis_name=axis_name) if hasattr(model, "axis_name") else model

@@ -15,7 +15,7 @@ from rich.progress import (
 )
 
 from bmjax.machine import hosts
-from bmjax.runs.folder import write_atomically
+from bmjax.machine.storage import write_atomically
 
 _PLAIN_LINES = 20
 # Columns that a terminal needs for all that stands beside the bar, and leave some for it.

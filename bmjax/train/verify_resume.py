@@ -22,8 +22,9 @@ from rich.console import Console
 
 from bmjax.config import VerifyResumeConfig
 from bmjax.errors import UserError
+from bmjax.machine.storage import make_folder, write_atomically
 from bmjax.runs import checkpoint
-from bmjax.runs.folder import CONFIG, TOUR, make_folder, write_atomically
+from bmjax.runs.folder import CONFIG, TOUR
 from bmjax.train.run_contents import contents, differences, run_folders
 
 COMMANDS = ("train", "finetune", "distill")

@@ -17,8 +17,8 @@ import numpy as np
 import optax
 
 from bmjax.errors import UserError
+from bmjax.machine.storage import write_atomically
 from bmjax.models import RESNETS
-from bmjax.runs.folder import write_atomically
 from bmjax.weights.convert import from_torchvision, to_torchvision
 
 LEARNING_RATE = 0.1

@@ -14,8 +14,9 @@ from bmjax.config.checks import check_convert
 from bmjax.data import load_dataset, preprocess
 from bmjax.data.sources import all_images
 from bmjax.errors import UserError
+from bmjax.machine.storage import make_folder
 from bmjax.models import RESNETS, num_params
-from bmjax.runs.folder import Run, make_folder, read_run
+from bmjax.runs.folder import Run, read_run
 from bmjax.weights.certificate import Certificate, certificate_paths, certify, write_certificate
 from bmjax.weights.convert import to_torchvision
 from bmjax.weights.pretrained import FLAX_SUFFIX, Pretrained, read_pretrained, write_run

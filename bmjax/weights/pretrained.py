@@ -12,10 +12,11 @@ from rich.console import Console
 
 from bmjax.data import preprocess
 from bmjax.errors import UserError
-from bmjax.evaluate.measure import load_run
+from bmjax.machine.storage import write_atomically
 from bmjax.models import RESNETS
 from bmjax.runs import checkpoint
-from bmjax.runs.folder import Run, create_run, write_atomically
+from bmjax.runs.folder import Run, create_run
+from bmjax.runs.trained import load_run
 from bmjax.weights.convert import from_torchvision, to_torchvision
 from bmjax.weights.files import read_state_dict, unseen_damage
 from bmjax.weights.named import fetch, imagenet_classes, published

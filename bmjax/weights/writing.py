@@ -13,7 +13,7 @@ from typing import IO, Any
 import numpy as np
 
 from bmjax.errors import UserError
-from bmjax.runs.folder import replacing
+from bmjax.machine.storage import replacing
 from bmjax.weights.tensors import DTYPES, SAFETENSORS, STORAGES
 
 # The hash is PyTorch Hub's promise about the content: the first digits of the file's SHA-256.

@@ -10,7 +10,6 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from bmjax.data import preprocess
-from bmjax.data.sources import Source
 from bmjax.errors import UserError
 
 
@@ -245,41 +244,3 @@ class FileSource:
     def wide_image(self, index: int) -> np.ndarray:
         """Returns the image with its margin, where there is one."""
         return self.encoded.wide(index, self.view)
-
-
-@dataclass(frozen=True, eq=False)
-class JoinedSource:
-    """Sources one after the other.
-
-    Attributes:
-        parts: those sources; at least one, all with images of one shape.
-        labels: of all of them: [examples] int32.
-    """
-
-    parts: tuple[Source, ...]
-    labels: np.ndarray
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """Height, width and channels that every `image` has."""
-        return self.parts[0].image_shape
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        part, index = self._place(index)
-        return part[index]
-
-    def wide_image(self, index: int) -> np.ndarray:
-        """Returns the image with its margin, where there is one."""
-        part, index = self._place(index)
-        return part.wide_image(index)
-
-    def _place(self, index: int) -> tuple[Source, int]:
-        index = range(len(self))[index]
-        for part in self.parts:
-            if index < len(part):
-                break
-            index -= len(part)
-        return part, index

@@ -112,7 +112,7 @@ def load(path: str, options: Options) -> Dataset:
 
     Args:
         path: the folder, perhaps with `~`.
-        options: see `sources.load_dataset`.
+        options: see `load.load_dataset`.
 
     Raises:
         UserError: no such folder, images that are not sorted into at least two classes, a class

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from bmjax.data.sources import SPLITS, UNREADABLE, ArraySource, Dataset, stratified_split
+from bmjax.data.kinds.npz import UNREADABLE
+from bmjax.data.sources import SPLITS, ArraySource, Dataset, stratified_split
 from bmjax.machine.cache import cache_folder, prepare_once
 from bmjax.machine.quiet import errors_only
 

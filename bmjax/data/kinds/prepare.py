@@ -21,12 +21,11 @@ import numpy as np
 from PIL import Image
 
 from bmjax.data.kinds.files import DecodingError, Encoded, FileSource, View
-from bmjax.data.outline import Outline
 from bmjax.data.preprocess import EvaluationTransform, margin_transform
-from bmjax.data.sources import SPLITS, ArraySource, Dataset, Source
+from bmjax.data.sources import SPLITS, ArraySource, Dataset, NotLoaded, Outline, Source
 from bmjax.errors import UserError, unknown_name
 from bmjax.machine.cache import cache_folder, prepare_once
-from bmjax.runs.folder import read_settings, write_settings
+from bmjax.machine.storage import read_settings, write_settings
 
 MOST_LEFT_OUT = 0.01
 _LARGEST_AS_IT_IS = 512
@@ -38,7 +37,7 @@ _KEPT = "kept.json"
 
 @dataclass(frozen=True)
 class Options:
-    """What `sources.load_dataset` was asked for; see there.
+    """What `load.load_dataset` was asked for; see there.
 
     Raises:
         UserError: a value out of range.
@@ -61,43 +60,6 @@ class Options:
         for setting in ("image_size", "memory_gib"):
             if getattr(self, setting) < 0:
                 raise UserError(f"{setting} is {getattr(self, setting)}, but must be at least 0.")
-
-
-@dataclass(frozen=True, eq=False)
-class NotLoaded:
-    """Stands for a split that was not asked for; whatever is asked of it raises UserError.
-
-    Attributes:
-        split: its name.
-        image_shape: height, width and channels that its images would have.
-    """
-
-    split: str
-    image_shape: tuple[int, int, int]
-
-    @property
-    def labels(self) -> np.ndarray:
-        """Raises UserError."""
-        raise self._error()
-
-    def __len__(self) -> int:
-        raise self._error()
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        raise self._error()
-
-    def wide_image(self, index: int) -> np.ndarray:
-        """Raises UserError."""
-        raise self._error()
-
-    def __getattr__(self, name: str) -> Any:
-        # Copying and pickling look for methods that may be missing.
-        raise AttributeError(name) if name.startswith("__") else self._error()
-
-    def _error(self) -> UserError:
-        return UserError(
-            f"the {self.split} split was not loaded. Name it in the splits of load_dataset."
-        )
 
 
 def make_dataset(

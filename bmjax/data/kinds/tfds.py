@@ -101,7 +101,7 @@ def load(name: str, options: Options) -> Dataset:
     Args:
         name: as `tfds.builder` takes it (`NAME`, `NAME:VERSION`, `NAME/CONFIG`), or the folder of
             a prepared dataset, where `dataset_info.json` lies.
-        options: see `sources.load_dataset`.
+        options: see `load.load_dataset`.
 
     Raises:
         UserError: no such dataset, one that is not prepared as array_record, or one that has not

@@ -1,0 +1,183 @@
+"""What each command of the command line does, and how its result is shown."""
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console
+
+from bmjax.cli.tables import print_message, show_distillation, show_doctor, show_evaluation
+from bmjax.config import (
+    BenchConfig,
+    ConvertConfig,
+    DistillConfig,
+    DoctorConfig,
+    EvaluateConfig,
+    FinetuneConfig,
+    PredictConfig,
+    TrainConfig,
+    VerifyResumeConfig,
+)
+from bmjax.config.checks import check_distill, check_finetune, check_train
+from bmjax.errors import printable
+
+
+def _train(config: TrainConfig) -> None:
+    check_train(config)
+    from bmjax.train.loop import fit
+
+    console = Console()
+    config = config.resolved()
+    fit(config, console=console, own_process=True)
+    _show_result(config.out, config, console)
+
+
+def _show_result(out: str, config: TrainConfig | FinetuneConfig, console: Console) -> None:
+    """Measures a finished run on its test split; where there is none, on that for validation."""
+    from bmjax.evaluate.measure import evaluate_finished
+
+    result = evaluate_finished(out, config)
+    _show_warnings(result)
+    best = ", params of the best epoch" if result["checkpoint"] == "best" else ""
+    console.print(
+        f"{result['split']} accuracy {result['accuracy']:.2%} on {result['examples']} images, "
+        f"calibration error {result['expected_calibration_error']:.2%}{best}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print(f"the run is in {out}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _finetune(config: FinetuneConfig) -> None:
+    check_finetune(config)
+    from bmjax.finetune.tune import finetune
+
+    console = Console()
+    result = finetune(config, console)
+    finding = result["finding"]
+    if finding is None:
+        _show_result(result["out"], config, console)
+        return
+    for line in (
+        f"learning rate {finding.suggestion:.2g}: a tenth of the one with the lowest loss; the "
+        f"loss falls fastest at {finding.steepest:.2g}",
+        f"the plot is {result['out']}-learning-rates.png",
+    ):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _distill(config: DistillConfig) -> None:
+    check_distill(config)
+    if config.explain_loss:
+        _explain_loss(config)
+        return
+    from bmjax.distill.tour import distill
+
+    console = Console()
+    result = distill(config, console)
+    show_distillation(result, config, console)
+
+
+def _explain_loss(config: DistillConfig) -> None:
+    from bmjax.distill.loss_terms import explain, show
+
+    console = Console()
+    show(explain(config, console), console)
+
+
+def _evaluate(config: EvaluateConfig) -> None:
+    from bmjax.evaluate.measure import evaluate
+
+    result = evaluate(config)
+    _show_warnings(result)
+    if config.json:
+        print(json.dumps(result))
+        return
+    show_evaluation(result, config.checkpoint, Console())
+
+
+def _predict(config: PredictConfig) -> None:
+    from bmjax.evaluate.measure import predict
+
+    for prediction in predict(config):
+        if config.json:
+            print(json.dumps(prediction))
+            continue
+        likeliest = list(prediction["probabilities"].items())[: config.top]
+        shown = "  ".join(f"{printable(name)} {share:.2%}" for name, share in likeliest)
+        print(f"{printable(prediction['file'])}: {shown}")
+
+
+def _convert(config: ConvertConfig) -> None:
+    from bmjax.weights.convert_command import convert
+
+    result = convert(config, Console(stderr=True))
+    certificate = result.get("certificate")
+    if certificate:
+        print(certificate.as_table(), end="")
+        if not certificate.passed:
+            print_message(
+                f"the conversion differs from torchvision, so {config.out} was not written; "
+                f"every comparison is in {config.out}.certificate.json"
+            )
+            sys.exit(1)
+    print(
+        f"{result['model']}, {result['num_classes']} classes, {result['parameters']:,} parameters, "
+        f"is in {result['out']}"
+    )
+
+
+def _bench(config: BenchConfig) -> None:
+    from bmjax.bench.run import bench, show
+
+    result = bench(config, own_process=True)
+    if config.json:
+        print(json.dumps(result))
+    else:
+        show(result, Console())
+
+
+def _doctor(config: DoctorConfig) -> None:
+    # To look at a GPU it need not take most of its memory, as JAX does otherwise.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    from bmjax.machine.doctor import examine
+
+    found = examine(config.expect)
+    if config.json:
+        print(json.dumps(found))
+    else:
+        show_doctor(found, Console())
+    sys.exit(1 if found["problems"] else 0)
+
+
+def _verify_resume(config: VerifyResumeConfig) -> None:
+    from bmjax.train.verify_resume import verify_resume
+
+    trials = verify_resume(config, Console(stderr=config.json))
+    equal = sum(not trial.differences for trial in trials)
+    if config.json:
+        print(json.dumps([dataclasses.asdict(trial) for trial in trials]))
+    else:
+        print(f"{equal} of {len(trials)} equal")
+    sys.exit(0 if equal == len(trials) else 1)
+
+
+def _show_warnings(result: dict[str, Any]) -> None:
+    for line in result["warnings"]:
+        print(f"bmjax: warning: {line}", file=sys.stderr)
+
+
+_COMMANDS: dict[type, Callable[[Any], None]] = {
+    TrainConfig: _train,
+    FinetuneConfig: _finetune,
+    DistillConfig: _distill,
+    EvaluateConfig: _evaluate,
+    PredictConfig: _predict,
+    ConvertConfig: _convert,
+    BenchConfig: _bench,
+    DoctorConfig: _doctor,
+    VerifyResumeConfig: _verify_resume,
+}

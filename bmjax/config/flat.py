@@ -1,0 +1,114 @@
+"""Settings as flat names: written, read back, compared."""
+
+import dataclasses
+from typing import Any, get_args, get_type_hints
+
+from bmjax.config import PROCESSES
+from bmjax.errors import UserError
+
+# Fields that may differ between a run and its resumption: they change where and how it is
+# computed or shown, never what is computed.
+FREE_FIELDS = frozenset(
+    [
+        "out",
+        "teacher",
+        "teacher_cache",
+        "weights",
+        "parallel",
+        "devices",
+        "memory_gib",
+        *PROCESSES,
+        "resume",
+        "save_minutes",
+        "keep",
+        "tensorboard",
+        "profile",
+    ]
+)
+
+
+def flatten(config: Any) -> dict[str, Any]:
+    """Returns `{field: value}` of a nested config, the names as they are on the command line."""
+    flat: dict[str, Any] = {}
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        flat.update(flatten(value) if dataclasses.is_dataclass(value) else {item.name: value})
+    return flat
+
+
+def unflatten(cls: type, flat: dict[str, Any], where: str) -> Any:
+    """Builds the nested config `cls` from `flat`, the inverse of `flatten`.
+
+    Args:
+        cls: a config dataclass.
+        flat: values by field name; fields that are not there take their defaults.
+        where: what `flat` was read from, for the message.
+
+    Raises:
+        UserError: `flat` has a field that the config does not, or a value of another type.
+    """
+    default = cls()
+    known = flatten(default)
+    unknown = sorted(set(flat) - set(known))
+    if unknown:
+        raise UserError(
+            f"{where} has settings that this version does not know: {', '.join(unknown)}. "
+            "It was written by another version of bmjax; use that one, or start anew."
+        )
+    return _replace(default, flat, where)
+
+
+def _replace(config: Any, flat: dict[str, Any], where: str) -> Any:
+    changes: dict[str, Any] = {}
+    hints = get_type_hints(type(config))
+    for item in dataclasses.fields(config):
+        old = getattr(config, item.name)
+        if dataclasses.is_dataclass(old):
+            changes[item.name] = _replace(old, flat, where)
+        elif item.name in flat:
+            new = _same_type(item.name, old, flat[item.name], where, hints[item.name])
+            changes[item.name] = new
+            choices = get_args(hints[item.name]) if isinstance(old, str) else ()
+            if choices and new not in choices:
+                raise UserError(
+                    f"{where}: {item.name} is {new!r}, but must be one of {', '.join(choices)}. "
+                    "Restore the file, or start anew."
+                )
+    return dataclasses.replace(config, **changes)
+
+
+def _same_type(name: str, old: Any, new: Any, where: str, hint: Any) -> Any:
+    if isinstance(old, tuple) and isinstance(new, list):
+        kind = get_args(hint)[0]
+        kinds = {int, float} if kind is float else {kind}
+        if {type(item) for item in new} <= kinds:
+            return tuple(new)
+    if isinstance(old, float) and type(new) is int and abs(new) < 2**64:
+        return float(new)
+    if type(new) is not type(old):
+        raise UserError(
+            f"{where}: {name} is {new!r}, but it must be of type {type(old).__name__}. "
+            "Restore the file, or start anew."
+        )
+    return new
+
+
+def contradictions(saved: Any, asked: Any) -> list[str]:
+    """Lists `field: saved value, asked value` for all that a resumption must not change."""
+    before, after = flatten(saved), flatten(asked)
+    return [
+        f"{name} is {before[name]!r} in the run and {after[name]!r} now"
+        for name in before
+        if name not in FREE_FIELDS and before[name] != after[name]
+    ]
+
+
+def settings_to_keep(config: Any) -> dict[str, Any]:
+    """Returns the settings that a run keeps, and that all processes of one have in common.
+
+    Left out is where these are: it says nothing of those that go on with it.
+
+    Args:
+        config: a nested config.
+    """
+    return {name: value for name, value in flatten(config).items() if name not in PROCESSES}
