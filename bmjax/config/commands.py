@@ -64,6 +64,8 @@ class ConvertConfig:
             run's folder, or imagenet-v1 or imagenet-v2 for torchvision's published weights.
         out: What to write; nothing that exists is overwritten.
         model: Name of the ResNet; a run knows its own.
+        weights_key: Which state dict of a checkpoint with several, such as state_dict_ema; or the
+            prefix of the names to read. None given: the plain one, and it is said.
         certify: Compare with torchvision (which the extra torch brings): outputs, gradients and
             one training step, written to OUT.certificate.txt and .json; nothing else is written
             where it fails.
@@ -79,6 +81,7 @@ class ConvertConfig:
     path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
     out: str
     model: str = ""
+    weights_key: str = ""
     certify: bool = False
     images: str = ""
     image_size: int = 0

@@ -26,6 +26,8 @@ class FinetuneConfig(BaseConfig):
         weights: What to begin with: a torchvision checkpoint (.pth, .pt or .safetensors), Flax
             variables (.msgpack), a run's folder, or imagenet-v1 or imagenet-v2 for torchvision's
             published weights.
+        weights_key: Which state dict of a checkpoint with several, such as state_dict_ema; or the
+            prefix of the names to read. None given: the plain one, and it is said.
         image_size: Side in pixels of the images that the model takes; 0 takes that of published
             weights or of a run, or 224.
         epochs: Passes over the training split, at least 1.
@@ -48,6 +50,7 @@ class FinetuneConfig(BaseConfig):
     label_smoothing: float = 0.1
     model: str = ""
     weights: str = ""
+    weights_key: str = ""
     head: Literal["probe", "random", "keep"] = "probe"
     head_epochs: int = 0
     freeze: tuple[str, ...] = ()

@@ -14,6 +14,7 @@ FREE_FIELDS = frozenset(
         "teacher",
         "teacher_cache",
         "weights",
+        "weights_key",
         "parallel",
         "devices",
         "memory_gib",

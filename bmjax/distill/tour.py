@@ -105,7 +105,9 @@ def load_teachers(
 ) -> tuple[list[TrainedRun], TrainedRun | None]:
     """Reads the teachers that are named; returns them, and all of them as one, or None."""
     teachers = [
-        load_teacher(source, config.teacher_model, config.image_size, console)
+        load_teacher(
+            source, config.teacher_model, config.image_size, console, key=config.weights_key
+        )
         for source in ([] if config.follows_student else config.teacher)
     ]
     return teachers, combine(teachers, config.teacher_weights) if teachers else None
@@ -283,6 +285,7 @@ def train_student(
     extra = {
         "teacher": list(config.teacher) or [str(teacher.run.path) if teacher else ""],
         "teacher_model": config.teacher_model,
+        "weights_key": config.weights_key,
         "teacher_fingerprint": teacher.fingerprint if teacher else "",
         **config.loss_settings(),
     }

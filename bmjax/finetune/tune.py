@@ -33,7 +33,7 @@ from bmjax.train.setup import Start, check_possible, loss_weights
 from bmjax.weights.pretrained import Pretrained, read_pretrained, write_run
 
 # Settings beyond those of training; `weights_fingerprint` stands beside them in a run's config.
-_OWN = ("weights", "head", "head_epochs", "freeze", "layer_decay", "probe_only")
+_OWN = ("weights", "weights_key", "head", "head_epochs", "freeze", "layer_decay", "probe_only")
 
 
 def finetune(config: FinetuneConfig, console: Console | None = None) -> dict[str, Any]:
@@ -118,6 +118,7 @@ def _read_weights(config: FinetuneConfig, console: Console | None = None) -> Pre
         config.weights,
         config.model,
         head=config.head == "keep",
+        key=config.weights_key,
         image_size=config.image_size,
         console=console,
     )
@@ -127,7 +128,8 @@ def _go_on(config: FinetuneConfig, saved: Run, console: Console) -> dict[str, An
     """Goes on from a checkpoint, for which the weights need not be there any more."""
     extra = {name: _plain(getattr(config, name)) for name in _OWN}
     extra["weights_fingerprint"] = saved.extra["weights_fingerprint"]
-    if config.weights != saved.extra["weights"]:
+    before = saved.extra["weights"], saved.extra.get("weights_key", "")
+    if (config.weights, config.weights_key) != before:
         extra["weights_fingerprint"] = hosts.on_first(_read_weights, config).fingerprint()
     settled = ("model", "norm", "hidden_sizes", "image_size")
     train_config = config.train_config()
