@@ -18,6 +18,7 @@ from bmjax.metrics import summarize
 from bmjax.models import create_model
 from bmjax.train.apply import predict_logits
 from bmjax.train.compiled import make_evaluate, make_train_steps, zero_totals
+from bmjax.train.gradients import accumulated, whole_batch
 from bmjax.train.optim import trainable_mask
 from bmjax.train.step import classification_loss, create_state, label_loss, train_step
 
@@ -41,7 +42,7 @@ def run_steps(dataset, parallel, until=9, accumulate=1, views=VIEWS, model=None)
     """Trains for an epoch and a half, in calls of uneven length, and evaluates."""
     model, optimizer, normalization, state, loss_fn = set_up(dataset, model)
     arrays = loader.as_arrays(dataset.train)
-    steps = make_train_steps(parallel, optimizer, 16, accumulate)
+    steps = make_train_steps(parallel, optimizer, 16, accumulated(accumulate))
     totals = parallel.put(zero_totals(loss_fn, state, arrays["image"].shape[1:]))
     functions = (view(views, parallel), Partial(loss_fn))
     state, functions, arrays = (parallel.put(tree) for tree in (state, functions, arrays))
@@ -256,8 +257,8 @@ def test_a_frozen_leaf_has_no_gradient_and_the_others_have_theirs(shapes):
         model, optimizer, shapes.image_shape, seed=0, variables=state.variables, trained=mask
     )
     whole, _ = jax.jit(lambda state: train_step(state, batch, loss_fn, optimizer))(state)
-    for accumulate in (1, 2):
-        step = functools.partial(train_step, accumulate=accumulate, trained=mask)
+    for gradient in (whole_batch, accumulated(2)):
+        step = functools.partial(train_step, gradient=gradient, trained=mask)
         part, _ = jax.jit(lambda some, step=step: step(some, batch, loss_fn, optimizer))(some)
         chex.assert_trees_all_equal(part.params["conv1"], state.params["conv1"])
         for name in ("conv2", "head"):

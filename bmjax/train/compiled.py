@@ -16,7 +16,8 @@ from bmjax.data.preprocess import Normalization
 from bmjax.machine.parallel import AXIS, Parallel
 from bmjax.metrics import ClassificationSums
 from bmjax.train.apply import predict_logits
-from bmjax.train.step import Batch, LossFn, TrainState, train_step, with_average
+from bmjax.train.gradients import Batch, Gradient, whole_batch
+from bmjax.train.step import LossFn, TrainState, train_step, with_average
 
 
 def draw_batches(
@@ -66,7 +67,7 @@ def make_train_steps(
     parallel: Parallel,
     optimizer: optax.GradientTransformation,
     batch_size: int,
-    accumulate: int = 1,
+    gradient: Gradient = whole_batch,
     ema_decay: float = 0.0,
     trained: Any = None,
     view_passes: int = 0,
@@ -77,7 +78,7 @@ def make_train_steps(
         parallel: the devices.
         optimizer: the update.
         batch_size: over all devices.
-        accumulate: see `train_step`.
+        gradient: see `train_step`.
         ema_decay: see `train_step`.
         trained: see `train_step`.
         view_passes: epochs after which order and views repeat; 0: they never do.
@@ -118,7 +119,7 @@ def make_train_steps(
             state, totals = carry
             batch = draw(state.step)
             new, sums = train_step(
-                state, batch, loss_fn, optimizer, accumulate, ema_decay, axis_name, trained
+                state, batch, loss_fn, optimizer, gradient, ema_decay, axis_name, trained
             )
             bad = jnp.where(jnp.isfinite(sums["loss"]), -1, state.step)
             totals = {

@@ -18,6 +18,7 @@ from bmjax.data.statistics import loss_weights
 from bmjax.machine.parallel import Parallel
 from bmjax.models.build import build_model
 from bmjax.train.compiled import make_train_steps, zero_totals
+from bmjax.train.gradients import accumulated
 from bmjax.train.phases import MakeLoss, Phase, StartingPoint, make_phases
 from bmjax.train.step import Batch, classification_loss
 
@@ -79,7 +80,7 @@ class TrainingPrograms:
                 self.parallel,
                 phase.optimizer,
                 config.batch_size,
-                config.accumulate,
+                accumulated(config.accumulate),
                 config.ema_decay,
                 phase.trained,
                 config.views.view_passes,
