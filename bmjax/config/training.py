@@ -148,7 +148,7 @@ class BaseConfig:
             the others.
         batch_size: Examples per update, over all devices together.
         accumulate: Parts that a batch is split into, one after the other, to save memory; the
-            update is that of the whole batch.
+            gradient is that of the whole batch, but batch normalisation sees one part at a time.
         remat: Compute each block of a ResNet again backward, instead of keeping what is inside, to
             save memory on GPU and TPU; XLA undoes it on CPU.
         label_smoothing: Share of the target spread evenly over the classes, in [0, 1).
