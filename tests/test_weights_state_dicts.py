@@ -17,6 +17,7 @@ from tests.weights_files_helpers import (
     packed,
     pickled,
     piece,
+    several,
     tensors_piece,
 )
 
@@ -26,10 +27,7 @@ BOTH = [*ONE.values(), *TWO.values()]
 
 
 def two(tmp_path, first, second):
-    written = dict_piece(
-        **{first: tensors_piece(ONE), second: tensors_piece(TWO, 2), "epoch": piece(3)}
-    )
-    return packed(tmp_path, pickled(written), BOTH)
+    return several(tmp_path, **{first: ONE, second: TWO})
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,16 @@ def dict_piece(**entries):
     return b"}(" + b"".join(writing._text(key) + value for key, value in entries.items()) + b"u"
 
 
+def several(tmp_path, **state_dicts):
+    """A file with several state dicts by their keys, and an epoch."""
+    entries: dict[str, bytes] = {}
+    arrays: list[np.ndarray] = []
+    for key, named in state_dicts.items():
+        entries[key] = tensors_piece(named, len(arrays))
+        arrays += [np.asarray(array) for array in named.values()]
+    return packed(tmp_path, pickled(dict_piece(**entries, epoch=piece(3))), arrays)
+
+
 def pickled(written):
     return b"\x80\x02" + written + b"."
 
