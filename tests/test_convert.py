@@ -174,7 +174,7 @@ def test_a_run_predicts_by_torchvisions_preprocessing(capsys, weights):
         ),
         ("bad.msgpack --model resnet_tiny --out x.pth", "cannot be read as Flax variables"),
         ("imagenet-v1 --model resnet_tiny --out x.pth", "resnet_tiny"),
-        ("tiny.pth --model resnet_tiny --out x.pth --image-size -1", "must be at least 0"),
+        ("tiny.pth --model resnet_tiny --out x.pth --image-size -1", "must be at least 1"),
         ("bad.msgpack --model resnet_tiny --out x.pth --weights-key a", "leave it out"),
     ],
 )

@@ -60,18 +60,18 @@ def _of_member(variables: dict[str, Any], index: int) -> dict[str, Any]:
 
 def load_teacher(
     source: str,
-    model: str = "",
-    image_size: int = 0,
+    model: str | None = None,
+    image_size: int | None = None,
     console: Console | None = None,
     *,
-    key: str = "",
+    key: str | None = None,
 ) -> TrainedRun:
     """Reads a teacher.
 
     Args:
         source: a run's folder, or a torchvision checkpoint: any file is one, whatever its suffix.
         model: name of the ResNet that a checkpoint is of.
-        image_size: side of the images that a checkpoint is given; 0: 224.
+        image_size: side of the images that a checkpoint is given; None: 224.
         console: where it is said what damage of a file cannot be seen.
         key: which state dict of a checkpoint with several; a run has none.
 
@@ -91,7 +91,8 @@ def load_teacher(
     if model not in RESNETS:
         raise UserError(
             f"--teacher {source} is a file, which does not name its own model: --teacher-model "
-            f"says which ResNet, but is {model!r}. Known: {', '.join(sorted(RESNETS))}."
+            f"says which ResNet{f', but is {model}' if model else ''}. Known: "
+            f"{', '.join(sorted(RESNETS))}."
         )
     weights = read_pretrained(source, model, key=key, image_size=image_size, console=console)
     run = Run(path, TrainConfig(model=model, data="", out=source), weights.data, {})

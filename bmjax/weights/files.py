@@ -46,7 +46,7 @@ _MAX_GROWTH = 8
 _FREE_BYTES = 64 * 2**20
 
 
-def read_state_dict(path: str | Path, key: str = "") -> dict[str, np.ndarray]:
+def read_state_dict(path: str | Path, key: str | None = None) -> dict[str, np.ndarray]:
     """Reads the named arrays of a weight file; nothing that the file says is run.
 
     A training checkpoint may hold the state dict beside other things, and under any key; of
@@ -88,7 +88,7 @@ class WeightFile:
     notes: tuple[str, ...] = ()
 
 
-def read_checkpoint(path: str | Path, key: str = "") -> WeightFile:
+def read_checkpoint(path: str | Path, key: str | None = None) -> WeightFile:
     """Reads the named arrays of a weight file as `read_state_dict` does, and says what it chose."""
     path = Path(path)
     try:
@@ -136,11 +136,11 @@ def _check_hash(path: Path, content: bytes) -> None:
         )
 
 
-def _read(content: bytes, key: str) -> tuple[Chosen, dict[str, np.ndarray]]:
+def _read(content: bytes, key: str | None) -> tuple[Chosen, dict[str, np.ndarray]]:
     # Before pickles: the length that begins a safetensors file may begin as they do.
     if content[8:9] == b"{" and int.from_bytes(content[:8], "little") < 2**32:
         named, storages = _read_safetensors(content)
-        chosen = Chosen(choose_names(named, key) if key else named, key)
+        chosen = Chosen(choose_names(named, key) if key else named, key or "")
         return chosen, _to_arrays(chosen.named, storages, len(content))
     if content.startswith(_ZIP_START):
         loaded, storages = _read_zip(content)

@@ -44,7 +44,7 @@ class Chosen:
     others: tuple[str, ...] = ()
 
 
-def choose(value: Any, key: str = "") -> Chosen:
+def choose(value: Any, key: str | None = None) -> Chosen:
     """Finds the state dict in what a pickle held.
 
     Entries that are no tensors are left out, and so are the states of optimizers.
