@@ -91,7 +91,7 @@ def load_teacher(
     if model not in RESNETS:
         raise UserError(
             f"--teacher {source} is a file, which does not name its own model: --teacher-model "
-            f"says which ResNet{f', but is {model}' if model else ''}. Known: "
+            f"says which ResNet{f', but is {model!r}' if model else ''}. Known: "
             f"{', '.join(sorted(RESNETS))}."
         )
     weights = read_pretrained(source, model, key=key, image_size=image_size, console=console)
