@@ -37,7 +37,7 @@ def measure(freeze: tuple[str, ...], size: int, batch_size: int) -> dict[str, fl
     from bmjax.machine.parallel import Parallel
     from bmjax.models.build import build_model
     from bmjax.train.compiled import make_train_steps, zero_totals
-    from bmjax.train.setup import Start, make_phases
+    from bmjax.train.phases import StartingPoint, make_phases
     from bmjax.train.step import classification_loss
     from bmjax.weights.pretrained import IMAGENET
 
@@ -45,14 +45,14 @@ def measure(freeze: tuple[str, ...], size: int, batch_size: int) -> dict[str, fl
     model = build_model(config, 10)
     shape = (size, size, 3)
     variables = jax.jit(model.init)(jax.random.key(0), np.zeros((1, *shape), np.float32))
-    start = Start(dict(variables), IMAGENET, freeze)
+    start = StartingPoint(dict(variables), IMAGENET, freeze)
     num = batch_size * STEPS
     images = np.random.default_rng(0).integers(0, 256, (num, *shape)).astype(np.uint8)
     source = ArraySource(images, (np.arange(num) % 10).astype(np.int32))
     parallel = Parallel("jit", jax.devices()[:1])
     phase = make_phases(config, model, shape, STEPS, start)[-1]
     loss_fn = classification_loss(phase.model, IMAGENET, config.label_smoothing)
-    view = loader.make_view(config.views, shape[:2], IMAGENET["mean"])
+    view = loader.make_view(config.views, shape[:2], IMAGENET.mean)
     steps = make_train_steps(
         parallel,
         phase.optimizer,

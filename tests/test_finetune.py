@@ -307,7 +307,7 @@ def test_gray_images_are_taken_as_colour(resnet, tmp_path):
 
 
 def test_balanced_classes_weigh_the_same():
-    from bmjax.train.setup import class_weights
+    from bmjax.data.statistics import class_weights
 
     source = draw_shapes(12, 0)
     few = dataclasses.replace(source, labels=np.array([0] * 8 + [1] * 3 + [2], np.int32))

@@ -163,7 +163,7 @@ def test_divergence_names_step_learning_rate_and_checkpoint(small, shapes, quiet
 
 
 def test_divergence_later_keeps_the_last_good_checkpoint(small, shapes, quiet, monkeypatch):
-    from bmjax.train import setup as module
+    from bmjax.train import phases as module
 
     schedule = module.learning_rate_schedule
 

@@ -27,9 +27,9 @@ VIEWS = AugmentConfig()
 def set_up(dataset, model=None, optimizer=None, ema=False):
     model = model or create_model("cnn_tiny", dataset.num_classes)
     optimizer = optimizer or optax.adamw(1e-2)
-    statistics = preprocess.pixel_statistics(dataset.train.images)
+    normalization = preprocess.pixel_statistics(dataset.train.images)
     state = create_state(model, optimizer, dataset.image_shape, seed=0, ema=ema)
-    return model, optimizer, statistics, state, classification_loss(model, statistics)
+    return model, optimizer, normalization, state, classification_loss(model, normalization)
 
 
 def view(views, parallel=None):
@@ -39,7 +39,7 @@ def view(views, parallel=None):
 
 def run_steps(dataset, parallel, until=9, accumulate=1, views=VIEWS, model=None):
     """Trains for an epoch and a half, in calls of uneven length, and evaluates."""
-    model, optimizer, statistics, state, loss_fn = set_up(dataset, model)
+    model, optimizer, normalization, state, loss_fn = set_up(dataset, model)
     arrays = loader.as_arrays(dataset.train)
     steps = make_train_steps(parallel, optimizer, 16, accumulate)
     totals = parallel.put(zero_totals(loss_fn, state, arrays["image"].shape[1:]))
@@ -47,7 +47,7 @@ def run_steps(dataset, parallel, until=9, accumulate=1, views=VIEWS, model=None)
     state, functions, arrays = (parallel.put(tree) for tree in (state, functions, arrays))
     for end in (1, 4, 6, until):
         state, totals = steps(state, totals, functions, arrays, np.int32(end))
-    evaluate = make_evaluate(parallel, model, statistics, dataset.num_classes, 16)
+    evaluate = make_evaluate(parallel, model, normalization, dataset.num_classes, 16)
     sums = evaluate(state.variables, parallel.put(loader.as_arrays(dataset.test)))
     return parallel.get((state, totals, sums))
 
@@ -187,13 +187,13 @@ class WithStatistics(nn.Module):
 
 
 def test_running_statistics_pass_through_the_step(shapes):
-    model, optimizer, statistics, state, loss_fn = set_up(shapes, model=WithStatistics(3))
+    model, optimizer, normalization, state, loss_fn = set_up(shapes, model=WithStatistics(3))
     batch = take(shapes)
     after, _ = jitted_step(state, batch, loss_fn, optimizer)
-    images = preprocess.normalize(batch["image"], statistics).reshape(16, -1)
+    images = preprocess.normalize(batch["image"], normalization).reshape(16, -1)
     mean = after.batch_stats["BatchNorm_0"]["mean"]
     np.testing.assert_allclose(mean, 0.1 * images.mean(axis=0), atol=1e-5)
-    logits = predict_logits(model, statistics, after.variables, batch["image"])
+    logits = predict_logits(model, normalization, after.variables, batch["image"])
     chex.assert_shape(logits, (16, 3))
 
 
@@ -224,12 +224,12 @@ def test_a_loss_that_is_not_finite_stops_the_loop_at_its_step(shapes):
 
 
 def test_evaluation_covers_exactly_the_split(shapes):
-    model, _, statistics, state, _ = set_up(shapes)
+    model, _, normalization, state, _ = set_up(shapes)
     arrays = loader.as_arrays(shapes.test)
     expected = None
     for size in (8, 16, 64):
         parallel = Parallel("jit", jax.devices()[:4])
-        evaluate = make_evaluate(parallel, model, statistics, 3, size)
+        evaluate = make_evaluate(parallel, model, normalization, 3, size)
         got = summarize(parallel.get(evaluate(parallel.put(state.variables), parallel.put(arrays))))
         assert got["examples"] == 50
         if expected:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 from jax.tree_util import Partial
 
-from bmjax.bench.workload import STATISTICS
+from bmjax.bench.workload import pixel_normalization
 from bmjax.config import AugmentConfig, OptimConfig
 from bmjax.data import loader
 from bmjax.machine.parallel import Parallel
@@ -41,11 +41,11 @@ def make_step(
         accumulate: see `make_train_steps`.
     """
     shape = data["image"].shape[1:]
-    statistics = {name: [value] * shape[-1] for name, value in STATISTICS.items()}
+    normalization = pixel_normalization(shape[-1])
     optimizer = make_optimizer(OptimConfig(optimizer="sgd"), lambda _: 0.1)
     state = create_state(model, optimizer, shape, seed=0)
-    loss_fn = Partial(classification_loss(model, statistics))
-    view = loader.make_view(AugmentConfig(augment=False), shape[:2], statistics["mean"])
+    loss_fn = Partial(classification_loss(model, normalization))
+    view = loader.make_view(AugmentConfig(augment=False), shape[:2], normalization.mean)
     steps = make_train_steps(parallel, optimizer, batch_size, accumulate)
     totals = zero_totals(loss_fn, state, shape)
     held = [parallel.put(tree) for tree in (state, totals, (view, loss_fn), data)]

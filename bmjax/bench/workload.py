@@ -6,6 +6,8 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from bmjax.data.preprocess import Normalization
+
 NUM_CLASSES = 10
 LEARNING_RATE = 0.01
 MOMENTUM = 0.9
@@ -58,12 +60,17 @@ class Workload:
 BLOCKS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3)}
 
 # Of uniform pixels in [0, 1].
-STATISTICS = {"mean": 0.5, "std": 12**-0.5}
+PIXEL_MEAN, PIXEL_STD = 0.5, 12**-0.5
+
+
+def pixel_normalization(channels: int) -> Normalization:
+    """Returns what all contenders normalise images by."""
+    return Normalization((PIXEL_MEAN,) * channels, (PIXEL_STD,) * channels)
 
 
 def normalized(images: np.ndarray) -> np.ndarray:
     """Returns pixels as all contenders see them: float32, mean 0 and standard deviation 1."""
-    return ((images / np.float32(255) - STATISTICS["mean"]) / STATISTICS["std"]).astype(np.float32)
+    return ((images / np.float32(255) - PIXEL_MEAN) / PIXEL_STD).astype(np.float32)
 
 
 class Contender(Protocol):

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from bmjax.data import preprocess
-from bmjax.data.sources import SPLITS, ArraySource, Dataset, Outline, Source, all_images
+from bmjax.data.sources import SPLITS, ArraySource, Dataset, DatasetSpec, Source, all_images
 from bmjax.errors import unknown_name
 
 
@@ -20,7 +20,7 @@ def load_dataset(
     memory_gib: float = 4.0,
     splits: Sequence[str] = SPLITS,
     channels: int = 3,
-    meanwhile: Callable[[Outline], None] | None = None,
+    meanwhile: Callable[[DatasetSpec], None] | None = None,
 ) -> Dataset:
     """Loads a dataset, preparing it in the cache folder first where that is needed.
 

@@ -26,6 +26,7 @@ from rich.progress import Progress
 from bmjax.config import DistillConfig
 from bmjax.config.flat import flatten
 from bmjax.data import Dataset, loader
+from bmjax.data.loader import epoch_orders
 from bmjax.errors import UserError
 from bmjax.machine import hosts
 from bmjax.machine.parallel import Parallel
@@ -33,7 +34,6 @@ from bmjax.machine.storage import make_folder, read_json, write_atomically
 from bmjax.runs.trained import TrainedRun
 from bmjax.train.apply import predict_logits
 from bmjax.train.compiled import draw_batches
-from bmjax.train.setup import epoch_orders
 from bmjax.train.step import Batch, run_keys
 
 INDEX = "cache.json"
@@ -45,7 +45,7 @@ _STEPS_OF_A_CALL = 16
 
 @dataclass(frozen=True, eq=False)
 class TeacherCache:
-    """A cache that was checked; see `loader.Beside`.
+    """A cache that was checked; see `loader.ViewTargets`.
 
     Attributes:
         arrays: by name, [passes, steps of an epoch, batch, ...], memory-mapped.
@@ -259,7 +259,7 @@ def _ask_all(
         def one_step(carry: tuple[Array, Array]) -> tuple[Array, Array]:
             step, logits = carry
             asked = ask_or_read(
-                partial(predict_logits, teacher.model, teacher.statistics, variables),
+                partial(predict_logits, teacher.model, teacher.normalization, variables),
                 draw(step)["image"],
                 jnp.zeros(zeros.shape[1:]),
                 step < first,  # never, but the compiler cannot know

@@ -14,8 +14,9 @@ from bmjax.config import DistillConfig, EvaluateConfig, TrainConfig
 from bmjax.config.checks import check_distill
 from bmjax.config.flat import contradictions, flatten, settings_to_keep, unflatten
 from bmjax.data import Dataset, load_dataset, loader
+from bmjax.data.preprocess import Normalization
 from bmjax.data.sources import Source
-from bmjax.data.statistics import pixel_statistics
+from bmjax.data.statistics import loss_weights, pixel_statistics
 from bmjax.distill.feature_matching import Matching
 from bmjax.distill.loss import distillation_loss, match_features
 from bmjax.distill.teacher_cache import NoCache, cached_teacher
@@ -32,7 +33,7 @@ from bmjax.models.build import build_model
 from bmjax.runs.folder import CONFIG, TOUR, read_run, refuse_existing
 from bmjax.runs.trained import TrainedRun, check_fits, load_for, load_run
 from bmjax.train.loop import fit
-from bmjax.train.setup import MakeLoss, Start, check_possible, loss_weights
+from bmjax.train.phases import MakeLoss, StartingPoint, check_possible
 from bmjax.train.step import LossFn, run_keys
 
 DEFAULT_OUT = "runs/distill"
@@ -261,14 +262,14 @@ def _fit_or_go_on(
     title: str,
     make_loss: MakeLoss | None = None,
     extra: dict[str, Any] | None = None,
-    start: Start | None = None,
-    beside: loader.Beside | None = None,
+    start: StartingPoint | None = None,
+    view_targets: loader.ViewTargets | None = None,
 ) -> None:
     """Runs a part of the tour; a resumed tour may not have begun it yet."""
     started = hosts.on_first((Path(config.out) / CONFIG).is_file)
     run = dataclasses.replace(config.run, resume=config.run.resume and started)
     config = dataclasses.replace(config, run=run)
-    fit(config, dataset, make_loss, extra, console, title, start, beside)
+    fit(config, dataset, make_loss, extra, console, title, start, view_targets)
 
 
 def train_student(
@@ -289,25 +290,25 @@ def train_student(
     weights = loss_weights(config, dataset.train.labels, dataset.num_classes)
     model = build_model(student, dataset.num_classes)
     matching = match_with(config, model, teacher, dataset.image_shape)
-    beside: loader.Beside | None = None
+    view_targets: loader.ViewTargets | None = None
     if teacher is not None and matching is None:
-        beside = NoCache(config.batch_size, dataset.num_classes)
+        view_targets = NoCache(config.batch_size, dataset.num_classes)
     if teacher is not None and config.teacher_cache:
         folder = Path(config.teacher_cache)
         folder = folder / out.name if config.generations > 1 else folder
-        mean = pixel_statistics(dataset)["mean"]
-        beside = cached_teacher(folder, teacher, dataset, config, mean, console)
+        mean = pixel_statistics(dataset).mean
+        view_targets = cached_teacher(folder, teacher, dataset, config, mean, console)
 
-    def make_loss(model: nn.Module, statistics: dict[str, Any]) -> LossFn:
-        return distillation_loss(model, statistics, teacher, config, weights, matching)
+    def make_loss(model: nn.Module, normalization: Normalization) -> LossFn:
+        return distillation_loss(model, normalization, teacher, config, weights, matching)
 
     start = None
     if matching and matching.learns:
         variables = initial_variables(model, config, matching, dataset.image_shape)
-        start = Start(variables, pixel_statistics(dataset))
+        start = StartingPoint(variables, pixel_statistics(dataset))
     title = f"{config.student} distilled"
     title += f", generation {out.name.partition('-')[2]}" if config.generations > 1 else ""
-    _fit_or_go_on(student, dataset, console, title, make_loss, extra, start, beside)
+    _fit_or_go_on(student, dataset, console, title, make_loss, extra, start, view_targets)
 
 
 def initial_variables(

@@ -15,6 +15,7 @@ import numpy as np
 from bmjax.config import BaseConfig, EvaluateConfig, PredictConfig
 from bmjax.config.checks import check_evaluate
 from bmjax.data import loader, preprocess
+from bmjax.data.preprocess import Normalization
 from bmjax.data.sources import SPLITS, Source
 from bmjax.errors import UserError
 from bmjax.machine import hosts
@@ -102,7 +103,7 @@ def measure(trained: TrainedRun, source: Source, config: EvaluateConfig) -> dict
     # Padding is masked, so the batch may grow to what divides over the devices.
     batch_size = -(-config.batch_size // len(parallel.devices)) * len(parallel.devices)
     run_evaluate = make_evaluate(
-        parallel, trained.model, trained.statistics, trained.num_classes, batch_size
+        parallel, trained.model, trained.normalization, trained.num_classes, batch_size
     )
     feed = loader.Feed(source, parallel, batch_size, share=hosts.share())
     sums = evaluate_split(run_evaluate, parallel.put(trained.variables), feed)
@@ -114,7 +115,7 @@ def measure(trained: TrainedRun, source: Source, config: EvaluateConfig) -> dict
 
 def inference_speed(trained: TrainedRun, source: Source, batch_size: int) -> float:
     """Times forward passes over one batch, already on one device; returns the median images/s."""
-    predict = jax.jit(partial(_from_pixels, trained.model, trained.statistics))
+    predict = jax.jit(partial(_from_pixels, trained.model, trained.normalization))
     variables = jax.device_put(trained.variables)
     number = min(batch_size, len(source))
     images = jax.device_put(np.stack([source[index]["image"] for index in range(number)]))
@@ -128,10 +129,10 @@ def inference_speed(trained: TrainedRun, source: Source, batch_size: int) -> flo
 
 
 def _from_pixels(
-    model: nn.Module, statistics: dict[str, Any], variables: Any, images: jax.Array
+    model: nn.Module, normalization: Normalization, variables: Any, images: jax.Array
 ) -> jax.Array:
     scaled = images.astype(jnp.float32) / 255
-    return predict_logits(model, statistics, variables, scaled)
+    return predict_logits(model, normalization, variables, scaled)
 
 
 def predict(config: PredictConfig) -> list[dict[str, Any]]:
@@ -171,7 +172,7 @@ def predict_probabilities(trained: TrainedRun, images: np.ndarray) -> np.ndarray
     Returns:
         [examples, classes] float32; each row sums to 1.
     """
-    apply = jax.jit(partial(_from_pixels, trained.model, trained.statistics))
+    apply = jax.jit(partial(_from_pixels, trained.model, trained.normalization))
     variables = jax.device_put(trained.variables)
     batches = np.split(images, range(256, len(images), 256))
     return np.concatenate([jax.nn.softmax(apply(variables, batch)) for batch in batches])

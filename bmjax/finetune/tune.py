@@ -15,7 +15,7 @@ from bmjax.config.checks import check_finetune
 from bmjax.config.flat import flatten, unflatten
 from bmjax.data import Dataset, load_dataset, preprocess
 from bmjax.data.load import with_channels
-from bmjax.data.statistics import describe
+from bmjax.data.statistics import describe, loss_weights
 from bmjax.errors import StoppedError, UserError
 from bmjax.finetune.probe import Probe, probe_head
 from bmjax.machine import hosts
@@ -29,7 +29,7 @@ from bmjax.runs.trained import same_classes
 from bmjax.train.finder import find_learning_rate
 from bmjax.train.loop import fit
 from bmjax.train.optim import depth_scales, trainable_mask
-from bmjax.train.setup import Start, check_possible, loss_weights
+from bmjax.train.phases import StartingPoint, check_possible
 from bmjax.weights.pretrained import Pretrained, read_pretrained, write_run
 
 # Settings beyond those of training; `weights_fingerprint` stands beside them in a run's config.
@@ -105,7 +105,9 @@ def _begin(
         return {**result, "finding": finding, "history": []}
     if config.probe_only:
         assert probe is not None
-        run = Run(Path(train_config.out), train_config, describe(dataset, start.statistics), extra)
+        run = Run(
+            Path(train_config.out), train_config, describe(dataset, start.normalization), extra
+        )
         record = {"step": 0, "epoch": 0, "split": "validation", "accuracy": probe.accuracy}
         hosts.on_first(write_run, run, start.variables, probe.accuracy, [record])
         return {**result, "history": [record]}
@@ -139,10 +141,12 @@ def _go_on(config: FinetuneConfig, saved: Run, console: Console) -> dict[str, An
     )
     dataset = _load(train_config, saved.data)
     model = build_model(train_config, dataset.num_classes)
-    statistics = {"mean": saved.data["mean"], "std": saved.data["std"]}
+    normalization = saved.normalization
     # The checkpoint takes the place of these values.
     variables = _init(model, dataset, config.seed)
-    start = Start(variables, statistics, config.freeze, config.head_epochs, config.layer_decay)
+    start = StartingPoint(
+        variables, normalization, config.freeze, config.head_epochs, config.layer_decay
+    )
     _, history = fit(train_config, dataset, None, extra, console, "", start)
     return {"out": train_config.out, "probe": None, "finding": None, "history": history}
 
@@ -221,7 +225,7 @@ def _check_kept(weights: Pretrained, dataset: Dataset) -> None:
 
 def _make_start(
     config: FinetuneConfig, train_config: TrainConfig, weights: Pretrained, dataset: Dataset
-) -> tuple[Start, Probe | None]:
+) -> tuple[StartingPoint, Probe | None]:
     model = build_model(train_config, dataset.num_classes)
     variables = _init(model, dataset, config.seed)
     head = variables["params"]["head"]
@@ -236,10 +240,14 @@ def _make_start(
     probe = None
     if config.head == "probe":
         factors = loss_weights(config, dataset.train.labels, dataset.num_classes)
-        probe = probe_head(model, start_variables, weights.statistics, dataset, factors)
+        probe = probe_head(model, start_variables, weights.normalization, dataset, factors)
         params["head"] = {"kernel": probe.kernel, "bias": probe.bias}
-    start = Start(
-        start_variables, weights.statistics, config.freeze, config.head_epochs, config.layer_decay
+    start = StartingPoint(
+        start_variables,
+        weights.normalization,
+        config.freeze,
+        config.head_epochs,
+        config.layer_decay,
     )
     return start, probe
 

@@ -14,6 +14,7 @@ import filelock
 from bmjax.config import DistillConfig, FinetuneConfig, TrainConfig
 from bmjax.config.checks import check_train
 from bmjax.config.flat import contradictions, flatten, settings_to_keep, unflatten
+from bmjax.data.preprocess import Normalization
 from bmjax.errors import UserError
 from bmjax.machine import hosts
 from bmjax.machine.storage import make_folder, read_settings, write_settings
@@ -53,6 +54,11 @@ class Run:
     def checkpoints(self) -> Path:
         """The folder of the checkpoints."""
         return self.path / "checkpoints"
+
+    @property
+    def normalization(self) -> Normalization:
+        """What its images are normalised by."""
+        return Normalization.of(self.data)
 
     @property
     def metrics(self) -> Path:

@@ -42,9 +42,9 @@ class TrainedRun:
     warnings: tuple[str, ...]
 
     @property
-    def statistics(self) -> dict[str, Any]:
-        """The `mean` and `std` that its images are normalised by."""
-        return {"mean": self.run.data["mean"], "std": self.run.data["std"]}
+    def normalization(self) -> preprocess.Normalization:
+        """What its images are normalised by."""
+        return self.run.normalization
 
     @property
     def transform(self) -> preprocess.EvaluationTransform:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from bmjax.data import preprocess
+from bmjax.data.preprocess import Normalization
 
 
 def apply_train(
@@ -47,13 +48,13 @@ def apply_with_features(
 
 
 def predict_logits(
-    model: nn.Module, statistics: dict[str, Any], variables: Any, images: Array
+    model: nn.Module, normalization: Normalization, variables: Any, images: Array
 ) -> Array:
     """Applies the model in evaluation mode to images with values in [0, 1].
 
     Args:
         model: the Linen module.
-        statistics: `mean` and `std` that the images are normalised by.
+        normalization: `mean` and `std` that the images are normalised by.
         variables: `params` and `batch_stats`.
         images: [batch, height, width, channels] float32.
 
@@ -61,21 +62,21 @@ def predict_logits(
         Logits [batch, classes] float32.
     """
     dtype = getattr(model, "dtype", None) or jnp.float32
-    logits = model.apply(variables, preprocess.normalize(images, statistics, dtype))
+    logits = model.apply(variables, preprocess.normalize(images, normalization, dtype))
     return cast(Array, logits)
 
 
 def predict_features(
     model: nn.Module,
-    statistics: dict[str, Any],
+    normalization: Normalization,
     variables: Any,
     images: Array,
     layers: Sequence[str],
 ) -> tuple[Array, dict[str, Array]]:
     """Returns what `predict_logits` does, and the named intermediates of `layers`."""
     if not layers:
-        return predict_logits(model, statistics, variables, images), {}
+        return predict_logits(model, normalization, variables, images), {}
     dtype = getattr(model, "dtype", None) or jnp.float32
-    images = preprocess.normalize(images, statistics, dtype)
+    images = preprocess.normalize(images, normalization, dtype)
     logits, new = model.apply(variables, images, mutable=["intermediates"])
     return cast(Array, logits), {name: new["intermediates"][name] for name in layers}

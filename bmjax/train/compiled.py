@@ -12,6 +12,7 @@ from jax import Array, lax
 from jax.tree_util import Partial
 
 from bmjax.data import loader
+from bmjax.data.preprocess import Normalization
 from bmjax.machine.parallel import AXIS, Parallel
 from bmjax.metrics import ClassificationSums
 from bmjax.train.apply import predict_logits
@@ -141,10 +142,10 @@ def zero_totals(
     loss_fn: LossFn,
     state: TrainState,
     image_shape: tuple[int, int, int],
-    beside: loader.Beside | None = None,
+    view_targets: loader.ViewTargets | None = None,
 ) -> dict[str, Array]:
     """Returns the totals before the first example, with a name for each metric of the loss."""
-    rows = beside.rows(0, 1) if beside else {}
+    rows = view_targets.rows(0, 1) if view_targets else {}
     batch = {
         **{
             name: jax.ShapeDtypeStruct((1, *row.shape[1:]), row.dtype) for name, row in rows.items()
@@ -165,7 +166,7 @@ def zero_totals(
 def make_evaluate(
     parallel: Parallel,
     model: nn.Module,
-    statistics: dict[str, Any],
+    normalization: Normalization,
     num_classes: int,
     batch_size: int,
 ) -> Callable[[Any, Any], ClassificationSums]:
@@ -175,7 +176,7 @@ def make_evaluate(
         `evaluate(variables, arrays) -> ClassificationSums`, over a split or a window of one.
     """
     axis_name = parallel.axis_name
-    predict = partial(predict_logits, model, statistics)
+    predict = partial(predict_logits, model, normalization)
 
     def evaluate(variables: Any, arrays: Any) -> ClassificationSums:
         number, order = len(arrays["label"]), None

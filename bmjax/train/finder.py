@@ -19,14 +19,15 @@ from rich.progress import track
 
 from bmjax.config import TrainConfig
 from bmjax.data import Dataset, loader
-from bmjax.data.sources import Outline
+from bmjax.data.loader import epoch_orders
+from bmjax.data.sources import DatasetSpec
 from bmjax.data.statistics import pixel_statistics
 from bmjax.errors import UserError
 from bmjax.machine import hosts
 from bmjax.machine.parallel import make_parallel
 from bmjax.machine.storage import make_folder, replacing, write_atomically
-from bmjax.train.programs import Programs
-from bmjax.train.setup import Start, epoch_orders
+from bmjax.train.phases import StartingPoint
+from bmjax.train.programs import TrainingPrograms
 
 _LOWEST, _HIGHEST, _STEPS = 1e-6, 10.0, 120
 # Of the running average of the losses, which a single batch makes jump.
@@ -58,7 +59,7 @@ class Finding:
 def find_learning_rate(
     config: TrainConfig,
     dataset: Dataset,
-    start: Start | None = None,
+    start: StartingPoint | None = None,
     console: Console | None = None,
 ) -> Finding:
     """Trains for at most 120 steps with learning rates from 1e-6 to 10, until the loss explodes.
@@ -155,15 +156,17 @@ def plot(finding: Finding, path: Path) -> None:
 
 
 def _try_rates(
-    config: TrainConfig, dataset: Dataset, start: Start | None, console: Console
+    config: TrainConfig, dataset: Dataset, start: StartingPoint | None, console: Console
 ) -> tuple[np.ndarray, np.ndarray]:
     parallel = make_parallel(config.device)
     start = None if start is None else dataclasses.replace(start, head_epochs=0)
-    programs = Programs(config, parallel, Outline.of(dataset), start=start, schedule=_growing)
+    programs = TrainingPrograms(
+        config, parallel, DatasetSpec.of(dataset), start=start, schedule=_growing
+    )
     phase = programs.phases[-1]
-    statistics = start.statistics if start else pixel_statistics(dataset)
+    normalization = start.normalization if start else pixel_statistics(dataset)
     steps = programs.steps(phase)
-    functions = parallel.put(programs.functions(phase, statistics))
+    functions = parallel.put(programs.functions(phase, normalization))
     feed = loader.Feed(
         dataset.train,
         parallel,
@@ -172,7 +175,7 @@ def _try_rates(
         True,
         share=hosts.share(),
     )
-    state, totals = parallel.put(phase.fresh), parallel.put(programs.zeros(statistics))
+    state, totals = parallel.put(phase.fresh), parallel.put(programs.zeros(normalization))
     losses: list[float] = []
     before = {"loss": 0.0, "count": 0.0}
     for step in track(range(_STEPS), "trying learning rates", console=console, transient=True):

@@ -14,7 +14,8 @@ from bmjax.config import TrainConfig
 from bmjax.config.checks import check_train
 from bmjax.config.flat import settings_to_keep
 from bmjax.data import Dataset, loader
-from bmjax.data.sources import Outline
+from bmjax.data.loader import epoch_orders
+from bmjax.data.sources import DatasetSpec
 from bmjax.data.statistics import describe
 from bmjax.errors import DivergenceError, StoppedError
 from bmjax.machine import hosts
@@ -36,8 +37,8 @@ from bmjax.runs.folder import (
     refuse_existing,
 )
 from bmjax.train.compiled import evaluate_split, make_evaluate
-from bmjax.train.programs import Programs, load_and_compile
-from bmjax.train.setup import MakeLoss, Phase, Start, check_possible, epoch_orders
+from bmjax.train.phases import MakeLoss, Phase, StartingPoint, check_possible
+from bmjax.train.programs import TrainingPrograms, load_and_compile
 from bmjax.train.step import TrainState
 from bmjax.train.tracking import Display, EventFiles, MetricsFile, Profile
 
@@ -52,8 +53,8 @@ def fit(
     extra: dict[str, Any] | None = None,
     console: Console | None = None,
     title: str = "",
-    start: Start | None = None,
-    beside: loader.Beside | None = None,
+    start: StartingPoint | None = None,
+    view_targets: loader.ViewTargets | None = None,
     own_process: bool = False,
 ) -> tuple[TrainState, list[dict[str, Any]]]:
     """Trains a model, or goes on with a run, into the folder `config.out`.
@@ -61,13 +62,13 @@ def fit(
     Args:
         config: everything the run depends on.
         dataset: used instead of `config.data`, which then only names it.
-        make_loss: `make_loss(model, statistics)` returns the loss function; by default it is
+        make_loss: `make_loss(model, normalization)` returns the loss function; by default it is
             `classification_loss` with the config's label smoothing and class weights.
         extra: settings of `make_loss`, kept in `config.json` and compared at a resumption.
         console: where progress is shown; by default standard output.
         title: stands before every line of progress; by default the model's name.
         start: what it begins with; by default random params.
-        beside: what the loss is given of each view beside image and label.
+        view_targets: what the loss is given of each view beside image and label.
         own_process: whether the process does nothing else, so that threads may be set up as suits
             this run alone.
 
@@ -93,29 +94,31 @@ def fit(
         check_same_settings(saved, config, extra or {})
     use_compilation_cache()
 
-    def make_programs(outline: Outline) -> Programs:
-        flops = config.batch_size * forward_flops(model, outline.image_shape)
+    def make_programs(spec: DatasetSpec) -> TrainingPrograms:
+        flops = config.batch_size * forward_flops(model, spec.image_shape)
         # Random views are several times the work of a small model, and gain by a second thread.
         if own_process and not config.views.augment and suits_one_thread(flops):
             compute_in_calling_thread()
-        check_possible(config, outline)
-        return Programs(config, make_parallel(config.device), outline, make_loss, start, beside)
+        check_possible(config, spec)
+        return TrainingPrograms(
+            config, make_parallel(config.device), spec, make_loss, start, view_targets
+        )
 
     if dataset is None:
         dataset, programs = load_and_compile(config, make_programs)
     else:
-        programs = make_programs(Outline.of(dataset))
-    statistics = start.statistics if start else None
+        programs = make_programs(DatasetSpec.of(dataset))
+    normalization = start.normalization if start else None
     if saved is not None:
-        statistics = {"mean": saved.data["mean"], "std": saved.data["std"]}
-    run = Run(path, config, describe(dataset, statistics), extra or {})
+        normalization = saved.normalization
+    run = Run(path, config, describe(dataset, normalization), extra or {})
     if saved is not None:
         check_same_data(saved, run.data["fingerprint"])
     hosts.check_same("data", run.data, "Give every machine a copy of the same.")
     console = console or Console()
     for line in dataset.warnings:
         console.print(f"warning: {line}", highlight=False, markup=False, soft_wrap=True)
-    session = _Session(run, dataset, programs, console, title, beside)
+    session = _Session(run, dataset, programs, console, title, view_targets)
     with noting_signals() as stop, lock_folder(path):
         if saved is None:
             hosts.on_first(create_run, run)
@@ -144,28 +147,28 @@ class _Session:
         self,
         run: Run,
         dataset: Dataset,
-        programs: Programs,
+        programs: TrainingPrograms,
         console: Console,
         title: str,
-        beside: loader.Beside | None,
+        view_targets: loader.ViewTargets | None,
     ):
         config, parallel = run.config, programs.parallel
         self._run, self._config, self._programs = run, config, programs
         self._parallel, self._phases = parallel, programs.phases
         self._console, self._title = console, title or config.model
-        self._statistics = {"mean": run.data["mean"], "std": run.data["std"]}
+        self._normalization = run.normalization
         self._num_batches = programs.num_batches
         self._total = config.epochs * self._num_batches
-        self._zeros = programs.zeros(self._statistics)
+        self._zeros = programs.zeros(self._normalization)
         orders = epoch_orders(self._phases[0].fresh.key, dataset, config)
         self._train = loader.Feed(
-            dataset.train, parallel, config.batch_size, orders, True, beside, hosts.share()
+            dataset.train, parallel, config.batch_size, orders, True, view_targets, hosts.share()
         )
         self._validation = loader.Feed(
             dataset.validation, parallel, config.batch_size, share=hosts.share()
         )
         self._evaluate = make_evaluate(
-            parallel, programs.model, self._statistics, dataset.num_classes, config.batch_size
+            parallel, programs.model, self._normalization, dataset.num_classes, config.batch_size
         )
         self._best = _Best()
 
@@ -255,7 +258,7 @@ class _Session:
     ) -> tuple[Any, Any, int]:
         config = self._config
         steps = self._programs.steps(phase)
-        functions = self._parallel.put(self._programs.functions(phase, self._statistics))
+        functions = self._parallel.put(self._programs.functions(phase, self._normalization))
         calls = _Calls()
         fitting = calls.steps_that_fit()
         while step < phase.last and not self._gave_up(step):

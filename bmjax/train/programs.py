@@ -12,15 +12,17 @@ from jax.tree_util import Partial
 
 from bmjax.config import BaseConfig, TrainConfig
 from bmjax.data import Dataset, load_dataset, loader
-from bmjax.data.sources import Outline
+from bmjax.data.preprocess import Normalization
+from bmjax.data.sources import DatasetSpec
+from bmjax.data.statistics import loss_weights
 from bmjax.machine.parallel import Parallel
 from bmjax.models.build import build_model
 from bmjax.train.compiled import make_train_steps, zero_totals
-from bmjax.train.setup import MakeLoss, Phase, Start, loss_weights, make_phases
+from bmjax.train.phases import MakeLoss, Phase, StartingPoint, make_phases
 from bmjax.train.step import Batch, classification_loss
 
 
-class Programs:
+class TrainingPrograms:
     """Model, phases and training steps of a run.
 
     Of images it takes the shapes alone, so that it can compile while they are decoded: the
@@ -29,14 +31,14 @@ class Programs:
     Args:
         config: of the run.
         parallel: the devices.
-        outline: of the dataset.
+        spec: of the dataset.
         make_loss: see `loop.fit`.
         start: what the run begins with; None: random params.
-        beside: see `loop.fit`.
+        view_targets: see `loop.fit`.
         schedule: of the learning rate in each phase; by default the config's.
 
     Attributes:
-        outline: as given.
+        spec: as given.
         parallel: as given.
         num_batches: updates in an epoch.
         model: the Linen module.
@@ -50,22 +52,22 @@ class Programs:
         self,
         config: TrainConfig,
         parallel: Parallel,
-        outline: Outline,
+        spec: DatasetSpec,
         make_loss: MakeLoss | None = None,
-        start: Start | None = None,
-        beside: loader.Beside | None = None,
+        start: StartingPoint | None = None,
+        view_targets: loader.ViewTargets | None = None,
         schedule: optax.Schedule | None = None,
     ):
-        self.outline, self.parallel = outline, parallel
-        self._config, self._beside = config, beside
-        self._make_loss = make_loss or _with_statistics_as_arrays(config, outline)
-        self._ahead = make_loss is None and beside is None
-        self.num_batches = loader.num_batches(len(outline.labels), config.batch_size)
-        self.model = build_model(config, outline.num_classes, parallel.axis_name)
+        self.spec, self.parallel = spec, parallel
+        self._config, self._targets = config, view_targets
+        self._make_loss = make_loss or _with_normalization_as_input(config, spec)
+        self._ahead = make_loss is None and view_targets is None
+        self.num_batches = loader.num_batches(len(spec.labels), config.batch_size)
+        self.model = build_model(config, spec.num_classes, parallel.axis_name)
         self.phases = make_phases(
-            config, self.model, outline.image_shape, self.num_batches, start, schedule
+            config, self.model, spec.image_shape, self.num_batches, start, schedule
         )
-        size, channels = outline.image_shape[:2], outline.image_shape[2]
+        size, channels = spec.image_shape[:2], spec.image_shape[2]
         self._view = loader.make_view(config.views, size, [0.0] * channels, parallel.axis_name)
         self._steps: dict[int, Callable[..., Any]] = {}
 
@@ -84,22 +86,22 @@ class Programs:
             )
         return self._steps[phase.first]
 
-    def functions(self, phase: Phase, statistics: dict[str, Any]) -> tuple[Partial, Partial]:
+    def functions(self, phase: Phase, normalization: Normalization) -> tuple[Partial, Partial]:
         """Returns view and loss function of a phase, as the steps take them.
 
         Args:
             phase: one of the run's.
-            statistics: `mean` and `std` per channel that images are normalised by.
+            normalization: `mean` and `std` per channel that images are normalised by.
         """
-        view = Partial(self._view.func, jnp.asarray(statistics["mean"], jnp.float32))
-        loss_fn = self._make_loss(phase.model, statistics)
+        view = Partial(self._view.func, jnp.asarray(normalization.mean, jnp.float32))
+        loss_fn = self._make_loss(phase.model, normalization)
         return view, loss_fn if isinstance(loss_fn, Partial) else Partial(loss_fn)
 
-    def zeros(self, statistics: dict[str, Any]) -> dict[str, Array]:
+    def zeros(self, normalization: Normalization) -> dict[str, Array]:
         """Returns the totals before the first example."""
         phase = self.phases[0]
-        _, loss_fn = self.functions(phase, statistics)
-        return zero_totals(loss_fn, phase.fresh, self.outline.image_shape, self._beside)
+        _, loss_fn = self.functions(phase, normalization)
+        return zero_totals(loss_fn, phase.fresh, self.spec.image_shape, self._targets)
 
     def compile_ahead(self) -> None:
         """Compiles the steps of the first phase, where shapes are all that they depend on.
@@ -108,20 +110,20 @@ class Programs:
         """
         if not self._ahead:
             return
-        phase, channels = self.phases[0], self.outline.image_shape[2]
-        any_statistics = {"mean": [0.0] * channels, "std": [1.0] * channels}
+        phase, channels = self.phases[0], self.spec.image_shape[2]
+        any_normalization = Normalization.none(channels)
         held = (
             phase.fresh,
-            self.zeros(any_statistics),
-            self.functions(phase, any_statistics),
-            loader.shapes_of_train(self.outline, self._config.batch_size, self.parallel),
+            self.zeros(any_normalization),
+            self.functions(phase, any_normalization),
+            loader.shapes_of_train(self.spec, self._config.batch_size, self.parallel),
         )
         self.parallel.compile_ahead(self.steps(phase), held, np.int32(1))
 
 
 def load_and_compile(
-    config: TrainConfig, make: Callable[[Outline], Programs]
-) -> tuple[Dataset, Programs]:
+    config: TrainConfig, make: Callable[[DatasetSpec], TrainingPrograms]
+) -> tuple[Dataset, TrainingPrograms]:
     """Loads the data of a run, and makes its programs while images are decoded.
 
     Args:
@@ -131,10 +133,10 @@ def load_and_compile(
     Raises:
         UserError: see `load_dataset`; what `make` raises comes before.
     """
-    ahead: list[Programs] = []
+    ahead: list[TrainingPrograms] = []
 
-    def compile_ahead(outline: Outline) -> None:
-        ahead.append(make(outline))
+    def compile_ahead(spec: DatasetSpec) -> None:
+        ahead.append(make(spec))
         ahead[0].compile_ahead()
 
     dataset = load_dataset(
@@ -144,27 +146,26 @@ def load_and_compile(
         memory_gib=config.device.memory_gib,
         meanwhile=compile_ahead,
     )
-    outline = Outline.of(dataset)
-    if ahead and ahead[0].outline.same_as(outline):
+    spec = DatasetSpec.of(dataset)
+    if ahead and ahead[0].spec.same_as(spec):
         return dataset, ahead[0]
-    return dataset, make(outline)  # images were left out, or there was nothing to decode
+    return dataset, make(spec)  # images were left out, or there was nothing to decode
 
 
-def _with_statistics_as_arrays(config: BaseConfig, outline: Outline) -> MakeLoss:
-    """Returns what makes the loss of plain training, a `Partial` that holds the statistics."""
-    weights = loss_weights(config, outline.labels, outline.num_classes)
+def _with_normalization_as_input(config: BaseConfig, spec: DatasetSpec) -> MakeLoss:
+    """Returns what makes the loss of plain training, a `Partial` that holds the normalization."""
+    weights = loss_weights(config, spec.labels, spec.num_classes)
     made: dict[nn.Module, Callable[..., Any]] = {}
 
-    def make_loss(model: nn.Module, statistics: dict[str, Any]) -> Partial:
+    def make_loss(model: nn.Module, normalization: Normalization) -> Partial:
         def loss_fn(
-            statistics: dict[str, Array], params: Any, batch_stats: Any, batch: Batch, key: Array
+            normalization: Normalization, params: Any, batch_stats: Any, batch: Batch, key: Array
         ) -> tuple[Array, tuple[Any, dict[str, Array]]]:
-            plain = classification_loss(model, statistics, config.label_smoothing, weights)
+            plain = classification_loss(model, normalization, config.label_smoothing, weights)
             return plain(params, batch_stats, batch, key)
 
-        # One function for all statistics: what is compiled for one is of no use to another.
+        # One function for any normalization: what is compiled for one is of no use to another.
         of_model = made.setdefault(model, loss_fn)
-        arrays = {name: jnp.asarray(statistics[name], jnp.float32) for name in ("mean", "std")}
-        return Partial(of_model, arrays)
+        return Partial(of_model, normalization.as_arrays())
 
     return make_loss

@@ -14,6 +14,7 @@ from flax import struct
 from jax import Array, lax
 
 from bmjax.data import preprocess
+from bmjax.data.preprocess import Normalization
 from bmjax.losses import logits as losses
 from bmjax.train.apply import apply_train
 from bmjax.train.optim import merge, select
@@ -162,7 +163,7 @@ def label_loss(
 
 def classification_loss(
     model: nn.Module,
-    statistics: dict[str, Any],
+    normalization: Normalization,
     label_smoothing: float = 0.0,
     class_weights: Sequence[float] | None = None,
 ) -> LossFn:
@@ -173,7 +174,7 @@ def classification_loss(
         params: Any, batch_stats: Any, batch: Batch, key: Array
     ) -> tuple[Array, tuple[Any, dict[str, Array]]]:
         del key  # nothing is random beyond the view
-        images = preprocess.normalize(batch["image"], statistics, dtype)
+        images = preprocess.normalize(batch["image"], normalization, dtype)
         logits, batch_stats = apply_train(model, params, batch_stats, images, batch["mask"])
         loss = label_loss(logits, batch, label_smoothing, class_weights)
         hit = (jnp.argmax(logits, axis=-1) == batch["label"]).astype(jnp.float32)

@@ -11,6 +11,7 @@ from flax import serialization
 from rich.console import Console
 
 from bmjax.data import preprocess
+from bmjax.data.preprocess import Normalization
 from bmjax.errors import UserError
 from bmjax.machine.storage import write_atomically
 from bmjax.models import RESNETS
@@ -23,7 +24,7 @@ from bmjax.weights.named import fetch, imagenet_classes, published
 
 NAMES = ("imagenet-v1", "imagenet-v2")
 # Of ImageNet's photographs, scaled to [0, 1], as torchvision's weights expect them.
-IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+IMAGENET = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 FLAX_SUFFIX = ".msgpack"
 _DEFAULT_SIZE = 224
 
@@ -48,9 +49,9 @@ class Pretrained:
     hidden_sizes: tuple[int, ...] = ()
 
     @property
-    def statistics(self) -> dict[str, Any]:
-        """The `mean` and `std` that images are normalised by."""
-        return {"mean": self.data["mean"], "std": self.data["std"]}
+    def normalization(self) -> Normalization:
+        """What its images are normalised by."""
+        return Normalization.of(self.data)
 
     def fingerprint(self) -> str:
         """Returns the SHA-256 of all variables, by name, as 64 hexadecimal digits."""
@@ -109,7 +110,7 @@ def read_pretrained(
         "fingerprint": "",
         "class_names": _names(variables, class_names) if head else [],
         **_images(model, name, image_size, resize_size),
-        **IMAGENET,
+        **IMAGENET.to_dict(),
     }
     return Pretrained(model, variables, data, state_dict)
 

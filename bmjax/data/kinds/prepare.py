@@ -22,7 +22,7 @@ from PIL import Image
 
 from bmjax.data.kinds.files import DecodingError, Encoded, FileSource, View
 from bmjax.data.preprocess import EvaluationTransform, margin_transform
-from bmjax.data.sources import SPLITS, ArraySource, Dataset, NotLoaded, Outline, Source
+from bmjax.data.sources import SPLITS, ArraySource, Dataset, DatasetSpec, NotLoaded, Source
 from bmjax.errors import UserError, unknown_name
 from bmjax.machine.cache import cache_folder, prepare_once
 from bmjax.machine.storage import read_settings, write_settings
@@ -49,7 +49,7 @@ class Options:
     memory_gib: float = 4.0
     splits: tuple[str, ...] = SPLITS
     channels: int = 3
-    meanwhile: Callable[[Outline], None] | None = None
+    meanwhile: Callable[[DatasetSpec], None] | None = None
 
     def __post_init__(self) -> None:
         for name in self.splits:
@@ -91,10 +91,10 @@ def make_dataset(
     messages = list(warnings)
     meanwhile = None
     if options.meanwhile is not None:
-        outline = Outline(
+        spec = DatasetSpec(
             parts["train"].labels, len(class_names), view.image_shape, view.wide_shape, in_memory
         )
-        meanwhile = functools.partial(options.meanwhile, outline)
+        meanwhile = functools.partial(options.meanwhile, spec)
     for split in SPLITS:
         if split not in options.splits:
             sources[split] = NotLoaded(split, view.image_shape)

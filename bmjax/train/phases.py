@@ -7,14 +7,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jax import Array
 
 from bmjax.config import BaseConfig, TrainConfig
 from bmjax.config.checks import check_train
-from bmjax.data import Dataset, loader
-from bmjax.data.sources import Outline
+from bmjax.data import Dataset
+from bmjax.data.preprocess import Normalization
+from bmjax.data.sources import DatasetSpec
 from bmjax.errors import UserError
 from bmjax.machine.parallel import check_divides, make_parallel
 from bmjax.models.build import build_model
@@ -28,23 +27,23 @@ from bmjax.train.optim import (
 )
 from bmjax.train.step import LossFn, TrainState, create_state
 
-MakeLoss = Callable[[nn.Module, dict[str, Any]], LossFn]
+MakeLoss = Callable[[nn.Module, Normalization], LossFn]
 
 
 @dataclass(frozen=True, eq=False)
-class Start:
+class StartingPoint:
     """What a run begins with instead of random params, and how it treats them.
 
     Attributes:
         variables: `params`, the head's among them, and `batch_stats`.
-        statistics: `mean` and `std` per channel that they expect images to be normalised by.
+        normalization: `mean` and `std` per channel that they expect images to be normalised by.
         freeze: which params stay as they are, see `optim.trainable_mask`.
         head_epochs: first epochs in which the head alone learns.
         layer_decay: see `optim.depth_scales`.
     """
 
     variables: dict[str, Any]
-    statistics: dict[str, Any]
+    normalization: Normalization
     freeze: tuple[str, ...] = ()
     head_epochs: int = 0
     layer_decay: float = 1.0
@@ -85,7 +84,7 @@ def make_phases(
     model: nn.Module,
     image_shape: tuple[int, int, int],
     steps_per_epoch: int,
-    start: Start | None,
+    start: StartingPoint | None,
     schedule: optax.Schedule | None = None,
 ) -> list[Phase]:
     """Returns the phases of a run, in order: one, or the head's and then that of all.
@@ -117,7 +116,7 @@ def _phase(
     model: nn.Module,
     image_shape: tuple[int, int, int],
     steps_per_epoch: int,
-    start: Start | None,
+    start: StartingPoint | None,
     schedule: optax.Schedule | None,
     first_epoch: int,
     last_epoch: int,
@@ -143,47 +142,7 @@ def _phase(
     return Phase(first, last, trained, model, schedule, optimizer, fresh)
 
 
-def epoch_orders(key: Array, dataset: Dataset, config: BaseConfig) -> Callable[[int], np.ndarray]:
-    """Returns `draw(epoch)`: the order that the compiled steps draw themselves, on the host.
-
-    Args:
-        key: the run's key.
-        dataset: of the run.
-        config: of the run.
-    """
-    num, size = len(dataset.train), config.batch_size
-    draw = jax.jit(
-        lambda key, epoch: loader.epoch_order(jax.random.split(key, 3)[0], epoch, num, size)
-    )
-    passes = config.views.view_passes
-    return lambda epoch: np.asarray(draw(key, epoch % passes if passes else epoch))
-
-
-def loss_weights(
-    config: BaseConfig, labels: np.ndarray, num_classes: int
-) -> tuple[float, ...] | None:
-    """Returns the weights of the classes in the loss that the config asks for; None: 1 each.
-
-    Args:
-        config: of the run.
-        labels: of the training split.
-        num_classes: number of classes.
-    """
-    return class_weights(labels, num_classes) if config.class_weights == "balanced" else None
-
-
-def class_weights(labels: np.ndarray, num_classes: int) -> tuple[float, ...]:
-    """Returns `examples / (classes * examples of the class)` of the training split, per class.
-
-    So each class weighs the same in a whole epoch, and the mean weight of an example is 1. Classes
-    without an example count neither way; their weight is 1.
-    """
-    counts = np.bincount(labels, minlength=num_classes)
-    present = np.count_nonzero(counts)
-    return tuple(float(len(labels) / (present * count)) if count else 1.0 for count in counts)
-
-
-def check_possible(config: TrainConfig, data: Dataset | Outline) -> None:
+def check_possible(config: TrainConfig, data: Dataset | DatasetSpec) -> None:
     """Checks all that can be wrong with a run before anything of it is trained or written.
 
     Raises:
