@@ -13,6 +13,8 @@ from bmjax.data import loader, preprocess
 from bmjax.data.sources import SPLITS, all_images, stratified_split
 from bmjax.errors import UserError
 
+ROLES = ("image", "label")
+
 
 @pytest.fixture(scope="module")
 def mnist5k():
@@ -163,14 +165,13 @@ def test_image_size_resizes_every_split(tmp_path):
         (("train_image", "train_label", "valid_image", "valid_label"), [54, 9, 6]),
         (("train_image", "train_label", "val_image", "val_label"), [54, 9, 6]),
         (
-            ("train_images", "train_labels", "val_images", "val_labels", "test_images")
-            + ("test_labels",),
+            tuple(f"{split}_{role}s" for split in ("train", "val", "test") for role in ROLES),
             [60, 9, 9],
         ),
     ],
 )
 def test_an_npz_has_the_names_that_people_give(tmp_path, names, sizes):
-    arrays = {}
+    arrays: dict[str, np.ndarray] = {}
     for image, label in zip(names[::2], names[1::2], strict=True):
         number = 9 if any(split in image for split in ("val", "test")) else 60
         arrays |= {image: images(number), label: labels(number)[:, None].astype(np.uint8)}
