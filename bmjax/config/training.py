@@ -4,6 +4,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
+from bmjax.config.paths import with_user_paths
+
 # Fields that say which of several processes this one is, and how they find each other.
 PROCESSES = ("coordinator", "num_processes", "process_id")
 DEFAULT_EPOCHS = {"mlp": 100}
@@ -207,5 +209,5 @@ class TrainConfig(BaseConfig):
         return dataclasses.replace(
             self,
             epochs=self.epochs or DEFAULT_EPOCHS.get(self.model, 20),
-            out=self.out or f"runs/{self.model}",
+            out=with_user_paths(self).out or f"runs/{self.model}",
         )

@@ -2,13 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 
-from bmjax.data import preprocess
+from bmjax.config.paths import user_path
+from bmjax.data import hints, preprocess
 from bmjax.data.sources import SPLITS, ArraySource, Dataset, DatasetSpec, Source, all_images
-from bmjax.errors import unknown_name
 
 
 def load_dataset(
@@ -74,9 +73,9 @@ def load_dataset(
     elif kind == "npz" and colon:
         from bmjax.data.kinds import npz
 
-        dataset = npz.load(Path(path).expanduser(), name)
+        dataset = npz.load(user_path(path), name)
     else:
-        raise unknown_name("dataset", name, ["mnist5k", "npz:PATH", "folder:PATH", "tfds:NAME"])
+        raise hints.unknown(name)
     return resized(dataset, image_size) if image_size else dataset
 
 

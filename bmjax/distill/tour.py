@@ -13,6 +13,7 @@ from rich.console import Console
 from bmjax.config import DistillConfig, EvaluateConfig, TrainConfig
 from bmjax.config.checks import check_distill
 from bmjax.config.flat import contradictions, flatten, settings_to_keep, unflatten
+from bmjax.config.paths import user_path
 from bmjax.data import Dataset, load_dataset, loader
 from bmjax.data.preprocess import Normalization
 from bmjax.data.sources import Source
@@ -226,7 +227,7 @@ def _settled(config: DistillConfig) -> DistillConfig:
 def folder_of(config: DistillConfig) -> Path:
     """Returns the folder; where none is given, a new one, or for a resumption the newest."""
     if config.out:
-        return Path(config.out)
+        return user_path(config.out)
     default = Path(DEFAULT_OUT)
     if not config.run.resume:
         return free_folder(default)
@@ -297,7 +298,7 @@ def train_student(
     if teacher is not None and matching is None:
         view_targets = NoCache(config.batch_size, dataset.num_classes)
     if teacher is not None and config.teacher_cache:
-        folder = Path(config.teacher_cache)
+        folder = user_path(config.teacher_cache)
         folder = folder / out.name if config.generations > 1 else folder
         mean = pixel_statistics(dataset).mean
         view_targets = cached_teacher(folder, teacher, dataset, config, mean, console)

@@ -160,7 +160,7 @@ def predict(config: PredictConfig) -> list[dict[str, Any]]:
         raise UserError(f"--top is {config.top}, but it must be at least 1.")
     if not config.images:
         raise UserError("there is no image to classify. Name at least one file.")
-    use_compilation_cache()
+    use_compilation_cache(required=False)
     trained = load_run(config.path, config.checkpoint)
     channels = trained.run.data["image_shape"][2]
     pictures = (preprocess.decode(name, channels) for name in config.images)

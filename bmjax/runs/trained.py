@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bmjax.config.paths import user_path
 from bmjax.data import Dataset, load_dataset, preprocess
 from bmjax.data.load import with_channels
 from bmjax.data.sources import SPLITS
@@ -71,7 +72,7 @@ def load_run(path: str | Path, which: str = "latest") -> TrainedRun:
     Raises:
         UserError: there is no run, no sound checkpoint of it, or no best params yet.
     """
-    run, step, warnings, named = hosts.on_first(_read, Path(path), which)
+    run, step, warnings, named = hosts.on_first(_read, user_path(path), which)
     model = build_model(run.config, len(run.data["class_names"]))
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *run.data["image_shape"])))
     like = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import safetensors
 
+from bmjax.config.paths import user_path
 from bmjax.errors import UserError
 from bmjax.weights import pickles
 from bmjax.weights.tensors import SAFETENSORS, BadFileError, Storage, Tensor, damaged
@@ -81,7 +82,7 @@ def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
 
     Source: https://pytorch.org/docs/stable/notes/serialization.html.
     """
-    path = Path(path)
+    path = user_path(path)
     try:
         if path.exists() and not path.is_file():
             raise BadFileError("is not a file. If it is a folder, name the weight file in it.")

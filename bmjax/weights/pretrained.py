@@ -10,6 +10,7 @@ import numpy as np
 from flax import serialization
 from rich.console import Console
 
+from bmjax.config.paths import user_path
 from bmjax.data import preprocess
 from bmjax.data.preprocess import Normalization
 from bmjax.errors import UserError
@@ -87,7 +88,7 @@ def read_pretrained(
     Raises:
         UserError: a source that is not there, cannot be read, or does not fit the model.
     """
-    path = Path(source)
+    path = user_path(source)
     if path.is_dir():
         return _from_run(path, model, head)
     if model not in RESNETS:
