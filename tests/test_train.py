@@ -18,6 +18,7 @@ from bmjax.metrics import summarize
 from bmjax.models import create_model
 from bmjax.train.apply import predict_logits
 from bmjax.train.compiled import make_evaluate, make_train_steps, zero_totals
+from bmjax.train.gradients import accumulated, whole_batch
 from bmjax.train.optim import trainable_mask
 from bmjax.train.step import classification_loss, create_state, label_loss, train_step
 
@@ -41,9 +42,9 @@ def run_steps(dataset, parallel, until=9, accumulate=1, views=VIEWS, model=None)
     """Trains for an epoch and a half, in calls of uneven length, and evaluates."""
     model, optimizer, normalization, state, loss_fn = set_up(dataset, model)
     arrays = loader.as_arrays(dataset.train)
-    steps = make_train_steps(parallel, optimizer, 16, accumulate)
+    steps = make_train_steps(parallel, lambda _: optimizer, 16, accumulated(accumulate))
     totals = parallel.put(zero_totals(loss_fn, state, arrays["image"].shape[1:]))
-    functions = (view(views, parallel), Partial(loss_fn))
+    functions = (view(views, parallel), Partial(loss_fn), Partial(optax.constant_schedule(0)))
     state, functions, arrays = (parallel.put(tree) for tree in (state, functions, arrays))
     for end in (1, 4, 6, until):
         state, totals = steps(state, totals, functions, arrays, np.int32(end))
@@ -95,9 +96,9 @@ def test_the_length_of_the_calls_changes_nothing(shapes, on_one_device):
     parallel = Parallel("jit", jax.devices()[:1])
     _, optimizer, _, state, loss_fn = set_up(shapes)
     arrays = loader.as_arrays(shapes.train)
-    steps = make_train_steps(parallel, optimizer, 16)
+    steps = make_train_steps(parallel, lambda _: optimizer, 16)
     totals = parallel.put(zero_totals(loss_fn, state, arrays["image"].shape[1:]))
-    functions = (view(VIEWS), Partial(loss_fn))
+    functions = (view(VIEWS), Partial(loss_fn), Partial(optax.constant_schedule(0)))
     state, functions, arrays = (parallel.put(tree) for tree in (state, functions, arrays))
     for end in range(1, 10):
         state, totals = steps(state, totals, functions, arrays, np.int32(end))
@@ -110,9 +111,9 @@ def test_nothing_is_traced_again_after_the_first_call(shapes):
     arrays = loader.as_arrays(shapes.train)
     zeros = zero_totals(loss_fn, state, arrays["image"].shape[1:])
     counted = chex.assert_max_traces(loss_fn, n=1)
-    steps = make_train_steps(parallel, optimizer, 16)
+    steps = make_train_steps(parallel, lambda _: optimizer, 16)
     state, totals, arrays = (parallel.put(tree) for tree in (state, zeros, arrays))
-    functions = (view(VIEWS), Partial(counted))
+    functions = (view(VIEWS), Partial(counted), Partial(optax.constant_schedule(0)))
     for end in (1, 3, 6, 7, 12):
         state, totals = steps(state, totals, functions, arrays, np.int32(end))
     with pytest.raises(AssertionError, match="traced"):
@@ -214,8 +215,8 @@ def test_a_loss_that_is_not_finite_stops_the_loop_at_its_step(shapes):
     _, optimizer, _, state, loss_fn = set_up(shapes, optimizer=optax.sgd(1e20))
     arrays = loader.as_arrays(shapes.train)
     totals = parallel.put(zero_totals(loss_fn, state, arrays["image"].shape[1:]))
-    steps = make_train_steps(parallel, optimizer, 16)
-    functions = (view(VIEWS), Partial(loss_fn))
+    steps = make_train_steps(parallel, lambda _: optimizer, 16)
+    functions = (view(VIEWS), Partial(loss_fn), Partial(optax.constant_schedule(0)))
     state, functions, arrays = (parallel.put(tree) for tree in (state, functions, arrays))
     state, totals = steps(state, totals, functions, arrays, np.int32(6))
     bad = int(totals["bad_step"])
@@ -256,8 +257,8 @@ def test_a_frozen_leaf_has_no_gradient_and_the_others_have_theirs(shapes):
         model, optimizer, shapes.image_shape, seed=0, variables=state.variables, trained=mask
     )
     whole, _ = jax.jit(lambda state: train_step(state, batch, loss_fn, optimizer))(state)
-    for accumulate in (1, 2):
-        step = functools.partial(train_step, accumulate=accumulate, trained=mask)
+    for gradient in (whole_batch, accumulated(2)):
+        step = functools.partial(train_step, gradient=gradient, trained=mask)
         part, _ = jax.jit(lambda some, step=step: step(some, batch, loss_fn, optimizer))(some)
         chex.assert_trees_all_equal(part.params["conv1"], state.params["conv1"])
         for name in ("conv2", "head"):

@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Console
 
 from bmjax.config import FinetuneConfig, TrainConfig
-from bmjax.config.checks import check_finetune
+from bmjax.config.checks import checked
 from bmjax.config.flat import flatten, unflatten
 from bmjax.data import Dataset, load_dataset, preprocess
 from bmjax.data.load import with_channels
@@ -24,12 +24,13 @@ from bmjax.machine.parallel import request_devices
 from bmjax.models.build import build_model
 from bmjax.ops.memory import share_memory
 from bmjax.runs import checkpoint
-from bmjax.runs.folder import CONFIG, Run, read_run, refuse_existing
+from bmjax.runs.folder import CONFIG, Run, check_kind, read_run, refuse_existing
 from bmjax.runs.trained import same_classes
 from bmjax.train.finder import find_learning_rate
-from bmjax.train.loop import fit
+from bmjax.train.job import Job, StartingPoint
+from bmjax.train.loop import train
 from bmjax.train.optim import depth_scales, trainable_mask
-from bmjax.train.phases import StartingPoint, check_possible
+from bmjax.train.programs import check_possible
 from bmjax.weights.pretrained import Pretrained, read_pretrained, write_run
 
 # Settings beyond those of training; `weights_fingerprint` stands beside them in a run's config.
@@ -52,22 +53,25 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> dict[str
         UserError: wrong settings, weights, data or folder; nothing was written.
         DivergenceError, StoppedError: see `fit`.
     """
-    check_finetune(config)
-    console = console or Console()
+    return run(checked(config), console or Console())
+
+
+def run(config: FinetuneConfig, console: Console) -> dict[str, Any]:
+    """Does what `finetune` says, with a config that is checked."""
     train_config = config.train_config()
-    path = Path(train_config.out)
+    path = Path(train_config.folder)
     share_memory()  # here already, as weights are read before the model is made
     request_devices(config.device)
     saved = hosts.on_first(read_run, path) if config.run.resume else None
     if saved is None:
         hosts.on_first(refuse_existing, path)
-    elif "weights" not in saved.extra:
-        raise UserError(f"the run in {path} was not fine-tuned. Go on with it by bmjax train.")
-    elif saved.extra.get("probe_only"):
-        raise UserError(
-            f"the run in {path} is a linear probe, with nothing to go on with. Begin from it by "
-            f"--weights {path} --head keep."
-        )
+    else:
+        check_kind(saved, "finetune")
+        if saved.extra.get("probe_only"):
+            raise UserError(
+                f"the run in {path} is a linear probe, with nothing to go on with. Begin from it "
+                f"by --weights {path} --head keep."
+            )
     use_compilation_cache()
     try:
         if saved is not None and hosts.on_first(_has_checkpoint, saved):
@@ -105,17 +109,17 @@ def _begin(
         return {**result, "finding": finding, "history": []}
     if config.probe_only:
         assert probe is not None
-        run = Run(
-            Path(train_config.out), train_config, describe(dataset, start.normalization), extra
-        )
+        data = describe(dataset, start.normalization)
+        run = Run(Path(train_config.folder), train_config, data, extra, "finetune")
         record = {"step": 0, "epoch": 0, "split": "validation", "accuracy": probe.accuracy}
         hosts.on_first(write_run, run, start.variables, probe.accuracy, [record])
         return {**result, "history": [record]}
-    _, history = fit(train_config, dataset, None, extra, console, "", start)
+    _, history = train(train_config, dataset, Job("finetune", extra, start=start), console)
     return {**result, "history": history}
 
 
 def _read_weights(config: FinetuneConfig, console: Console | None = None) -> Pretrained:
+    assert config.weights is not None  # which is checked at the door
     return read_pretrained(
         config.weights,
         config.model,
@@ -134,7 +138,7 @@ def _go_on(config: FinetuneConfig, saved: Run, console: Console) -> dict[str, An
     settled = ("model", "norm", "hidden_sizes", "image_size")
     train_config = config.train_config()
     left_out = [
-        name for name in settled if getattr(train_config, name) == getattr(FinetuneConfig(), name)
+        name for name in settled if getattr(config, name) == getattr(FinetuneConfig(), name)
     ]
     train_config = dataclasses.replace(
         train_config, **{name: getattr(saved.config, name) for name in left_out}
@@ -147,7 +151,7 @@ def _go_on(config: FinetuneConfig, saved: Run, console: Console) -> dict[str, An
     start = StartingPoint(
         variables, normalization, config.freeze, config.head_epochs, config.layer_decay
     )
-    _, history = fit(train_config, dataset, None, extra, console, "", start)
+    _, history = train(train_config, dataset, Job("finetune", extra, start=start), console)
     return {"out": train_config.out, "probe": None, "finding": None, "history": history}
 
 
@@ -158,8 +162,7 @@ def read_settings(out: Path) -> FinetuneConfig:
         UserError: there is no run, it was not fine-tuned, or the file was changed.
     """
     run = read_run(out)
-    if "weights" not in run.extra:
-        raise UserError(f"the run in {out} was not fine-tuned. Go on with it by bmjax train.")
+    check_kind(run, "finetune")
     own = {name: value for name, value in run.extra.items() if name != "weights_fingerprint"}
     settings: FinetuneConfig = unflatten(
         FinetuneConfig, {**flatten(run.config), **own}, str(out / CONFIG)
@@ -196,10 +199,10 @@ def _load(config: TrainConfig, like: dict[str, Any]) -> Dataset:
     transform = preprocess.squash(*shape[:2])
     if like["transform"] is not None:
         transform = preprocess.EvaluationTransform.from_dict(like["transform"])
-    if (size, size) != transform.shape:
+    if size is not None and (size, size) != transform.shape:
         transform = preprocess.margin_transform(size, transform.interpolation)
     dataset = load_dataset(
-        config.data,
+        config.data_name,
         size,
         transform=transform,
         split_seed=config.split_seed,
@@ -233,7 +236,7 @@ def _make_start(
     params = {"head": head, **weights.variables["params"]}
     start_variables = {"params": params, "batch_stats": weights.variables["batch_stats"]}
     # Same names, shapes and types as the model's own; the message lists what differs.
-    checkpoint.from_named(checkpoint.to_named(start_variables), variables, config.weights)
+    checkpoint.from_named(checkpoint.to_named(start_variables), variables, str(config.weights))
     # What is wrong is said at once.
     trainable_mask(start_variables["params"], config.freeze)
     if config.layer_decay != 1:

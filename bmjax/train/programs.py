@@ -4,9 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import Array
 from jax.tree_util import Partial
 
@@ -15,10 +15,13 @@ from bmjax.data import Dataset, load_dataset, loader
 from bmjax.data.preprocess import Normalization
 from bmjax.data.sources import DatasetSpec
 from bmjax.data.statistics import loss_weights
-from bmjax.machine.parallel import Parallel
-from bmjax.models.build import build_model
+from bmjax.errors import UserError
+from bmjax.machine.parallel import Parallel, check_divides, make_parallel
+from bmjax.models.build import build_model, has_axis
 from bmjax.train.compiled import make_train_steps, zero_totals
-from bmjax.train.phases import MakeLoss, Phase, StartingPoint, make_phases
+from bmjax.train.gradients import accumulated
+from bmjax.train.job import Job, MakeLoss
+from bmjax.train.phases import Phase, make_phases
 from bmjax.train.step import Batch, classification_loss
 
 
@@ -32,10 +35,7 @@ class TrainingPrograms:
         config: of the run.
         parallel: the devices.
         spec: of the dataset.
-        make_loss: see `loop.fit`.
-        start: what the run begins with; None: random params.
-        view_targets: see `loop.fit`.
-        schedule: of the learning rate in each phase; by default the config's.
+        job: the run's own parts.
 
     Attributes:
         spec: as given.
@@ -53,22 +53,21 @@ class TrainingPrograms:
         config: TrainConfig,
         parallel: Parallel,
         spec: DatasetSpec,
-        make_loss: MakeLoss | None = None,
-        start: StartingPoint | None = None,
-        view_targets: loader.ViewTargets | None = None,
-        schedule: optax.Schedule | None = None,
+        job: Job | None = None,
     ):
+        job = job or Job()
         self.spec, self.parallel = spec, parallel
-        self._config, self._targets = config, view_targets
-        self._make_loss = make_loss or _with_normalization_as_input(config, spec)
-        self._ahead = make_loss is None and view_targets is None
+        self._config, self._targets = config, job.view_targets
+        self._make_loss = job.make_loss or _with_normalization_as_input(config, spec)
+        self._ahead = job.make_loss is None and job.view_targets is None
         self.num_batches = loader.num_batches(len(spec.labels), config.batch_size)
-        self.model = build_model(config, spec.num_classes, parallel.axis_name)
-        self.phases = make_phases(
-            config, self.model, spec.image_shape, self.num_batches, start, schedule
-        )
+        model = job.model or build_model(config, spec.num_classes)
+        self.model = model.clone(axis_name=parallel.axis_name) if has_axis(model) else model
+        self.phases = make_phases(config, self.model, spec.image_shape, self.num_batches, job)
         size, channels = spec.image_shape[:2], spec.image_shape[2]
-        self._view = loader.make_view(config.views, size, [0.0] * channels, parallel.axis_name)
+        self._view = loader.make_view(
+            config.views, size, [0.0] * channels, parallel.axis_name, job.view
+        )
         self._steps: dict[int, Callable[..., Any]] = {}
 
     def steps(self, phase: Phase) -> Callable[..., Any]:
@@ -77,30 +76,33 @@ class TrainingPrograms:
         if phase.first not in self._steps:
             self._steps[phase.first] = make_train_steps(
                 self.parallel,
-                phase.optimizer,
+                phase.make_optimizer,
                 config.batch_size,
-                config.accumulate,
+                accumulated(config.accumulate),
                 config.ema_decay,
                 phase.trained,
                 config.views.view_passes,
             )
         return self._steps[phase.first]
 
-    def functions(self, phase: Phase, normalization: Normalization) -> tuple[Partial, Partial]:
-        """Returns view and loss function of a phase, as the steps take them.
+    def functions(
+        self, phase: Phase, normalization: Normalization
+    ) -> tuple[Partial, Partial, Partial]:
+        """Returns view, loss function and schedule of a phase, as the steps take them.
 
         Args:
             phase: one of the run's.
-            normalization: `mean` and `std` per channel that images are normalised by.
+            normalization: what images are normalised by.
         """
         view = Partial(self._view.func, jnp.asarray(normalization.mean, jnp.float32))
         loss_fn = self._make_loss(phase.model, normalization)
-        return view, loss_fn if isinstance(loss_fn, Partial) else Partial(loss_fn)
+        loss_fn = loss_fn if isinstance(loss_fn, Partial) else Partial(loss_fn)
+        return view, loss_fn, phase.schedule
 
     def zeros(self, normalization: Normalization) -> dict[str, Array]:
         """Returns the totals before the first example."""
         phase = self.phases[0]
-        _, loss_fn = self.functions(phase, normalization)
+        _, loss_fn, _ = self.functions(phase, normalization)
         return zero_totals(loss_fn, phase.fresh, self.spec.image_shape, self._targets)
 
     def compile_ahead(self) -> None:
@@ -119,6 +121,27 @@ class TrainingPrograms:
             loader.shapes_of_train(self.spec, self._config.batch_size, self.parallel),
         )
         self.parallel.compile_ahead(self.steps(phase), held, np.int32(1))
+
+
+def check_possible(
+    config: TrainConfig, data: Dataset | DatasetSpec, model: nn.Module | None = None
+) -> None:
+    """Checks all that only the data can show to be wrong, before anything is trained or written.
+
+    Args:
+        config: of the run, checked by itself.
+        data: of the run.
+        model: the Linen module; None: the one that the config names.
+
+    Raises:
+        UserError: a batch that does not divide, or a model that cannot take the images.
+    """
+    check_divides(make_parallel(config.device), config.batch_size, config.accumulate)
+    model = model or build_model(config, data.num_classes)
+    try:
+        jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *data.image_shape)))
+    except ValueError as error:
+        raise UserError(f"{config.model} cannot take these images: {error}") from error
 
 
 def load_and_compile(
@@ -140,7 +163,7 @@ def load_and_compile(
         ahead[0].compile_ahead()
 
     dataset = load_dataset(
-        config.data,
+        config.data_name,
         config.image_size,
         split_seed=config.split_seed,
         memory_gib=config.device.memory_gib,
