@@ -71,7 +71,7 @@ def test_without_a_home_the_cache_is_temporary_and_said_once(
     capsys, tmp_path, monkeypatch, spoil, why
 ):
     spoil(monkeypatch, tmp_path)
-    cache.use_compilation_cache(required=False)
+    cache.use_compilation_cache(needed=False)
     assert setting("jax_compilation_cache_dir") is None
     assert capsys.readouterr().err == ""
     folder = cache.cache_folder()
@@ -110,7 +110,7 @@ def test_a_cache_that_was_asked_for_and_cannot_be_is_an_error(tmp_path, monkeypa
         cache.use_compilation_cache()
     with pytest.raises(UserError, match=r"file/a cannot be written.*Set BMJAX_CACHE"):
         cache.prepare_once(cache.cache_folder() / "a" / "b", lambda folder: None)
-    cache.use_compilation_cache(required=False)
+    cache.use_compilation_cache(needed=False)
     assert setting("jax_compilation_cache_dir") is None
     found = examine()
     assert found["cache"] is None

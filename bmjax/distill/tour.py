@@ -16,7 +16,7 @@ from bmjax.config.flat import contradictions, flatten, settings_to_keep, unflatt
 from bmjax.config.paths import user_path
 from bmjax.data import Dataset, load_dataset, loader
 from bmjax.data.preprocess import Normalization
-from bmjax.data.sources import Source
+from bmjax.data.sources import HELD_OUT, Source
 from bmjax.data.statistics import loss_weights, pixel_statistics
 from bmjax.distill.feature_matching import Matching
 from bmjax.distill.loss import distillation_loss, match_features
@@ -328,9 +328,10 @@ def _finish(
 ) -> dict[str, Any]:
     """Measures teacher and students on the test split, which nothing before has looked at.
 
-    A folder without one is measured on its validation split; no params were chosen by it.
+    Data without one is measured on its validation split; no params were chosen by it. Where that
+    is empty too, it is the training split.
     """
-    split = "test" if len(dataset.test) else "validation"
+    split = next((name for name in HELD_OUT if len(dataset.split(name))), "train")
     which = "best" if config.patience else "latest"
     source = dataset.split(split)
     students = [load_run(path, which) for path in plan.students]

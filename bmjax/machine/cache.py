@@ -136,13 +136,13 @@ def _remove_abandoned(parent: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def use_compilation_cache(required: bool = True) -> None:
+def use_compilation_cache(needed: bool = True) -> None:
     """Keeps compiled programs between runs, the least recently used leaving first.
 
     A folder chosen through JAX's own setting (`JAX_COMPILATION_CACHE_DIR`) is respected.
 
     Args:
-        required: where False, and the cache cannot be written, nothing is kept or said.
+        needed: where False, and the cache cannot be written, nothing is kept or said.
 
     Raises:
         UserError: the cache cannot be written.
@@ -151,7 +151,7 @@ def use_compilation_cache(required: bool = True) -> None:
 
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         why = why_unusable()
-        if why and not required:
+        if why and not needed:
             return
         if why and os.environ.get("BMJAX_CACHE"):
             raise _unusable(why)
