@@ -19,6 +19,7 @@ FREE_FIELDS = frozenset(
         "parallel",
         "devices",
         "memory_gib",
+        "max_unreadable",
         *PROCESSES,
         "resume",
         "save_minutes",

@@ -12,6 +12,7 @@ from jax import Array
 from rich.console import Console
 
 from bmjax.config import TrainConfig
+from bmjax.config.paths import user_path
 from bmjax.data.preprocess import Normalization
 from bmjax.errors import UserError
 from bmjax.machine import hosts
@@ -78,7 +79,7 @@ def load_teacher(
     Raises:
         UserError: a source that is not there, cannot be read, or does not fit the model.
     """
-    path = Path(source)
+    path = user_path(source)
     if hosts.on_first(path.is_dir):
         trained = load_run(path)
         refuse_not_finite(checkpoint.to_named(trained.variables), f"the run in {path}")

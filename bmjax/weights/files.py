@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import safetensors
 
+from bmjax.config.paths import user_path
 from bmjax.errors import UserError, listed
 from bmjax.weights import pickles
 from bmjax.weights.state_dicts import WRAPPERS, Chosen, choose, choose_names, to_said
@@ -90,7 +91,7 @@ class WeightFile:
 
 def read_checkpoint(path: str | Path, key: str | None = None) -> WeightFile:
     """Reads the named arrays of a weight file as `read_state_dict` does, and says what it chose."""
-    path = Path(path)
+    path = user_path(path)
     try:
         if path.exists() and not path.is_file():
             raise BadFileError("is not a file. If it is a folder, name the weight file in it.")

@@ -10,6 +10,7 @@ import numpy as np
 from flax import serialization
 from rich.console import Console
 
+from bmjax.config.paths import user_path
 from bmjax.data import preprocess
 from bmjax.data.preprocess import Normalization
 from bmjax.errors import UserError, printable
@@ -96,7 +97,7 @@ def read_pretrained(
         UserError: a source that is not there, cannot be read, or does not fit the model; values
             that are not finite; or a head of a single output.
     """
-    path = Path(source)
+    path = user_path(source)
     if key and (path.is_dir() or path.suffix == FLAX_SUFFIX):
         raise UserError(
             f"--weights-key {key} chooses within a file of PyTorch, and {source} is none: leave "
