@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import bmjax
 from bmjax import cli
-from bmjax.cli.commands import _COMMANDS
+from bmjax.cli.commands import COMMANDS
 from bmjax.config import DistillConfig, EvaluateConfig, TrainConfig
 from bmjax.config.flat import flatten, unflatten
 from bmjax.errors import UserError
@@ -129,12 +130,36 @@ def test_a_mistake_gets_one_line_and_writes_nothing(capsys, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize(
-    "words", ["", "trian", "train --epoch-s 3", "train --epochs three", "train --optimizer adagrad"]
+    ("words", "message"),
+    [
+        ("", "usage: bmjax"),
+        ("trian", "bmjax: unknown command 'trian'. Did you mean train? Known: train, "),
+        ("train --epoch-s 3", "Unrecognized options: --epoch-s"),
+        ("train --epochs three", "Error parsing --epochs: "),
+        ("train --optimizer adagrad", "invalid choice 'adagrad' for argument '--optimizer'"),
+        ("predict", "Missing from bmjax predict:"),
+    ],
 )
-def test_wrong_words_exit_with_2(capsys, words):
-    code, _, err = run(capsys, *words.split())
-    assert code == 2
+def test_wrong_words_exit_with_2(capsys, words, message):
+    code, out, err = run(capsys, *words.split())
+    assert (code, out) == (2, "")
+    assert message in err
     assert "Traceback" not in err
+
+
+def test_version(capsys):
+    assert run(capsys, "--version") == (0, f"bmjax {bmjax.__version__}\n", "")
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys\nfrom bmjax.cli import main\n"
+        "heavy = {'jax', 'flax', 'optax', 'orbax', 'PIL', 'numpy', 'requests'}\n"
+        "try:\n    main(['train', '-h'])\n"
+        "finally:\n    print(sorted(heavy & set(sys.modules)), file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "[]\n")
 
 
 def test_doctor(capsys, monkeypatch, tmp_path):
@@ -170,7 +195,7 @@ def test_every_flag_has_a_help_text(capsys, monkeypatch, command):
     monkeypatch.setenv("COLUMNS", "200")
     code, shown, _ = run(capsys, command, "--help")
     assert code == 0
-    kind = next(kind for kind, function in _COMMANDS.items() if function.__name__ == f"_{command}")
+    kind = next(kind for kind, function in COMMANDS.items() if function.__name__ == f"_{command}")
     names = unflatten_names(kind)
     assert len(names) >= 1
     for name in names:

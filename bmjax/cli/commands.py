@@ -170,7 +170,7 @@ def _show_warnings(result: dict[str, Any]) -> None:
         print(f"bmjax: warning: {line}", file=sys.stderr)
 
 
-_COMMANDS: dict[type, Callable[[Any], None]] = {
+COMMANDS: dict[type, Callable[[Any], None]] = {
     TrainConfig: _train,
     FinetuneConfig: _finetune,
     DistillConfig: _distill,

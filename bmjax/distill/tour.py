@@ -27,6 +27,7 @@ from bmjax.machine import hosts
 from bmjax.machine.parallel import request_devices
 from bmjax.machine.storage import free_folder, make_folder, write_atomically, write_settings
 from bmjax.machine.storage import read_settings as read_file
+from bmjax.machine.terminal import forgiving_console
 from bmjax.models import num_params
 from bmjax.models.build import build_model
 from bmjax.runs.folder import CONFIG, TOUR, read_run, refuse_existing
@@ -74,7 +75,7 @@ def distill(config: DistillConfig, console: Console | None = None) -> dict[str, 
     request_devices(config.device)
     config = hosts.on_first(_settled, config)
     out = Path(config.out)
-    console = console or Console()
+    console = forgiving_console(console)
     try:
         return _distill(config, out, console)
     except StoppedError as error:

@@ -21,6 +21,7 @@ from bmjax.finetune.probe import Probe, probe_head
 from bmjax.machine import hosts
 from bmjax.machine.cache import use_compilation_cache
 from bmjax.machine.parallel import request_devices
+from bmjax.machine.terminal import forgiving_console
 from bmjax.models.build import build_model
 from bmjax.ops.memory import share_memory
 from bmjax.runs import checkpoint
@@ -53,7 +54,7 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> dict[str
         DivergenceError, StoppedError: see `fit`.
     """
     check_finetune(config)
-    console = console or Console()
+    console = forgiving_console(console)
     train_config = config.train_config()
     path = Path(train_config.out)
     share_memory()  # here already, as weights are read before the model is made

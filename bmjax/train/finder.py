@@ -25,6 +25,7 @@ from bmjax.errors import UserError
 from bmjax.machine import hosts
 from bmjax.machine.parallel import make_parallel
 from bmjax.machine.storage import make_folder, replacing, write_atomically
+from bmjax.machine.terminal import forgiving_console
 from bmjax.train.programs import Programs
 from bmjax.train.setup import Start, epoch_orders
 
@@ -75,7 +76,7 @@ def find_learning_rate(
     Raises:
         UserError: the folder cannot be written, or the loss never falls.
     """
-    console = console or Console()
+    console = forgiving_console(console)
     out = Path(config.out)
     hosts.on_first(make_folder, out.parent)
     rates, losses = _try_rates(config, dataset, start, console)

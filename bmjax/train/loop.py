@@ -21,6 +21,7 @@ from bmjax.machine import hosts
 from bmjax.machine.cache import use_compilation_cache
 from bmjax.machine.parallel import make_parallel, request_devices
 from bmjax.machine.signals import Stop, noting_signals
+from bmjax.machine.terminal import forgiving_console
 from bmjax.machine.threads import compute_in_calling_thread, suits_one_thread
 from bmjax.metrics import summarize
 from bmjax.models import forward_flops
@@ -112,7 +113,7 @@ def fit(
     if saved is not None:
         check_same_data(saved, run.data["fingerprint"])
     hosts.check_same("data", run.data, "Give every machine a copy of the same.")
-    console = console or Console()
+    console = forgiving_console(console)
     for line in dataset.warnings:
         console.print(f"warning: {line}", highlight=False, markup=False, soft_wrap=True)
     session = _Session(run, dataset, programs, console, title, beside)

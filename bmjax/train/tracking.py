@@ -38,7 +38,7 @@ class MetricsFile:
             return records
 
         self.records = hosts.on_first(begin)
-        self._file = path.open("a") if hosts.is_first() else None
+        self._file = path.open("a", encoding="utf-8") if hosts.is_first() else None
 
     def write(self, record: dict[str, Any]) -> None:
         """Appends one record, which has `step`, `epoch` and `split`."""
@@ -58,7 +58,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     records = []
-    for line in path.read_text(errors="replace").splitlines():
+    for line in path.read_text("utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
         except ValueError:
