@@ -42,9 +42,9 @@ from bmjax.errors import UserError
 from bmjax.evaluate.measure import measure, predict_probabilities
 from bmjax.machine.storage import write_atomically
 from bmjax.runs.folder import CONFIG
+from bmjax.runs.history import read_metrics
 from bmjax.runs.trained import TrainedRun, load_run
 from bmjax.train.loop import fit
-from bmjax.train.tracking import read_metrics
 from experiments.leaderboard_report import ALONE, TEACHER, draw, write_csv, write_markdown
 
 # Between the seeds of an ensemble's members, so that no member of one is a member of another.

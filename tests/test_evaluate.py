@@ -10,9 +10,9 @@ from PIL import Image
 from bmjax.config import DeviceConfig, EvaluateConfig, PredictConfig
 from bmjax.errors import UserError
 from bmjax.evaluate.measure import evaluate, predict, predict_probabilities
+from bmjax.runs.history import read_metrics
 from bmjax.runs.trained import load_run
 from bmjax.train.loop import fit
-from bmjax.train.tracking import read_metrics
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -38,7 +39,7 @@ class Own:
         pass
 
 
-STREAMS = {
+STREAMS: dict[str, Any] = {
     "ascii": lambda: io.TextIOWrapper(io.BytesIO(), "ascii"),
     "cp1252": lambda: io.TextIOWrapper(io.BytesIO(), "cp1252"),
     "utf-8": lambda: io.TextIOWrapper(io.BytesIO(), "utf-8"),

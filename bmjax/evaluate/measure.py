@@ -22,9 +22,8 @@ from bmjax.machine.cache import use_compilation_cache
 from bmjax.machine.parallel import make_parallel, request_devices
 from bmjax.metrics import summarize
 from bmjax.models import num_params
+from bmjax.runs.inference import evaluate_split, make_evaluate, predict_logits
 from bmjax.runs.trained import TrainedRun, check_fits, load_for, load_run
-from bmjax.train.apply import predict_logits
-from bmjax.train.compiled import evaluate_split, make_evaluate
 
 _SPEED_SECONDS = 0.5
 

@@ -36,7 +36,7 @@ from bmjax.runs.folder import (
     read_run,
     refuse_existing,
 )
-from bmjax.train.compiled import evaluate_split, make_evaluate
+from bmjax.runs.inference import evaluate_split, make_evaluate
 from bmjax.train.programs import Programs, load_and_compile
 from bmjax.train.setup import MakeLoss, Phase, Start, check_possible, epoch_orders
 from bmjax.train.step import TrainState

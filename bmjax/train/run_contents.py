@@ -10,7 +10,7 @@ import numpy as np
 from bmjax.machine.storage import read_settings
 from bmjax.runs import checkpoint
 from bmjax.runs.folder import CONFIG
-from bmjax.train.tracking import read_metrics
+from bmjax.runs.history import read_metrics
 
 _SPEEDS = ("examples_per_second", "inference_images_per_second")
 

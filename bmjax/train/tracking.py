@@ -16,6 +16,7 @@ from rich.progress import (
 
 from bmjax.machine import hosts
 from bmjax.machine.storage import write_atomically
+from bmjax.runs.history import read_metrics
 
 _PLAIN_LINES = 20
 # Columns that a terminal needs for all that stands beside the bar, and leave some for it.
@@ -51,21 +52,6 @@ class MetricsFile:
         """Closes the file."""
         if self._file:
             self._file.close()
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Reads a `metrics.jsonl`; lines that are no records (cut off by a kill) are left out."""
-    if not path.is_file():
-        return []
-    records = []
-    for line in path.read_text("utf-8", errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
-            records.append(record)
-    return records
 
 
 class Profile:
