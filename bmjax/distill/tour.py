@@ -25,6 +25,7 @@ from bmjax.evaluate.measure import measure
 from bmjax.losses.table import LOSS_PARAMS
 from bmjax.machine import hosts
 from bmjax.machine.parallel import request_devices
+from bmjax.machine.progress import shown_on, stage
 from bmjax.machine.storage import free_folder, make_folder, write_atomically, write_settings
 from bmjax.machine.storage import read_settings as read_file
 from bmjax.machine.terminal import forgiving_console
@@ -77,7 +78,8 @@ def distill(config: DistillConfig, console: Console | None = None) -> dict[str, 
     out = Path(config.out)
     console = forgiving_console(console)
     try:
-        return _distill(config, out, console)
+        with shown_on(console):
+            return _distill(config, out, console)
     except StoppedError as error:
         go_on = f"bmjax distill --resume --out {out}"
         raise StoppedError(error.progress, go_on, error.exit_code) from None
@@ -105,10 +107,10 @@ def load_teachers(
     config: DistillConfig, console: Console | None = None
 ) -> tuple[list[TrainedRun], TrainedRun | None]:
     """Reads the teachers that are named; returns them, and all of them as one, or None."""
-    teachers = [
-        load_teacher(source, config.teacher_model, config.image_size, console)
-        for source in ([] if config.follows_student else config.teacher)
-    ]
+    teachers = []
+    for source in () if config.follows_student else config.teacher:
+        with stage(f"reading the teacher {source}"):
+            teachers.append(load_teacher(source, config.teacher_model, config.image_size, console))
     return teachers, combine(teachers, config.teacher_weights) if teachers else None
 
 
@@ -339,7 +341,8 @@ def _finish(
     if not config.teacher:
         trained.insert(0, ("alone", load_run(plan.alone.out, which)))
     measured = [("teacher", teacher)] if teacher else []
-    rows = [_row(role, run, source, config) for role, run in [*measured, *trained]]
+    with stage(f"measuring {len(measured + trained)} models"):
+        rows = [_row(role, run, source, config) for role, run in [*measured, *trained]]
     result: dict[str, Any] = {
         "rows": rows,
         "split": split,

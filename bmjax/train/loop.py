@@ -20,6 +20,7 @@ from bmjax.errors import DivergenceError, StoppedError
 from bmjax.machine import hosts
 from bmjax.machine.cache import use_compilation_cache
 from bmjax.machine.parallel import make_parallel, request_devices
+from bmjax.machine.progress import shown_on
 from bmjax.machine.signals import Stop, noting_signals
 from bmjax.machine.terminal import forgiving_console
 from bmjax.machine.threads import compute_in_calling_thread, suits_one_thread
@@ -37,7 +38,7 @@ from bmjax.runs.folder import (
     refuse_existing,
 )
 from bmjax.runs.inference import evaluate_split, make_evaluate
-from bmjax.train.programs import Programs, load_and_compile
+from bmjax.train.programs import COMPILING, Programs, load_and_compile
 from bmjax.train.setup import MakeLoss, Phase, Start, check_possible, epoch_orders
 from bmjax.train.step import TrainState
 from bmjax.train.tracking import Display, EventFiles, MetricsFile, Profile
@@ -82,7 +83,7 @@ def fit(
     """
     config = config.resolved()
     check_train(config)
-    path = Path(config.out)
+    path, console = Path(config.out), forgiving_console(console)
     request_devices(config.device)
     hosts.check_same("settings", settings_to_keep(config), "Start all with the same flags.")
     saved = hosts.on_first(read_run, path) if config.run.resume else None
@@ -103,7 +104,8 @@ def fit(
         return Programs(config, make_parallel(config.device), outline, make_loss, start, beside)
 
     if dataset is None:
-        dataset, programs = load_and_compile(config, make_programs)
+        with shown_on(console):
+            dataset, programs = load_and_compile(config, make_programs)
     else:
         programs = make_programs(Outline.of(dataset))
     statistics = start.statistics if start else None
@@ -113,7 +115,6 @@ def fit(
     if saved is not None:
         check_same_data(saved, run.data["fingerprint"])
     hosts.check_same("data", run.data, "Give every machine a copy of the same.")
-    console = forgiving_console(console)
     for line in dataset.warnings:
         console.print(f"warning: {line}", highlight=False, markup=False, soft_wrap=True)
     session = _Session(run, dataset, programs, console, title, beside)
@@ -259,6 +260,8 @@ class _Session:
         functions = self._parallel.put(self._programs.functions(phase, self._statistics))
         calls = _Calls()
         fitting = calls.steps_that_fit()
+        if phase.first or not self._programs.compiled_ahead:
+            self._display.say_stage(COMPILING)
         while step < phase.last and not self._gave_up(step):
             arrays, end = self._train.at(step)
             until = min(end, step + fitting)
@@ -274,6 +277,7 @@ class _Session:
             self._display.advance(step, figures)
             if step % self._num_batches == 0:
                 self._end_epoch(state, step, figures, phase)
+                calls.begin_epoch()
             late = time.monotonic() - self._saved_at > 60 * config.run.save_minutes
             # All processes do the same: what one was told, or found, is true of all. The signal is
             # read once, as it may come between two readings.
@@ -380,22 +384,27 @@ class _Session:
 
 
 class _Calls:
-    """How fast the steps go, and how many of them fill a call.
+    """How fast the steps of an epoch go, and how many of them fill a call.
 
     The first call is one step, which may be compiled first; it is not counted in the speed.
     """
 
     def __init__(self) -> None:
-        self._steps, self._seconds, self._number = 0, 0.0, 0
+        self._number, self._speed = 0, 0.0
+        self.begin_epoch()
+
+    def begin_epoch(self) -> None:
+        self._steps, self._seconds = 0, 0.0
 
     def add(self, steps: int, seconds: float) -> None:
         self._number += 1
         if self._number > 1:
             self._steps += steps
             self._seconds += seconds
+            self._speed = self.steps_per_second()
 
     def steps_per_second(self) -> float:
         return self._steps / self._seconds if self._seconds else 0.0
 
     def steps_that_fit(self) -> int:
-        return max(1, int(self.steps_per_second() * _CALL_SECONDS))
+        return max(1, int(self._speed * _CALL_SECONDS))

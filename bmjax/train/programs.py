@@ -14,10 +14,13 @@ from bmjax.config import BaseConfig, TrainConfig
 from bmjax.data import Dataset, load_dataset, loader
 from bmjax.data.sources import Outline
 from bmjax.machine.parallel import Parallel
+from bmjax.machine.progress import stage
 from bmjax.models.build import build_model
 from bmjax.train.compiled import make_train_steps, zero_totals
 from bmjax.train.setup import MakeLoss, Phase, Start, loss_weights, make_phases
 from bmjax.train.step import Batch, classification_loss
+
+COMPILING = "compiling the training step"
 
 
 class Programs:
@@ -41,6 +44,7 @@ class Programs:
         num_batches: updates in an epoch.
         model: the Linen module.
         phases: of the run, in order.
+        compiled_ahead: whether `compile_ahead` compiled the first phase's steps.
 
     Raises:
         UserError: a rule of `start.freeze` that does not fit.
@@ -60,6 +64,7 @@ class Programs:
         self._config, self._beside = config, beside
         self._make_loss = make_loss or _with_statistics_as_arrays(config, outline)
         self._ahead = make_loss is None and beside is None
+        self.compiled_ahead = False
         self.num_batches = loader.num_batches(len(outline.labels), config.batch_size)
         self.model = build_model(config, outline.num_classes, parallel.axis_name)
         self.phases = make_phases(
@@ -116,7 +121,9 @@ class Programs:
             self.functions(phase, any_statistics),
             loader.shapes_of_train(self.outline, self._config.batch_size, self.parallel),
         )
-        self.parallel.compile_ahead(self.steps(phase), held, np.int32(1))
+        with stage(COMPILING):
+            self.parallel.compile_ahead(self.steps(phase), held, np.int32(1))
+        self.compiled_ahead = True
 
 
 def load_and_compile(
