@@ -39,9 +39,13 @@ def test_train_evaluate_predict(capsys, tmp_path, shapes, shapes_npz):
     code, shown, err = run(capsys, *words)
     assert (code, err) == (0, "")
     lines = shown.splitlines()
-    assert lines[0].startswith("mlp epoch 1/2  loss ")
-    assert "images/s" in lines[0]
-    assert "left" in lines[0]
+    assert lines[:2] == [
+        f"training mlp on npz:{shapes_npz}, into {out}",
+        "compiling the training step",
+    ]
+    assert lines[2].startswith("mlp epoch 1/2  loss ")
+    assert "images/s" in lines[2]
+    assert "left" in lines[2]
     assert lines[-2].startswith("test accuracy ")
     assert str(out) in lines[-1]
 
@@ -122,7 +126,8 @@ def test_a_mistake_gets_one_line_and_writes_nothing(capsys, tmp_path, monkeypatc
     Path("file").write_text("")
     code, out, err = run(capsys, *words.split())
     assert code == 2
-    assert out == ""
+    assert out.count("\n") <= 2  # what was about to begin
+    assert message not in out
     assert err.count("\n") == 1
     assert err.startswith("bmjax: ")
     assert message in err
@@ -227,6 +232,33 @@ def test_configs_survive_json():
         assert unflatten(type(config), flat, "it") == config
     with pytest.raises(UserError, match="of type int"):
         unflatten(TrainConfig, {"epochs": True}, "it")
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("train --model cnn --out X", "training cnn on mnist5k, into X"),
+        ("train --model cnn --out X --resume", "going on with the run in X"),
+        (
+            "finetune --weights a.pth --data npz:b.npz --out X",
+            "fine-tuning a.pth on npz:b.npz, into X",
+        ),
+        (
+            "distill --teacher A B --student mlp",
+            "distilling A and B into mlp, on mnist5k",
+        ),
+    ],
+)
+def test_a_command_says_what_it_begins_before_it_imports_jax(words, line):
+    code = (
+        "import builtins, os, sys\nfrom rich.console import Console\nfrom bmjax import cli\n"
+        "def first(*words, **_):\n"
+        "    os.write(1, f'{words[-1]}\\n{\"jax\" in sys.modules}'.encode())\n"
+        "    os._exit(0)\n"
+        "Console.print = builtins.print = first\ncli.main(sys.argv[1:])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *words.split()], capture_output=True)
+    assert done.stdout.decode() == f"{line}\nFalse"
 
 
 @pytest.mark.slow

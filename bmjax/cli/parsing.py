@@ -20,7 +20,7 @@ from bmjax.config import (
     TrainConfig,
     VerifyResumeConfig,
 )
-from bmjax.errors import UserError, unknown_name
+from bmjax.errors import UserError, printable, unknown_name
 
 
 def parse(argv: list[str]) -> Any:
@@ -42,6 +42,11 @@ def resumed(config: Any, argv: list[str]) -> Any:
         argv: what it was given.
     """
     if isinstance(config, TrainConfig | FinetuneConfig | DistillConfig) and config.run.resume:
+        # Said before JAX is imported, which takes seconds.
+        print(
+            f"going on with the run in {printable(config.out)}" if config.out else "going on",
+            flush=True,
+        )
         return _parse(argv, {type(config): _saved(config)})
     return config
 

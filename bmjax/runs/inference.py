@@ -33,6 +33,13 @@ def predict_logits(
     return cast(Array, logits)
 
 
+def logits_of_pixels(
+    model: nn.Module, statistics: dict[str, Any], variables: Any, images: Array
+) -> Array:
+    """Returns what `predict_logits` does, of images as uint8."""
+    return predict_logits(model, statistics, variables, images.astype(jnp.float32) / 255)
+
+
 def predict_features(
     model: nn.Module,
     statistics: dict[str, Any],
