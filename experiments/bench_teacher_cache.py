@@ -27,7 +27,9 @@ from rich.console import Console
 
 from bmjax.config import DistillConfig, TrainConfig
 from bmjax.data import Dataset, load_dataset, loader
-from bmjax.data.sources import Outline
+from bmjax.data.loader import epoch_orders
+from bmjax.data.preprocess import Normalization
+from bmjax.data.sources import DatasetSpec
 from bmjax.data.statistics import describe, pixel_statistics
 from bmjax.distill.loss import distillation_loss
 from bmjax.distill.teacher_cache import NoCache, cached_teacher
@@ -35,8 +37,8 @@ from bmjax.machine.parallel import Parallel
 from bmjax.models import create_model
 from bmjax.runs.folder import Run
 from bmjax.runs.trained import TrainedRun
-from bmjax.train.programs import Programs
-from bmjax.train.setup import epoch_orders
+from bmjax.train.job import Job
+from bmjax.train.programs import TrainingPrograms
 from bmjax.train.step import LossFn
 
 PASSES = 2
@@ -52,22 +54,24 @@ def make_teacher(dataset: Dataset, model: str) -> TrainedRun:
 
 
 def make_epochs(
-    config: DistillConfig, dataset: Dataset, teacher: TrainedRun | None, beside: Any
+    config: DistillConfig, dataset: Dataset, teacher: TrainedRun | None, view_targets: Any
 ) -> Callable[[int], float]:
     """Returns `run(epoch)`, which trains for an epoch and returns the seconds that it took."""
     train = config.train_config(config.student, "none")
     parallel = Parallel("jit", jax.devices()[:1])
 
-    def with_teacher(model: Any, statistics: dict[str, Any]) -> LossFn:
-        return distillation_loss(model, statistics, teacher, config)
+    def with_teacher(model: Any, normalization: Normalization) -> LossFn:
+        return distillation_loss(model, normalization, teacher, config)
 
-    make_loss = with_teacher if teacher else None
-    programs = Programs(train, parallel, Outline.of(dataset), make_loss, beside=beside)
-    (phase,), statistics_of = programs.phases, pixel_statistics(dataset)
-    steps, totals = programs.steps(phase), programs.zeros(statistics_of)
-    functions = parallel.put(programs.functions(phase, statistics_of))
+    job = Job(make_loss=with_teacher if teacher else None, view_targets=view_targets)
+    programs = TrainingPrograms(train, parallel, DatasetSpec.of(dataset), job)
+    (phase,), normalization = programs.phases, pixel_statistics(dataset)
+    steps, totals = programs.steps(phase), programs.zeros(normalization)
+    functions = parallel.put(programs.functions(phase, normalization))
     orders = epoch_orders(phase.fresh.key, dataset, train)
-    feed = loader.Feed(dataset.train, parallel, config.batch_size, orders, wide=True, beside=beside)
+    feed = loader.Feed(
+        dataset.train, parallel, config.batch_size, orders, wide=True, view_targets=view_targets
+    )
     held = [parallel.put(phase.fresh), parallel.put(totals)]
 
     def run(epoch: int) -> float:
@@ -93,7 +97,7 @@ def main() -> None:
     config = DistillConfig(student=arguments.student, views=views, epochs=arguments.turns + 1)
     with tempfile.TemporaryDirectory() as folder:
         cached = dataclasses.replace(config, teacher_cache=folder)
-        place, mean = Path(folder) / "cache", pixel_statistics(dataset)["mean"]
+        place, mean = Path(folder) / "cache", pixel_statistics(dataset).mean
         begin = time.perf_counter()
         cache = cached_teacher(place, teacher, dataset, cached, mean, Console())
         print(f"cache of {PASSES} passes: made in {time.perf_counter() - begin:.1f} s")

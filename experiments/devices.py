@@ -36,14 +36,14 @@ from rich.console import Console
 
 from bmjax.config import DeviceConfig, OptimConfig, RunConfig, TrainConfig
 from bmjax.data import Dataset, load_dataset, loader
-from bmjax.data.sources import Outline
+from bmjax.data.loader import epoch_orders
+from bmjax.data.sources import DatasetSpec
 from bmjax.data.statistics import pixel_statistics
 from bmjax.evaluate.measure import evaluate_finished
 from bmjax.machine import hosts
 from bmjax.machine.parallel import make_parallel, request_devices
 from bmjax.train.loop import fit
-from bmjax.train.programs import Programs
-from bmjax.train.setup import epoch_orders
+from bmjax.train.programs import TrainingPrograms
 
 # How the devices share a batch, how many a process has, how many processes there are.
 PLACES = [("jit", 1, 1), ("jit", 2, 1), ("jit", 4, 1), ("jit", 8, 1)]
@@ -53,14 +53,14 @@ PLACES += [("pmap", 1, 1), ("pmap", 2, 1), ("pmap", 4, 1), ("pmap", 8, 1), ("jit
 def first_losses(config: TrainConfig, dataset: Dataset, steps: int) -> np.ndarray:
     """Returns the training loss of each of the first steps."""
     parallel = make_parallel(config.device)
-    programs = Programs(config, parallel, Outline.of(dataset))
-    phase, statistics = programs.phases[0], pixel_statistics(dataset)
-    functions = parallel.put(programs.functions(phase, statistics))
+    programs = TrainingPrograms(config, parallel, DatasetSpec.of(dataset))
+    phase, normalization = programs.phases[0], pixel_statistics(dataset)
+    functions = parallel.put(programs.functions(phase, normalization))
     orders = epoch_orders(phase.fresh.key, dataset, config)
     feed = loader.Feed(
         dataset.train, parallel, config.batch_size, orders, True, share=hosts.share()
     )
-    state, zeros, losses = parallel.put(phase.fresh), programs.zeros(statistics), []
+    state, zeros, losses = parallel.put(phase.fresh), programs.zeros(normalization), []
     for step in range(steps):
         arrays, _ = feed.at(step)
         # Begun anew: differences of sums over an epoch have its rounding error.
@@ -83,10 +83,10 @@ def measure(arguments: argparse.Namespace, device: DeviceConfig) -> dict[str, An
             run=RunConfig(tensorboard=False),
             out=hosts.on_first(str, folder),
         ).resolved()
-        dataset = load_dataset(config.data)
+        dataset = load_dataset(config.data_name)
         losses = first_losses(config, dataset, arguments.steps)
         fit(config, dataset, console=Console(file=nowhere))
-        accuracy = evaluate_finished(config.out, config)["accuracy"]
+        accuracy = evaluate_finished(config.folder, config)["accuracy"]
     return {"losses": losses.tolist(), "accuracy": accuracy}
 
 

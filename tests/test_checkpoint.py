@@ -191,3 +191,12 @@ def test_a_file_system_that_cannot_reserve_is_written_to(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "posix_fallocate", unknown)
     save(tmp_path, [1])
     assert checkpoint.newest_sound(tmp_path) == (1, [])
+
+
+def test_params_of_a_loss_are_read_by_the_name_they_had_before(tmp_path):
+    writer = checkpoint.CheckpointWriter(tmp_path, 1)
+    writer.save(1, {"state": {"state/params/of_the_loss/hint": np.ones(2)}}, {"step": 1})
+    writer.wait()
+    writer.close()
+    read = checkpoint.read(tmp_path, 1, ("state",))
+    assert list(read["state"]) == ["state/params/loss_params/hint"]

@@ -33,9 +33,9 @@ def test_mnist5k_is_real_digits_split_evenly(mnist5k):
     assert example["image"].dtype == np.uint8
     assert isinstance(example["label"], int)
     # The mean pixel of MNIST's 60,000 training digits is 0.1307, the deviation 0.3081.
-    statistics = preprocess.pixel_statistics(mnist5k.train.images)
-    assert statistics["mean"] == pytest.approx([0.1307], abs=0.003)
-    assert statistics["std"] == pytest.approx([0.3081], abs=0.003)
+    normalization = preprocess.pixel_statistics(mnist5k.train.images)
+    assert normalization.mean == pytest.approx([0.1307], abs=0.003)
+    assert normalization.std == pytest.approx([0.3081], abs=0.003)
 
 
 def test_mnist5k_is_the_same_on_every_machine(mnist5k):

@@ -10,6 +10,7 @@ import pytest
 
 from bmjax import create_model, losses
 from bmjax.config import DistillConfig
+from bmjax.data.preprocess import Normalization
 from bmjax.distill.loss import distillation_loss, logit_loss, main_label, match_features
 from bmjax.distill.teacher_cache import NoCache
 from bmjax.distill.teachers import combine
@@ -34,14 +35,14 @@ def student_of(small, shapes):
 
 
 def logits_of(model, run, variables, batch):
-    """Returns the logits of a batch's images, normalised by a run's statistics."""
-    return jax.jit(partial(predict_logits, model, run.statistics))(variables, batch["image"])
+    """Returns the logits of a batch's images, normalised by a run's normalization."""
+    return jax.jit(partial(predict_logits, model, run.normalization))(variables, batch["image"])
 
 
 def test_the_loss_is_the_stated_mixture(teacher, small, shapes):
     model, params, batch = student_of(small, shapes)
     # Statistics of its own: the teacher must see its own normalisation all the same.
-    own = {"mean": [0.2], "std": [0.5]}
+    own = Normalization((0.2,), (0.5,))
     loss_fn = jax.jit(distillation_loss(model, own, teacher, SETTINGS))
     loss, (_, metrics) = loss_fn(params, {}, batch, jax.random.key(0))
     student = jax.jit(model.apply)({"params": params}, (batch["image"] - 0.2) / 0.5)
@@ -58,10 +59,10 @@ def test_the_loss_is_the_stated_mixture(teacher, small, shapes):
 def test_the_ends_of_alpha_are_each_term_alone(teacher, small, shapes, alpha):
     model, params, batch = student_of(small, shapes)
     mixed = jax.jit(
-        distillation_loss(model, teacher.statistics, teacher, DistillConfig(alpha=alpha))
+        distillation_loss(model, teacher.normalization, teacher, DistillConfig(alpha=alpha))
     )
     loss, (_, metrics) = mixed(params, {}, batch, jax.random.key(0))
-    alone = jax.jit(classification_loss(model, teacher.statistics))
+    alone = jax.jit(classification_loss(model, teacher.normalization))
     plain, _ = alone(params, {}, batch, jax.random.key(0))
     if alpha == 0:
         np.testing.assert_allclose(loss, plain, rtol=1e-5)
@@ -76,7 +77,7 @@ def test_the_teacher_is_an_input_and_has_no_gradient(teacher, small, shapes, rea
     if read_beside:  # the form of a run: asked in a branch that a cache would not take
         rows = NoCache(8, 3).rows(0, 1)
         batch |= {name: jnp.array(row) for name, row in rows.items()}
-    loss_fn: Any = distillation_loss(model, teacher.statistics, teacher, SETTINGS)
+    loss_fn: Any = distillation_loss(model, teacher.normalization, teacher, SETTINGS)
     chex.assert_trees_all_equal(loss_fn.args[0], teacher.variables)
 
     def total(variables, params):
@@ -152,7 +153,7 @@ def test_the_teacher_sees_the_very_view_of_the_student(teacher, small, shapes):
     view = make_view(AugmentConfig(mixup=1.0), (12, 12), [0.5])
     batch = jax.jit(view)(jax.random.key(5), {**batch, "position": jnp.arange(8)})
     config = dataclasses.replace(SETTINGS, alpha=1.0)
-    loss_fn = jax.jit(distillation_loss(model, teacher.statistics, teacher, config))
+    loss_fn = jax.jit(distillation_loss(model, teacher.normalization, teacher, config))
     loss, _ = loss_fn(params, {}, batch, jax.random.key(0))
     sides = [(teacher.model, teacher.variables), (model, {"params": params})]
     asked, student = (logits_of(m, teacher, v, batch) for m, v in sides)
@@ -167,15 +168,17 @@ def test_features_are_compared_and_their_projections_learn(teacher, small, shape
     matching = match_features(config, model, ("cnn_tiny", teacher.model), (12, 12, 1))
     assert matching is not None
     extra = matching.init(jax.random.key(0))
-    loss_fn = jax.jit(distillation_loss(model, teacher.statistics, teacher, config, None, matching))
+    loss_fn = jax.jit(
+        distillation_loss(model, teacher.normalization, teacher, config, None, matching)
+    )
     whole = {**params, LOSS_PARAMS: extra}
     loss, (_, metrics) = loss_fn(whole, {}, batch, jax.random.key(0))
-    plain = jax.jit(distillation_loss(model, teacher.statistics, teacher, SETTINGS))
+    plain = jax.jit(distillation_loss(model, teacher.normalization, teacher, SETTINGS))
     without, _ = plain(params, {}, batch, jax.random.key(0))
     np.testing.assert_allclose(loss, without + 2 * metrics["features"], rtol=1e-5)
 
     def features_of(model, variables):
-        images = (batch["image"] - teacher.statistics["mean"][0]) / teacher.statistics["std"][0]
+        images = (batch["image"] - teacher.normalization.mean[0]) / teacher.normalization.std[0]
         _, new = jax.jit(partial(model.apply, mutable=["intermediates"]))(variables, images)
         return new["intermediates"]
 
@@ -194,7 +197,7 @@ def test_a_teacher_that_follows_is_the_average_in_evaluation_mode(small, shapes,
     model, params, batch = student_of(small, shapes)
     average = jax.tree.map(lambda leaf: 0.5 * leaf, params)
     config = dataclasses.replace(SETTINGS, alpha=1.0, teacher=("ema",))
-    loss_fn: Any = distillation_loss(model, teacher.statistics, None, config)
+    loss_fn: Any = distillation_loss(model, teacher.normalization, None, config)
 
     def total(params, average):
         loss, _ = loss_fn(params, {}, batch, jax.random.key(0), ema_params=average)
@@ -213,13 +216,13 @@ def test_the_teacher_does_not_use_the_statistics_of_the_batch(teacher, small, sh
     normalising = create_model("resnet_tiny", shapes.num_classes)
     variables = jax.jit(normalising.init)(jax.random.key(3), batch["image"])
     resnet = dataclasses.replace(teacher, model=normalising, variables=variables)
-    loss_fn = jax.jit(distillation_loss(model, resnet.statistics, resnet, SETTINGS))
-    loss, (statistics, _) = loss_fn(params, {}, batch, jax.random.key(0))
+    loss_fn = jax.jit(distillation_loss(model, resnet.normalization, resnet, SETTINGS))
+    loss, (batch_stats, _) = loss_fn(params, {}, batch, jax.random.key(0))
     alone = {name: leaf[:1] for name, leaf in batch.items()}
     first, _ = loss_fn(params, {}, alone, jax.random.key(0))
     # In training mode a batch of one would have other activations than the same image in eight.
     np.testing.assert_allclose(first[0], loss[0], rtol=1e-4)
-    assert statistics == {}
+    assert batch_stats == {}
 
 
 def test_an_ensemble_is_the_weighted_mean_of_logits(teacher, small, shapes):

@@ -195,7 +195,7 @@ def test_stopped_in_either_phase_and_resumed_is_as_never_stopped(
     config, tmp_path, monkeypatch, calls
 ):
     from bmjax.errors import StoppedError
-    from bmjax.train import loop as module
+    from bmjax.train import session as module
 
     from .test_loop import stopping
 
@@ -203,7 +203,7 @@ def test_stopped_in_either_phase_and_resumed_is_as_never_stopped(
     whole = dataclasses.replace(config, out=str(tmp_path / "whole"))
     finetune(whole)
     with monkeypatch.context() as patch:
-        patch.setattr(module._Session, "run_all", stopping(module._Session.run_all, calls))
+        patch.setattr(module.Session, "run_all", stopping(module.Session.run_all, calls))
         patch.setattr(module, "_CALL_SECONDS", 1e-9)  # one step a call, three an epoch
         with pytest.raises(StoppedError, match="bmjax finetune --resume --out"):
             finetune(config)
@@ -307,7 +307,7 @@ def test_gray_images_are_taken_as_colour(resnet, tmp_path):
 
 
 def test_balanced_classes_weigh_the_same():
-    from bmjax.train.setup import class_weights
+    from bmjax.data.statistics import class_weights
 
     source = draw_shapes(12, 0)
     few = dataclasses.replace(source, labels=np.array([0] * 8 + [1] * 3 + [2], np.int32))

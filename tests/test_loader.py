@@ -117,7 +117,7 @@ def test_each_process_reads_its_own_part_of_every_batch(first):
             arrays, end = feed.at(step)
             for index in range(end - step):
                 steps.append({n: np.asarray(arrays[n][index]) for n in ("image", "label")})
-                steps[-1]["beside_it"] = np.asarray(arrays["beside"]["beside_it"][index])
+                steps[-1]["beside_it"] = np.asarray(arrays["view_targets"]["beside_it"][index])
             step = end
         parts.append(steps)
         # One more than its own: the first, whose size says how many fit into a window.

@@ -57,7 +57,7 @@ def test_gradients_are_those_worked_out_by_hand(teacher, shapes, as_data):
     model, params, batch, _ = student_and_batch(config, shapes)
     sides = [
         (model, pixel_statistics(shapes), {"params": params}),
-        (teacher.model, teacher.statistics, teacher.variables),
+        (teacher.model, teacher.normalization, teacher.variables),
     ]
     ours, theirs = (np.asarray(predict_logits(*side, batch["image"]), float) for side in sides)
 
@@ -89,8 +89,8 @@ def test_parts_add_up_to_the_loss(teacher, shapes, as_data, changes):
     matching = match_features(config, model, theirs, (12, 12, 1))
     if matching:
         params = {**params, LOSS_PARAMS: matching.init(jax.random.fold_in(init_key, 1))}
-    statistics = pixel_statistics(shapes)
-    loss_fn = distillation_loss(model, statistics, teacher, config, None, matching)
+    normalization = pixel_statistics(shapes)
+    loss_fn = distillation_loss(model, normalization, teacher, config, None, matching)
 
     def mean(params):
         return jnp.mean(loss_fn(params, {}, batch, jax.random.key(0))[0])

@@ -199,8 +199,8 @@ def test_pixels_are_those_of_torchvision(size, resize, crop, interpolation):
     )
     smooth = noise(*size).resize(size, box=(0, 0, size[0] / 4, size[1] / 4))
     got = EvaluationTransform(resize, crop, interpolation).apply(smooth)
-    statistics = {"mean": theirs.mean, "std": theirs.std}
-    ours = preprocess.normalize(jnp.asarray(got[None], jnp.float32) / 255, statistics)[0]
+    normalization = preprocess.Normalization(theirs.mean, theirs.std)
+    ours = preprocess.normalize(jnp.asarray(got[None], jnp.float32) / 255, normalization)[0]
     of_pillow = theirs(smooth).permute(1, 2, 0).numpy()
     of_tensor = theirs(tv.pil_to_tensor(smooth)).permute(1, 2, 0).numpy()
     np.testing.assert_allclose(ours, of_pillow, atol=1e-6, rtol=0)
@@ -416,6 +416,6 @@ def test_pixel_statistics_match_float64():
     pixels[..., 2] = 9
     got = preprocess.pixel_statistics(pixels)
     scaled = pixels.astype(np.float64) / 255
-    np.testing.assert_allclose(got["mean"], scaled.mean((0, 1, 2)), rtol=1e-12)
-    np.testing.assert_allclose(got["std"][:2], scaled.std((0, 1, 2))[:2], rtol=1e-12)
-    assert got["std"][2] == 1.0
+    np.testing.assert_allclose(got.mean, scaled.mean((0, 1, 2)), rtol=1e-12)
+    np.testing.assert_allclose(got.std[:2], scaled.std((0, 1, 2))[:2], rtol=1e-12)
+    assert got.std[2] == 1.0

@@ -11,17 +11,18 @@ from jax.tree_util import Partial
 from bmjax.config import AugmentConfig, DeviceConfig
 from bmjax.data import loader
 from bmjax.data.kinds import prepare
-from bmjax.data.sources import Outline
+from bmjax.data.preprocess import Normalization
+from bmjax.data.sources import DatasetSpec
 from bmjax.errors import UserError
 from bmjax.machine.parallel import Parallel
 from bmjax.train import loop, programs
 from bmjax.train.loop import fit
-from bmjax.train.programs import Programs
+from bmjax.train.programs import TrainingPrograms
 from bmjax.train.step import classification_loss
 from tests.folder_helpers import write, write_class
 from tests.test_loop import Read, on_host
 
-STATISTICS = {"mean": [0.3], "std": [0.2]}
+NORMALIZATION = Normalization((0.3,), (0.2,))
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def train_epoch(made, config, dataset, functions):
     (phase,), parallel = made.phases, made.parallel
     functions = parallel.put(functions)
     feed = loader.Feed(dataset.train, parallel, config.batch_size, lambda _: ORDER, wide=True)
-    state, totals, step = parallel.put(phase.fresh), parallel.put(made.zeros(STATISTICS)), 0
+    state, totals, step = parallel.put(phase.fresh), parallel.put(made.zeros(NORMALIZATION)), 0
     while step < made.num_batches:
         arrays, step = feed.at(step)
         state, totals = made.steps(phase)(state, totals, functions, arrays, np.int32(step))
@@ -60,24 +61,26 @@ def test_what_is_compiled_ahead_is_what_runs_with_any_statistics(
     config = dataclasses.replace(small, views=views)
     dataset = shapes if in_memory else dataclasses.replace(shapes, train=Read(shapes.train))
     monkeypatch.setattr(loader, "_WINDOW_BYTES", 2 * config.batch_size * 12 * 12)
-    outline = Outline.of(dataset)
-    assert outline.in_memory == in_memory
+    spec = DatasetSpec.of(dataset)
+    assert spec.in_memory == in_memory
     parallel = Parallel("jit", jax.devices()[:1])
-    made = Programs(config, parallel, outline)
+    made = TrainingPrograms(config, parallel, spec)
     made.compile_ahead()
-    made.zeros(STATISTICS)
+    made.zeros(NORMALIZATION)
     # Of the totals' names there is one more trace, which compiles nothing.
     number = len(traced)
     (phase,) = made.phases
-    got = train_epoch(made, config, dataset, made.functions(phase, STATISTICS))
+    got = train_epoch(made, config, dataset, made.functions(phase, NORMALIZATION))
     assert len(traced) == number + 1
     steps: Any = made.steps(phase)
     assert steps._cache_size() == 1
 
-    plain = Programs(config, parallel, outline)
-    view = loader.make_view(views, (12, 12), STATISTICS["mean"])
-    loss_fn = classification_loss(plain.model, STATISTICS)
-    expected = train_epoch(plain, config, dataset, (view, Partial(loss_fn)))
+    plain = TrainingPrograms(config, parallel, spec)
+    view = loader.make_view(views, (12, 12), NORMALIZATION.mean)
+    loss_fn = classification_loss(plain.model, NORMALIZATION)
+    expected = train_epoch(
+        plain, config, dataset, (view, Partial(loss_fn), plain.phases[0].schedule)
+    )
     # XLA of jax 0.7.2 divides by a constant otherwise than by an input.
     chex.assert_trees_all_close(got, expected, rtol=1e-6)
 

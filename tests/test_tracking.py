@@ -3,7 +3,7 @@ from typing import Any
 
 from rich.console import Console
 
-from bmjax.train.loop import _Calls
+from bmjax.train.session import _Calls
 from bmjax.train.tracking import Display
 
 FIGURES = {"loss": 1.0, "accuracy": 0.5, "examples_per_second": 1200.0}

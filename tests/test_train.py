@@ -18,6 +18,7 @@ from bmjax.metrics import summarize
 from bmjax.models import create_model
 from bmjax.runs.inference import make_evaluate, predict_logits
 from bmjax.train.compiled import make_train_steps, zero_totals
+from bmjax.train.gradients import accumulated, whole_batch
 from bmjax.train.optim import trainable_mask
 from bmjax.train.step import classification_loss, create_state, label_loss, train_step
 
@@ -27,9 +28,9 @@ VIEWS = AugmentConfig()
 def set_up(dataset, model=None, optimizer=None, ema=False):
     model = model or create_model("cnn_tiny", dataset.num_classes)
     optimizer = optimizer or optax.adamw(1e-2)
-    statistics = preprocess.pixel_statistics(dataset.train.images)
+    normalization = preprocess.pixel_statistics(dataset.train.images)
     state = create_state(model, optimizer, dataset.image_shape, seed=0, ema=ema)
-    return model, optimizer, statistics, state, classification_loss(model, statistics)
+    return model, optimizer, normalization, state, classification_loss(model, normalization)
 
 
 def view(views, parallel=None):
@@ -39,15 +40,15 @@ def view(views, parallel=None):
 
 def run_steps(dataset, parallel, until=9, accumulate=1, views=VIEWS, model=None):
     """Trains for an epoch and a half, in calls of uneven length, and evaluates."""
-    model, optimizer, statistics, state, loss_fn = set_up(dataset, model)
+    model, optimizer, normalization, state, loss_fn = set_up(dataset, model)
     arrays = loader.as_arrays(dataset.train)
-    steps = make_train_steps(parallel, optimizer, 16, accumulate)
+    steps = make_train_steps(parallel, lambda _: optimizer, 16, accumulated(accumulate))
     totals = parallel.put(zero_totals(loss_fn, state, arrays["image"].shape[1:]))
-    functions = (view(views, parallel), Partial(loss_fn))
+    functions = (view(views, parallel), Partial(loss_fn), Partial(optax.constant_schedule(0)))
     state, functions, arrays = (parallel.put(tree) for tree in (state, functions, arrays))
     for end in (1, 4, 6, until):
         state, totals = steps(state, totals, functions, arrays, np.int32(end))
-    evaluate = make_evaluate(parallel, model, statistics, dataset.num_classes, 16)
+    evaluate = make_evaluate(parallel, model, normalization, dataset.num_classes, 16)
     sums = evaluate(state.variables, parallel.put(loader.as_arrays(dataset.test)))
     return parallel.get((state, totals, sums))
 
@@ -95,9 +96,9 @@ def test_the_length_of_the_calls_changes_nothing(shapes, on_one_device):
     parallel = Parallel("jit", jax.devices()[:1])
     _, optimizer, _, state, loss_fn = set_up(shapes)
     arrays = loader.as_arrays(shapes.train)
-    steps = make_train_steps(parallel, optimizer, 16)
+    steps = make_train_steps(parallel, lambda _: optimizer, 16)
     totals = parallel.put(zero_totals(loss_fn, state, arrays["image"].shape[1:]))
-    functions = (view(VIEWS), Partial(loss_fn))
+    functions = (view(VIEWS), Partial(loss_fn), Partial(optax.constant_schedule(0)))
     state, functions, arrays = (parallel.put(tree) for tree in (state, functions, arrays))
     for end in range(1, 10):
         state, totals = steps(state, totals, functions, arrays, np.int32(end))
@@ -110,9 +111,9 @@ def test_nothing_is_traced_again_after_the_first_call(shapes):
     arrays = loader.as_arrays(shapes.train)
     zeros = zero_totals(loss_fn, state, arrays["image"].shape[1:])
     counted = chex.assert_max_traces(loss_fn, n=1)
-    steps = make_train_steps(parallel, optimizer, 16)
+    steps = make_train_steps(parallel, lambda _: optimizer, 16)
     state, totals, arrays = (parallel.put(tree) for tree in (state, zeros, arrays))
-    functions = (view(VIEWS), Partial(counted))
+    functions = (view(VIEWS), Partial(counted), Partial(optax.constant_schedule(0)))
     for end in (1, 3, 6, 7, 12):
         state, totals = steps(state, totals, functions, arrays, np.int32(end))
     with pytest.raises(AssertionError, match="traced"):
@@ -187,13 +188,13 @@ class WithStatistics(nn.Module):
 
 
 def test_running_statistics_pass_through_the_step(shapes):
-    model, optimizer, statistics, state, loss_fn = set_up(shapes, model=WithStatistics(3))
+    model, optimizer, normalization, state, loss_fn = set_up(shapes, model=WithStatistics(3))
     batch = take(shapes)
     after, _ = jitted_step(state, batch, loss_fn, optimizer)
-    images = preprocess.normalize(batch["image"], statistics).reshape(16, -1)
+    images = preprocess.normalize(batch["image"], normalization).reshape(16, -1)
     mean = after.batch_stats["BatchNorm_0"]["mean"]
     np.testing.assert_allclose(mean, 0.1 * images.mean(axis=0), atol=1e-5)
-    logits = predict_logits(model, statistics, after.variables, batch["image"])
+    logits = predict_logits(model, normalization, after.variables, batch["image"])
     chex.assert_shape(logits, (16, 3))
 
 
@@ -214,8 +215,8 @@ def test_a_loss_that_is_not_finite_stops_the_loop_at_its_step(shapes):
     _, optimizer, _, state, loss_fn = set_up(shapes, optimizer=optax.sgd(1e20))
     arrays = loader.as_arrays(shapes.train)
     totals = parallel.put(zero_totals(loss_fn, state, arrays["image"].shape[1:]))
-    steps = make_train_steps(parallel, optimizer, 16)
-    functions = (view(VIEWS), Partial(loss_fn))
+    steps = make_train_steps(parallel, lambda _: optimizer, 16)
+    functions = (view(VIEWS), Partial(loss_fn), Partial(optax.constant_schedule(0)))
     state, functions, arrays = (parallel.put(tree) for tree in (state, functions, arrays))
     state, totals = steps(state, totals, functions, arrays, np.int32(6))
     bad = int(totals["bad_step"])
@@ -224,12 +225,12 @@ def test_a_loss_that_is_not_finite_stops_the_loop_at_its_step(shapes):
 
 
 def test_evaluation_covers_exactly_the_split(shapes):
-    model, _, statistics, state, _ = set_up(shapes)
+    model, _, normalization, state, _ = set_up(shapes)
     arrays = loader.as_arrays(shapes.test)
     expected = None
     for size in (8, 16, 64):
         parallel = Parallel("jit", jax.devices()[:4])
-        evaluate = make_evaluate(parallel, model, statistics, 3, size)
+        evaluate = make_evaluate(parallel, model, normalization, 3, size)
         got = summarize(parallel.get(evaluate(parallel.put(state.variables), parallel.put(arrays))))
         assert got["examples"] == 50
         if expected:
@@ -256,8 +257,8 @@ def test_a_frozen_leaf_has_no_gradient_and_the_others_have_theirs(shapes):
         model, optimizer, shapes.image_shape, seed=0, variables=state.variables, trained=mask
     )
     whole, _ = jax.jit(lambda state: train_step(state, batch, loss_fn, optimizer))(state)
-    for accumulate in (1, 2):
-        step = functools.partial(train_step, accumulate=accumulate, trained=mask)
+    for gradient in (whole_batch, accumulated(2)):
+        step = functools.partial(train_step, gradient=gradient, trained=mask)
         part, _ = jax.jit(lambda some, step=step: step(some, batch, loss_fn, optimizer))(some)
         chex.assert_trees_all_equal(part.params["conv1"], state.params["conv1"])
         for name in ("conv2", "head"):

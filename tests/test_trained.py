@@ -14,7 +14,7 @@ from bmjax.runs.trained import batch_size_for
 def test_predictions_are_probabilities_of_the_logits(teacher, shapes):
     images = shapes.test.images
     got = teacher.predict(images)
-    mean, std = (np.asarray(teacher.statistics[name], np.float64) for name in ("mean", "std"))
+    mean, std = (np.asarray(getattr(teacher.normalization, name)) for name in ("mean", "std"))
     logits = teacher.model.apply(teacher.variables, ((images / 255 - mean) / std).astype("float32"))
     shares = np.exp(np.asarray(logits, np.float64))
     np.testing.assert_allclose(got, shares / shares.sum(-1, keepdims=True), rtol=2e-4, atol=1e-6)

@@ -16,15 +16,17 @@ from bmjax.bench.workload import (
     BLOCKS,
     LEARNING_RATE,
     MOMENTUM,
+    NO_SCHEDULE,
     NUM_CLASSES,
-    STATISTICS,
     TEMPERATURE,
     Workload,
     count_flops,
     normalized,
+    pixel_normalization,
 )
 from bmjax.config import AugmentConfig, OptimConfig
 from bmjax.data import loader, preprocess
+from bmjax.data.preprocess import Normalization
 from bmjax.losses import logits as losses
 from bmjax.machine.parallel import Parallel
 from bmjax.models import create_model
@@ -63,25 +65,25 @@ class Bmjax:
     def __init__(self, workload: Workload, steps: int):
         self._workload, self._steps = workload, steps
         model = _model(workload.model, workload.precision)
-        statistics = {name: [value] * workload.channels for name, value in STATISTICS.items()}
+        normalization = pixel_normalization(workload.channels)
         config = OptimConfig(optimizer="sgd", nesterov=False, weight_decay=0.0, momentum=MOMENTUM)
         optimizer = make_optimizer(config, lambda _: LEARNING_RATE)
         variables = initial_variables(workload)
         state = create_state(model, optimizer, _shape(workload), seed=0, variables=variables)
-        loss_fn = Partial(classification_loss(model, statistics))
+        loss_fn = Partial(classification_loss(model, normalization))
         if workload.teacher:
             teacher = _model(workload.teacher, workload.precision)
             held = initial_variables(workload, workload.teacher)
-            loss_fn = Partial(partial(_distillation, model, teacher, statistics), held)
+            loss_fn = Partial(partial(_distillation, model, teacher, normalization), held)
         self._parallel = Parallel("jit", jax.local_devices()[:1])
         put = self._parallel.put
         view = loader.make_view(
-            AugmentConfig(augment=False), _shape(workload)[:2], statistics["mean"]
+            AugmentConfig(augment=False), _shape(workload)[:2], normalization.mean
         )
-        self._run = make_train_steps(self._parallel, optimizer, workload.batch_size)
+        self._run = make_train_steps(self._parallel, lambda _: optimizer, workload.batch_size)
         self._state = put(state)
         self._totals = put(zero_totals(loss_fn, state, _shape(workload)))
-        self._functions = put((view, loss_fn))
+        self._functions = put((view, loss_fn, NO_SCHEDULE))
         data = workload.data(steps)
         self._arrays, self._done = put(data), 0
         self._variables = put(variables)
@@ -110,7 +112,7 @@ class Bmjax:
 def _distillation(
     model: nn.Module,
     teacher: nn.Module,
-    statistics: dict[str, Any],
+    normalization: Normalization,
     held: Any,
     params: Any,
     batch_stats: Any,
@@ -118,7 +120,7 @@ def _distillation(
     key: Array,
 ) -> tuple[Array, tuple[Any, dict[str, Array]]]:
     del key
-    images = preprocess.normalize(batch["image"], statistics)
+    images = preprocess.normalize(batch["image"], normalization)
     logits, batch_stats = apply_train(model, params, batch_stats, images, batch["mask"])
     taught = teacher.apply(held, images)
     return _mixed(logits, taught, batch["label"]), (batch_stats, {})

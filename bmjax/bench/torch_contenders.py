@@ -17,7 +17,8 @@ from bmjax.bench.workload import (
     LEARNING_RATE,
     MOMENTUM,
     NUM_CLASSES,
-    STATISTICS,
+    PIXEL_MEAN,
+    PIXEL_STD,
     TEMPERATURE,
     Workload,
     normalized,
@@ -173,7 +174,7 @@ class _Digits(torch.utils.data.Dataset):
         self.transform = transforms.Compose(
             [
                 transforms.ToTensor(),
-                transforms.Normalize([STATISTICS["mean"]], [STATISTICS["std"]]),
+                transforms.Normalize([PIXEL_MEAN], [PIXEL_STD]),
             ]
         )
 

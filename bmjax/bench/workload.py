@@ -5,6 +5,10 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
+import optax
+from jax.tree_util import Partial
+
+from bmjax.data.preprocess import Normalization
 
 NUM_CLASSES = 10
 LEARNING_RATE = 0.01
@@ -22,14 +26,14 @@ class Workload:
         image_size: side in pixels.
         batch_size: images of a step.
         precision: `float32` or `bfloat16`, of the computation; params are float32.
-        teacher: name of the teacher of a distillation; empty: there is none.
+        teacher: name of the teacher of a distillation; None: there is none.
     """
 
     model: str
     image_size: int
     batch_size: int
     precision: str = "float32"
-    teacher: str = ""
+    teacher: str | None = None
 
     @property
     def channels(self) -> int:
@@ -57,13 +61,20 @@ class Workload:
 # Residual blocks of each stage, of the ResNets that the contenders build themselves.
 BLOCKS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3)}
 
+# Where the optimizer has a learning rate of its own.
+NO_SCHEDULE = Partial(optax.constant_schedule(0.0))
 # Of uniform pixels in [0, 1].
-STATISTICS = {"mean": 0.5, "std": 12**-0.5}
+PIXEL_MEAN, PIXEL_STD = 0.5, 12**-0.5
+
+
+def pixel_normalization(channels: int) -> Normalization:
+    """Returns what all contenders normalise images by."""
+    return Normalization((PIXEL_MEAN,) * channels, (PIXEL_STD,) * channels)
 
 
 def normalized(images: np.ndarray) -> np.ndarray:
     """Returns pixels as all contenders see them: float32, mean 0 and standard deviation 1."""
-    return ((images / np.float32(255) - STATISTICS["mean"]) / STATISTICS["std"]).astype(np.float32)
+    return ((images / np.float32(255) - PIXEL_MEAN) / PIXEL_STD).astype(np.float32)
 
 
 class Contender(Protocol):

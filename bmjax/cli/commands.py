@@ -22,7 +22,7 @@ from bmjax.config import (
     TrainConfig,
     VerifyResumeConfig,
 )
-from bmjax.config.checks import check_distill, check_finetune, check_train
+from bmjax.config.checks import checked
 from bmjax.errors import printable
 from bmjax.machine.progress import shown_on, stage
 
@@ -38,14 +38,13 @@ def _say_first(text: str) -> Console:
 
 
 def _train(config: TrainConfig) -> None:
-    check_train(config)
-    config = config.resolved()
-    what = f"training {config.model} on {config.data}, into {config.out}"
-    console = _say_first(what)
-    from bmjax.train.loop import fit
+    config = checked(config.resolved())
+    console = _say_first(f"training {config.model} on {config.data_name}, into {config.folder}")
+    from bmjax.train.job import Job
+    from bmjax.train.loop import train
 
-    fit(config, console=console, own_process=True)
-    _show_result(config.out, config, console)
+    train(config, None, Job(own_process=True), console)
+    _show_result(config.folder, config, console)
 
 
 def _show_result(out: str, config: TrainConfig | FinetuneConfig, console: Console) -> None:
@@ -66,12 +65,12 @@ def _show_result(out: str, config: TrainConfig | FinetuneConfig, console: Consol
 
 
 def _finetune(config: FinetuneConfig) -> None:
-    check_finetune(config)
-    what = f"fine-tuning {config.weights} on {config.data}, into {config.train_config().out}"
-    console = _say_first(what)
-    from bmjax.finetune.tune import finetune
+    config = checked(config)
+    folder = config.train_config().folder
+    console = _say_first(f"fine-tuning {config.weights} on {config.data_name}, into {folder}")
+    from bmjax.finetune.tune import run
 
-    result = finetune(config, console)
+    result = run(config, console)
     finding = result["finding"]
     if finding is None:
         _show_result(result["out"], config, console)
@@ -85,16 +84,15 @@ def _finetune(config: FinetuneConfig) -> None:
 
 
 def _distill(config: DistillConfig) -> None:
-    check_distill(config)
+    config = checked(config)
     if config.explain_loss:
         _explain_loss(config)
         return
     teacher = " and ".join(config.teacher) or config.teacher_model
-    what = f"distilling {teacher} into {config.student}, on {config.data}"
-    console = _say_first(what)
-    from bmjax.distill.tour import distill
+    console = _say_first(f"distilling {teacher} into {config.student}, on {config.data_name}")
+    from bmjax.distill.tour import run
 
-    result = distill(config, console)
+    result = run(config, console)
     show_distillation(result, config, console)
 
 

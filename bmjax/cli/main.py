@@ -70,13 +70,13 @@ def _run(words: list[str]) -> None:
 
     asked = parse(words)
     device = getattr(asked, "device", None)
-    if device is None or not (device.coordinator or device.num_processes or device.process_id >= 0):
+    if device is None or {device.coordinator, device.num_processes, device.process_id} == {None}:
         COMMANDS[type(asked)](resumed(asked, words))
         return
     from bmjax.machine import hosts
 
     hosts.check(device)
-    name = f"process {device.process_id}" if device.process_id >= 0 else "this process"
+    name = "this process" if device.process_id is None else f"process {device.process_id}"
     if not supervisor.watch():
         sys.exit(supervisor.supervise(words, name))
     _run_as_one_of_several(asked, words, name)

@@ -20,7 +20,7 @@ from bmjax.config import (
     TrainConfig,
     VerifyResumeConfig,
 )
-from bmjax.errors import UserError, printable, unknown_name
+from bmjax.errors import printable, unknown_name
 
 
 def parse(argv: list[str]) -> Any:
@@ -105,17 +105,17 @@ def _one_line(kind: type) -> str:
 
 
 def _saved(config: TrainConfig | FinetuneConfig | DistillConfig) -> Any:
-    from bmjax.runs.folder import read_run
+    from bmjax.runs.folder import check_kind, read_run
 
     if isinstance(config, TrainConfig):
-        path = Path(config.resolved().out)
+        path = Path(config.resolved().folder)
         run = read_run(path)
-        _check_trained(path, run.extra)
+        check_kind(run, "train")
         saved: Any = run.config
     elif isinstance(config, FinetuneConfig):
         from bmjax.finetune import tune as finetune
 
-        path = Path(config.train_config().out)
+        path = Path(config.train_config().folder)
         saved = finetune.read_settings(path)
     else:
         from bmjax.distill.tour import folder_of, read_settings
@@ -123,16 +123,3 @@ def _saved(config: TrainConfig | FinetuneConfig | DistillConfig) -> Any:
         path = folder_of(config)
         saved = read_settings(path)
     return dataclasses.replace(saved, out=str(path))
-
-
-def _check_trained(path: Path, extra: dict[str, Any]) -> None:
-    """Raises UserError where a run to be gone on with is not of plain training."""
-    if "weights" in extra:
-        raise UserError(f"the run in {path} was fine-tuned. Go on with it by bmjax finetune.")
-    if "alpha" in extra:
-        raise UserError(f"the run in {path} is a distillation. Go on with it by bmjax distill.")
-    if "converted_from" in extra:
-        raise UserError(
-            f"the run in {path} holds converted weights, with no training to go on with. Begin one "
-            "by bmjax finetune --weights."
-        )

@@ -110,6 +110,6 @@ def show_doctor(found: dict[str, Any], console: Console) -> None:
 
 
 def print_message(message: object) -> None:
-    """Prints what a person is to know on standard error, as one of bmjax's own lines."""
+    """Prints a message on standard error, control characters as escapes."""
     lines = [printable(line) for line in f"bmjax: {message}".split("\n")]
     print("\n".join(lines), file=sys.stderr)

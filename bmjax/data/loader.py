@@ -19,11 +19,16 @@ from jax import Array, lax
 from jax.profiler import TraceAnnotation
 from jax.tree_util import Partial
 
-from bmjax.config import AugmentConfig
-from bmjax.data.sources import ArraySource, Outline, Source
+from bmjax.config import AugmentConfig, BaseConfig
+from bmjax.data import Dataset, loader
+from bmjax.data.sources import ArraySource, DatasetSpec, Source
 from bmjax.data.views.augment import center_crop, random_views
 from bmjax.data.views.mixing import mix
+from bmjax.errors import UserError
 
+# `view(key, image)` returns a random view of an image [height, width, channels] with values in
+# [0, 1], of the same shape.
+OwnView = Callable[[Array, Array], Array]
 # Of images in one window, so that the next ones are decoded while it is trained on.
 _WINDOW_BYTES = 64 * 2**20
 
@@ -50,24 +55,24 @@ def batches_in_window(image_shape: Sequence[int], batch_size: int, num_batches: 
 
 
 def shapes_of_train(
-    outline: Outline, batch_size: int, parallel: "Devices"
+    spec: DatasetSpec, batch_size: int, parallel: "Devices"
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns shapes and types of what a `Feed` of the training split gives, with nothing beside.
 
     Args:
-        outline: of the dataset.
+        spec: of the dataset.
         batch_size: over all devices.
         parallel: the devices.
     """
-    leading: tuple[int, ...] = (len(outline.labels),)
+    leading: tuple[int, ...] = (len(spec.labels),)
     sharding, scalars = None, {}
-    if not outline.in_memory:
-        number = num_batches(len(outline.labels), batch_size)
-        leading = (batches_in_window(outline.wide_shape, batch_size, number), batch_size)
+    if not spec.in_memory:
+        number = num_batches(len(spec.labels), batch_size)
+        leading = (batches_in_window(spec.wide_shape, batch_size, number), batch_size)
         names = ("first", "count", "num_batches")
         scalars = {name: jax.ShapeDtypeStruct((), jnp.int32) for name in names}
         sharding = parallel.windows
-    shapes = {"image": ((*leading, *outline.wide_shape), jnp.uint8), "label": (leading, jnp.int32)}
+    shapes = {"image": ((*leading, *spec.wide_shape), jnp.uint8), "label": (leading, jnp.int32)}
     return {
         **{
             name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
@@ -91,7 +96,7 @@ class Devices(Protocol):
         """Divides arrays [batches, batch, ...] along the batch."""
 
 
-class Beside(Protocol):
+class ViewTargets(Protocol):
     """What is known of each view beside its image and label, such as a teacher's logits."""
 
     def rows(self, first: int, last: int) -> dict[str, np.ndarray]:
@@ -110,7 +115,7 @@ class Feed:
         draw_order: `draw_order(epoch)` returns the order of an epoch, see `epoch_order`; None for
             the natural one.
         wide: whether the images come with their margin.
-        beside: what else belongs to the batches of a step.
+        view_targets: what else belongs to the batches of a step.
         share: number of this process, and how many there are; see `hosts.share`.
     """
 
@@ -121,13 +126,13 @@ class Feed:
         batch_size: int,
         draw_order: Callable[[int], np.ndarray] | None = None,
         wide: bool = False,
-        beside: Beside | None = None,
+        view_targets: ViewTargets | None = None,
         share: tuple[int, int] = (0, 1),
     ):
-        self._beside = beside
+        self._targets = view_targets
         # What lies beside the epoch in use, and the step that it begins at.
-        self._beside_epoch: dict[str, Any] = {}
-        self._beside_first = -1
+        self._targets_of_epoch: dict[str, Any] = {}
+        self._targets_first = -1
         self._source, self._parallel, self._wide = source, parallel, wide
         self._batch_size, self._draw_order = batch_size, draw_order
         number, processes = share
@@ -150,7 +155,7 @@ class Feed:
         """
         end_of_epoch = (step // self.num_batches + 1) * self.num_batches
         if self._whole is not None:
-            return {**self._whole, **self._beside_whole(end_of_epoch)}, end_of_epoch
+            return {**self._whole, **self._targets_whole(end_of_epoch)}, end_of_epoch
         if not self._first <= step < self._end:
             if step != self._end or step % self.num_batches == 0:
                 self._begin(step)
@@ -164,12 +169,14 @@ class Feed:
         if self._whole is None and self._ahead is None and self._end % self.num_batches:
             self._ahead = self._read(self._end)
 
-    def _beside_whole(self, end: int) -> dict[str, Any]:
+    def _targets_whole(self, end: int) -> dict[str, Any]:
         first = end - self.num_batches
-        if self._beside is not None and first != self._beside_first:
-            self._beside_epoch = self._parallel.put({"beside": self._beside.rows(first, end)})
-            self._beside_first = first
-        return self._beside_epoch
+        if self._targets is not None and first != self._targets_first:
+            self._targets_of_epoch = self._parallel.put(
+                {"view_targets": self._targets.rows(first, end)}
+            )
+            self._targets_first = first
+        return self._targets_of_epoch
 
     @functools.cached_property
     def _batches_in_window(self) -> int:
@@ -197,8 +204,8 @@ class Feed:
             window: dict[str, Any] = next(self._windows)
         number, own = self._batches_in_window, self._own.stop - self._own.start
         batches = jax.tree.map(lambda leaf: leaf.reshape(number, own, *leaf.shape[1:]), window)
-        if self._beside is not None:
-            batches["beside"] = self._read_beside(step)
+        if self._targets is not None:
+            batches["view_targets"] = self._read_targets(step)
         rest = len(self._source) - step % self.num_batches * self._batch_size
         scalars = {
             "first": step,
@@ -211,13 +218,13 @@ class Feed:
                 **self._parallel.put({name: np.int32(value) for name, value in scalars.items()}),
             }
 
-    def _read_beside(self, step: int) -> dict[str, np.ndarray]:
+    def _read_targets(self, step: int) -> dict[str, np.ndarray]:
         """Returns this process's part of what lies beside a window, as many batches as in each."""
-        assert self._beside is not None
+        assert self._targets is not None
         end_of_epoch = (step // self.num_batches + 1) * self.num_batches
         last = min(step + self._batches_in_window, end_of_epoch)
         found = {}
-        for name, rows in self._beside.rows(step, last).items():
+        for name, rows in self._targets.rows(step, last).items():
             rows = rows.reshape(last - step, self._batch_size, *rows.shape[1:])[:, self._own]
             missing = self._batches_in_window - len(rows)  # so that nothing compiles anew
             found[name] = np.pad(rows, ((0, missing), *[(0, 0)] * (rows.ndim - 1)))
@@ -225,7 +232,11 @@ class Feed:
 
 
 def make_view(
-    config: AugmentConfig, size: tuple[int, int], mean: Any, axis_name: str | None = None
+    config: AugmentConfig,
+    size: tuple[int, int],
+    mean: Any,
+    axis_name: str | None = None,
+    own: OwnView | None = None,
 ) -> Partial:
     """Returns what makes of a batch the one that is trained on: `view(key, batch) -> batch`.
 
@@ -236,19 +247,35 @@ def make_view(
         size: height and width that the model takes.
         mean: of the pixels per channel, in [0, 1], which erased rectangles are filled with.
         axis_name: under pmap, the axis that the batch is divided along.
+        own: an own random view, in place of the random views of the config.
     """
 
     def view(fill: Array, key: Array, batch: dict[str, Array]) -> dict[str, Array]:
         images = batch["image"]
-        if not config.augment:
+        if own is not None:
+            images = _own_views(own, key, center_crop(images, size), batch["position"])
+        elif not config.augment:
             return {**batch, "image": center_crop(images, size)}
-        images = random_views(key, images, batch["position"], config, size, fill)
+        else:
+            images = random_views(key, images, batch["position"], config, size, fill)
         batch = {**batch, "image": images}
         # Examples fold in their positions, which are far smaller.
         mixing_key = jax.random.fold_in(key, 2**31)
         return mix(mixing_key, batch, config, axis_name) if config.mixes else batch
 
     return Partial(view, jnp.asarray(mean, jnp.float32))
+
+
+def _own_views(own: OwnView, key: Array, images: Array, positions: Array) -> Array:
+    """Gives each image a key of its own, so that the number of devices changes nothing."""
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, positions)
+    views = jax.vmap(own)(keys, images)
+    if views.shape != images.shape:
+        raise UserError(
+            f"the own view makes an array of shape {views.shape[1:]} of an image of shape "
+            f"{images.shape[1:]} (height, width, channels). It must keep the shape."
+        )
+    return views.astype(images.dtype)
 
 
 def epoch_order(key: Array, epoch: Array, num_examples: int, batch_size: int) -> Array:
@@ -292,7 +319,7 @@ def take_batch(
 
     Args:
         arrays: the split on the device, [examples, ...]; or a window of it, [batches, batch, ...],
-            with `count`, the examples in it; and perhaps `beside`, arrays in the order of the
+            with `count`, the examples in it; and perhaps `view_targets`, arrays in the order of the
             batches.
         order: the order of the epoch; of a window, which is in order, it is not used.
         index: scalar integer, the number of the batch in the epoch, or in the window.
@@ -309,18 +336,18 @@ def take_batch(
     first = 0 if axis_name is None else lax.axis_index(axis_name) * size
     position = first + jnp.arange(size, dtype=jnp.int32)
     begin = index * batch_size + first
-    beside = arrays.get("beside", {})
+    view_targets = arrays.get("view_targets", {})
     if "count" in arrays:
         pick = partial(lax.dynamic_index_in_dim, index=index, keepdims=False)
         count = arrays["count"]
-        taken = {name: pick(leaf) for name, leaf in {**_examples(arrays), **beside}.items()}
+        taken = {name: pick(leaf) for name, leaf in {**_examples(arrays), **view_targets}.items()}
     else:
         assert order is not None
         rows = lax.dynamic_slice(order, (begin,), (size,))
         count = len(arrays["label"])
         taken = {name: leaf[rows] for name, leaf in _examples(arrays).items()}
         taken |= {
-            name: lax.dynamic_slice_in_dim(leaf, begin, size) for name, leaf in beside.items()
+            name: lax.dynamic_slice_in_dim(leaf, begin, size) for name, leaf in view_targets.items()
         }
     return {
         **taken,
@@ -332,3 +359,19 @@ def take_batch(
 
 def _examples(arrays: dict[str, Any]) -> dict[str, Array]:
     return {name: arrays[name] for name in ("image", "label")}
+
+
+def epoch_orders(key: Array, dataset: Dataset, config: BaseConfig) -> Callable[[int], np.ndarray]:
+    """Returns `draw(epoch)`: the order that the compiled steps draw themselves, on the host.
+
+    Args:
+        key: the run's key.
+        dataset: of the run.
+        config: of the run.
+    """
+    num, size = len(dataset.train), config.batch_size
+    draw = jax.jit(
+        lambda key, epoch: loader.epoch_order(jax.random.split(key, 3)[0], epoch, num, size)
+    )
+    passes = config.views.view_passes
+    return lambda epoch: np.asarray(draw(key, epoch % passes if passes else epoch))

@@ -9,6 +9,7 @@ from typing import Any, BinaryIO
 
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jax import Array
 from PIL import ExifTags, Image
 
@@ -29,8 +30,43 @@ _UPRIGHT = {
 }
 
 
-def pixel_statistics(images: np.ndarray) -> dict[str, list[float]]:
-    """Returns `mean` and `std` (biased) per channel, of pixel values scaled to [0, 1].
+@struct.dataclass
+class Normalization:
+    """What images with values in [0, 1] are normalised by: `(image - mean) / std`, per channel.
+
+    A tree of two leaves, so that a compiled program can take any as its input.
+
+    Attributes:
+        mean: one number per channel.
+        std: one positive number per channel.
+    """
+
+    mean: Any
+    std: Any
+
+    @classmethod
+    def of(cls, settings: dict[str, Any]) -> "Normalization":
+        """Returns that of settings with `mean` and `std`, as a run keeps them."""
+        return cls(tuple(settings["mean"]), tuple(settings["std"]))
+
+    @classmethod
+    def none(cls, channels: int) -> "Normalization":
+        """Returns the one that leaves images as they are."""
+        return cls((0.0,) * channels, (1.0,) * channels)
+
+    def to_dict(self) -> dict[str, list[float]]:
+        """Returns `mean` and `std`, as a run keeps them."""
+        return {"mean": [float(v) for v in self.mean], "std": [float(v) for v in self.std]}
+
+    def as_arrays(self) -> "Normalization":
+        """Returns the same with float32 arrays, as inputs of a compiled program."""
+        return Normalization(
+            jnp.asarray(self.mean, jnp.float32), jnp.asarray(self.std, jnp.float32)
+        )
+
+
+def pixel_statistics(images: np.ndarray) -> Normalization:
+    """Returns mean and standard deviation (biased) per channel, of pixels scaled to [0, 1].
 
     A channel that never varies gets a `std` of 1, so that it can be divided by.
 
@@ -44,19 +80,19 @@ def pixel_statistics(images: np.ndarray) -> dict[str, list[float]]:
         float(count @ (values - mean) ** 2 / count.sum())
         for count, mean in zip(counts, means, strict=True)
     ]
-    return {"mean": means, "std": [variance**0.5 or 1.0 for variance in variances]}
+    return Normalization(tuple(means), tuple(variance**0.5 or 1.0 for variance in variances))
 
 
-def normalize(images: Array, statistics: dict[str, Any], dtype: Any = jnp.float32) -> Array:
+def normalize(images: Array, normalization: Normalization, dtype: Any = jnp.float32) -> Array:
     """Returns `(images - mean) / std`, for images with values in [0, 1].
 
     Args:
         images: [batch, height, width, channels] float.
-        statistics: `mean` and `std`, one number per channel each.
+        normalization: of as many channels.
         dtype: of the result; the arithmetic is float32.
     """
-    mean = jnp.asarray(statistics["mean"], jnp.float32)[None, None, None, :]
-    std = jnp.asarray(statistics["std"], jnp.float32)[None, None, None, :]
+    mean = jnp.asarray(normalization.mean, jnp.float32)[None, None, None, :]
+    std = jnp.asarray(normalization.std, jnp.float32)[None, None, None, :]
     return ((images - mean) / std).astype(dtype)
 
 
@@ -134,14 +170,14 @@ class EvaluationTransform:
         """
         if picture.mode not in ("L", "RGB"):
             raise UserError(f"the picture has mode {picture.mode}, not L or RGB: decode it first.")
-        width, height = self._resized(picture.size)
+        width, height = self.resized_shape(picture.size)
         picture = picture.resize((width, height), _FILTERS[self.interpolation])
-        top, left = _offset(height, self.shape[0]), _offset(width, self.shape[1])
+        top, left = crop_offset(height, self.shape[0]), crop_offset(width, self.shape[1])
         # What lies outside a picture, Pillow fills with zeros.
         pixels = np.array(picture.crop((left, top, left + self.shape[1], top + self.shape[0])))
         return pixels if pixels.ndim == 3 else pixels[:, :, None]
 
-    def _resized(self, size: tuple[int, int]) -> tuple[int, int]:
+    def resized_shape(self, size: tuple[int, int]) -> tuple[int, int]:
         """Returns width and height after resizing, given those before."""
         if not isinstance(self.resize_size, int):
             return self.resize_size[1], self.resize_size[0]
@@ -207,7 +243,7 @@ def decode(file: str | Path | BinaryIO, channels: int = 3) -> Image.Image:
     try:
         with Image.open(file) as opened:
             loaded = _load(opened, file)
-            turn = _UPRIGHT.get(_orientation(opened))
+            turn = _UPRIGHT.get(orientation(opened))
             picture = _convert(_to_8_bits(loaded, name), channels)
             return picture if turn is None else picture.transpose(turn)
     except UserError:
@@ -268,7 +304,7 @@ def _to_8_bits(picture: Image.Image, name: Any) -> Image.Image:
     return picture
 
 
-def _orientation(picture: Image.Image) -> int:
+def orientation(picture: Image.Image) -> int:
     """Returns the EXIF orientation, 1 to 8, of a loaded picture; 1 where there is none."""
     try:
         return picture.getexif().get(ExifTags.Base.Orientation, 1)
@@ -297,7 +333,7 @@ def _check_size(name: str, size: Any, at_least: int) -> None:
         )
 
 
-def _offset(size: int, crop: int) -> int:
+def crop_offset(size: int, crop: int) -> int:
     """Returns where a centre crop begins along a side; below zero where there is padding.
 
     As torchvision: `round` sends a half to the even number, and of an odd padding the larger part

@@ -251,7 +251,7 @@ class NotLoaded:
 
 
 @dataclass(frozen=True, eq=False)
-class Outline:
+class DatasetSpec:
     """What is known of a dataset before any of its images is decoded: what programs depend on.
 
     Attributes:
@@ -269,8 +269,8 @@ class Outline:
     in_memory: bool
 
     @classmethod
-    def of(cls, dataset: Dataset) -> "Outline":
-        """Returns the outline of a dataset that is loaded."""
+    def of(cls, dataset: Dataset) -> "DatasetSpec":
+        """Returns that of a dataset that is loaded."""
         train = dataset.train
         wide = train.wide_image(0).shape if len(train) else train.image_shape
         height, width, channels = wide
@@ -282,7 +282,7 @@ class Outline:
             isinstance(train, ArraySource),
         )
 
-    def same_as(self, other: "Outline") -> bool:
+    def same_as(self, other: "DatasetSpec") -> bool:
         """Whether both are of the same classes, shapes, place and training labels, in order."""
         ours, theirs = (
             (each.num_classes, each.image_shape, each.wide_shape, each.in_memory)

@@ -4,19 +4,21 @@ from typing import Any
 
 import numpy as np
 
+from bmjax.config import BaseConfig
 from bmjax.data import ArraySource, Dataset, preprocess
+from bmjax.data.preprocess import Normalization
 
 # Images that the statistics of pixels are taken from, of files: the same whether they are in
 # memory or not.
 _SAMPLE = 10_000
 
 
-def describe(dataset: Dataset, statistics: dict[str, Any] | None = None) -> dict[str, Any]:
+def describe(dataset: Dataset, normalization: Normalization | None = None) -> dict[str, Any]:
     """Returns what a run keeps of its dataset; see `runs.Run`.
 
     Args:
         dataset: of the run.
-        statistics: `mean` and `std` that images are normalised by; None: those of the training
+        normalization: what images are normalised by; None: by the statistics of the training
             split; of image files those of at most 10,000 evenly spaced images of it.
     """
     return {
@@ -25,12 +27,12 @@ def describe(dataset: Dataset, statistics: dict[str, Any] | None = None) -> dict
         "class_names": list(dataset.class_names),
         "image_shape": dataset.image_shape,
         "transform": dataset.transform.to_dict() if dataset.transform else None,
-        **(statistics or pixel_statistics(dataset)),
+        **(normalization or pixel_statistics(dataset)).to_dict(),
     }
 
 
-def pixel_statistics(dataset: Dataset) -> dict[str, Any]:
-    """Returns the training split's `mean` and `std`, of a sample of it where it is large."""
+def pixel_statistics(dataset: Dataset) -> Normalization:
+    """Returns mean and deviation of the training split's pixels, of a sample where it is large."""
     return preprocess.pixel_statistics(_some_images(dataset))
 
 
@@ -41,3 +43,27 @@ def _some_images(dataset: Dataset) -> np.ndarray:
         few = dataset.content is None or len(source) <= _SAMPLE
         return source.images if few else source.images[some]
     return np.stack([source[int(index)]["image"] for index in some])
+
+
+def loss_weights(
+    config: BaseConfig, labels: np.ndarray, num_classes: int
+) -> tuple[float, ...] | None:
+    """Returns the weights of the classes in the loss that the config asks for; None: 1 each.
+
+    Args:
+        config: of the run.
+        labels: of the training split.
+        num_classes: number of classes.
+    """
+    return class_weights(labels, num_classes) if config.class_weights == "balanced" else None
+
+
+def class_weights(labels: np.ndarray, num_classes: int) -> tuple[float, ...]:
+    """Returns `examples / (classes * examples of the class)` of the training split, per class.
+
+    So each class weighs the same in a whole epoch, and the mean weight of an example is 1. Classes
+    without an example count neither way; their weight is 1.
+    """
+    counts = np.bincount(labels, minlength=num_classes)
+    present = np.count_nonzero(counts)
+    return tuple(float(len(labels) / (present * count)) if count else 1.0 for count in counts)

@@ -11,6 +11,7 @@ from jax.tree_util import Partial
 
 from bmjax.config import DistillConfig
 from bmjax.data import preprocess
+from bmjax.data.preprocess import Normalization
 from bmjax.distill.feature_matching import Matching, feature_shapes, match
 from bmjax.distill.teacher_cache import TEACHER_LOGITS, logits_of_batch
 from bmjax.losses import logits as losses
@@ -83,7 +84,7 @@ def match_features(
 
 def distillation_loss(
     model: nn.Module,
-    statistics: dict[str, Any],
+    normalization: Normalization,
     teacher: TrainedRun | None,
     config: DistillConfig,
     weights: Sequence[float] | None = None,
@@ -100,7 +101,7 @@ def distillation_loss(
 
     Args:
         model: the student.
-        statistics: `mean` and `std` that the student's images are normalised by.
+        normalization: `mean` and `std` that the student's images are normalised by.
         teacher: the teacher; None for the running average of the student's params.
         config: method, temperature and weights.
         weights: a factor of the cross entropy per class; None: 1.
@@ -115,7 +116,7 @@ def distillation_loss(
         teacher_logits: Array, known: dict[str, Array], params: Any, batch_stats: Any, batch: Batch
     ) -> tuple[Array, tuple[Any, dict[str, Array]]]:
         teacher_logits = lax.stop_gradient(teacher_logits)
-        images = preprocess.normalize(batch["image"], statistics, dtype)
+        images = preprocess.normalize(batch["image"], normalization, dtype)
         logits, batch_stats, features = apply_with_features(
             model, params, batch_stats, images, batch["mask"], ours
         )
@@ -141,7 +142,7 @@ def distillation_loss(
     ) -> tuple[Array, tuple[Any, dict[str, Array]]]:
         del key  # nothing is random beyond the view
         variables = {"params": ema_params, "batch_stats": batch_stats}
-        asked = predict_features(model, statistics, variables, batch["image"], theirs)
+        asked = predict_features(model, normalization, variables, batch["image"], theirs)
         return compare(*asked, params, batch_stats, batch)
 
     if teacher is None:
@@ -153,11 +154,11 @@ def distillation_loss(
         del key
         known: dict[str, Array]
         if TEACHER_LOGITS in batch:
-            ask = partial(predict_logits, teacher.model, teacher.statistics, variables)
+            ask = partial(predict_logits, teacher.model, teacher.normalization, variables)
             logits, known = logits_of_batch(ask, batch, model.num_classes, read), {}
         else:
             logits, known = predict_features(
-                teacher.model, teacher.statistics, variables, batch["image"], theirs
+                teacher.model, teacher.normalization, variables, batch["image"], theirs
             )
         return compare(logits, known, params, batch_stats, batch)
 

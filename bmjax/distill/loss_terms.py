@@ -13,7 +13,9 @@ from rich.table import Table
 from bmjax.config import DistillConfig
 from bmjax.config.checks import check_distill
 from bmjax.data import loader, preprocess
-from bmjax.data.statistics import pixel_statistics
+from bmjax.data.loader import epoch_orders
+from bmjax.data.preprocess import Normalization
+from bmjax.data.statistics import loss_weights, pixel_statistics
 from bmjax.distill.feature_matching import Matching
 from bmjax.distill.loss import logit_loss
 from bmjax.distill.tour import initial_variables, load_data, load_teachers, match_with
@@ -25,7 +27,6 @@ from bmjax.models.build import build_model
 from bmjax.runs.inference import predict_features
 from bmjax.train.apply import apply_with_features
 from bmjax.train.compiled import draw_batches
-from bmjax.train.setup import epoch_orders, loss_weights
 from bmjax.train.step import Batch, label_loss, run_keys
 
 
@@ -51,14 +52,14 @@ def explain(config: DistillConfig, console: Console | None = None) -> dict[str, 
     dataset = load_data(config, teachers)
     train = config.train_config(config.student, "none")
     model = build_model(train, dataset.num_classes)
-    statistics = pixel_statistics(dataset)
+    normalization = pixel_statistics(dataset)
     matching = match_with(config, model, teacher, dataset.image_shape)
     _, key = run_keys(config.seed)
     variables = initial_variables(model, config, matching, dataset.image_shape)
     parallel = Parallel("jit", jax.local_devices()[:1])
     orders = epoch_orders(key, dataset, config)
     feed = loader.Feed(dataset.train, parallel, config.batch_size, orders, wide=True)
-    view = loader.make_view(config.views, dataset.image_shape[:2], statistics["mean"])
+    view = loader.make_view(config.views, dataset.image_shape[:2], normalization.mean)
 
     @jax.jit
     def first_batch(arrays: Any) -> Batch:
@@ -66,8 +67,8 @@ def explain(config: DistillConfig, console: Console | None = None) -> dict[str, 
         return draw_batches(parallel, arrays, key, step, config.batch_size, view)[0](step)
 
     batch = first_batch(feed.at(0)[0])
-    own = (model, statistics, variables)
-    asked = (teacher.model, teacher.statistics, teacher.variables) if teacher else own
+    own = (model, normalization, variables)
+    asked = (teacher.model, teacher.normalization, teacher.variables) if teacher else own
     weights = loss_weights(config, dataset.train.labels, dataset.num_classes)
     measure = partial(_measure, config, own[:2], asked[:2], matching, weights)
     measured = jax.device_get(jax.jit(measure)(variables, asked[2], batch))
@@ -109,8 +110,8 @@ def show(result: dict[str, Any], console: Console) -> None:
 
 def _measure(
     config: DistillConfig,
-    student: tuple[nn.Module, dict[str, Any]],
-    teacher: tuple[nn.Module, dict[str, Any]],
+    student: tuple[nn.Module, Normalization],
+    teacher: tuple[nn.Module, Normalization],
     matching: Matching | None,
     weights: Any,
     variables: Any,
@@ -118,12 +119,12 @@ def _measure(
     batch: Batch,
 ) -> dict[str, dict[str, Array]]:
     """Returns for each term its value and the norms of its gradients, all without its weight."""
-    model, statistics = student
+    model, normalization = student
     ours = matching.student_layers if matching else ()
     theirs = matching.teacher_layers if matching else ()
     asked, known = predict_features(*teacher, teacher_variables, batch["image"], theirs)
     dtype = getattr(model, "dtype", None) or jnp.float32
-    images = preprocess.normalize(batch["image"], statistics, dtype)
+    images = preprocess.normalize(batch["image"], normalization, dtype)
 
     def mean(values: Array) -> Array:
         return jnp.sum(jnp.where(batch["mask"], values, 0.0)) / jnp.sum(batch["mask"])

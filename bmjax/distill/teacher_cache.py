@@ -26,6 +26,7 @@ from rich.progress import Progress
 from bmjax.config import DistillConfig
 from bmjax.config.flat import flatten
 from bmjax.data import Dataset, loader
+from bmjax.data.loader import epoch_orders
 from bmjax.errors import UserError
 from bmjax.machine import hosts
 from bmjax.machine.parallel import Parallel
@@ -33,7 +34,6 @@ from bmjax.machine.storage import make_folder, read_json, write_atomically
 from bmjax.runs.inference import predict_logits
 from bmjax.runs.trained import TrainedRun
 from bmjax.train.compiled import draw_batches
-from bmjax.train.setup import epoch_orders
 from bmjax.train.step import Batch, run_keys
 
 INDEX = "cache.json"
@@ -45,7 +45,7 @@ _STEPS_OF_A_CALL = 16
 
 @dataclass(frozen=True, eq=False)
 class TeacherCache:
-    """A cache that was checked; see `loader.Beside`.
+    """A cache that was checked; see `loader.ViewTargets`.
 
     Attributes:
         arrays: by name, [passes, steps of an epoch, batch, ...], memory-mapped.
@@ -93,8 +93,8 @@ def cached_teacher(
             "--teacher-cache is for one process, but there are several. Leave it out: the result "
             "is the same."
         )
-    passes = config.views.view_passes or config.epochs
-    if config.cache_top > dataset.num_classes:
+    passes = config.views.view_passes or config.num_epochs
+    if (config.cache_top or 0) > dataset.num_classes:
         raise UserError(
             f"--cache-top is {config.cache_top}, but there are {dataset.num_classes} classes. "
             "0 keeps all logits."
@@ -227,8 +227,8 @@ def _aside(folder: Path) -> Iterator[Path]:
         place.replace(folder)
 
 
-def _shapes(num_classes: int, top: int) -> dict[str, tuple[tuple[int, ...], Any]]:
-    if not top:
+def _shapes(num_classes: int, top: int | None) -> dict[str, tuple[tuple[int, ...], Any]]:
+    if top is None:
         return {TEACHER_LOGITS: ((num_classes,), np.float32)}
     number = np.uint16 if num_classes <= 2**16 else np.int32
     return {
@@ -259,7 +259,7 @@ def _ask_all(
         def one_step(carry: tuple[Array, Array]) -> tuple[Array, Array]:
             step, logits = carry
             asked = ask_or_read(
-                partial(predict_logits, teacher.model, teacher.statistics, variables),
+                partial(predict_logits, teacher.model, teacher.normalization, variables),
                 draw(step)["image"],
                 jnp.zeros(zeros.shape[1:]),
                 step < first,  # never, but the compiler cannot know
@@ -280,9 +280,9 @@ def _ask_all(
         feed.read_ahead()
 
 
-def _compress(logits: np.ndarray, top: int) -> dict[str, np.ndarray]:
+def _compress(logits: np.ndarray, top: int | None) -> dict[str, np.ndarray]:
     """Returns what is kept of logits [batch, classes], by name."""
-    if not top:
+    if top is None:
         return {TEACHER_LOGITS: logits}
     logits = logits - logits.max(axis=-1, keepdims=True)
     order = np.argsort(-logits, axis=-1, kind="stable")

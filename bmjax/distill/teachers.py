@@ -12,6 +12,7 @@ from jax import Array
 from rich.console import Console
 
 from bmjax.config import TrainConfig
+from bmjax.data.preprocess import Normalization
 from bmjax.errors import UserError
 from bmjax.machine import hosts
 from bmjax.models import RESNETS, create_model
@@ -30,18 +31,18 @@ class Ensemble:
     own way, so those that it is given are not normalised.
 
     Attributes:
-        members: each member's module and its `mean` and `std`.
+        members: each member's module and what its images are normalised by.
         weights: of the members, adding up to 1.
     """
 
-    members: tuple[tuple[nn.Module, dict[str, Any]], ...]
+    members: tuple[tuple[nn.Module, Normalization], ...]
     weights: tuple[float, ...]
 
     def apply(self, variables: Any, images: Array) -> Array:
         """Maps images with values in [0, 1] to logits [batch, classes]."""
         logits = [
-            weight * predict_logits(model, statistics, _of_member(variables, index), images)
-            for index, (weight, (model, statistics)) in enumerate(
+            weight * predict_logits(model, normalization, _of_member(variables, index), images)
+            for index, (weight, (model, normalization)) in enumerate(
                 zip(self.weights, self.members, strict=True)
             )
         ]
@@ -56,14 +57,17 @@ def _of_member(variables: dict[str, Any], index: int) -> dict[str, Any]:
 
 
 def load_teacher(
-    source: str, model: str = "", image_size: int = 0, console: Console | None = None
+    source: str,
+    model: str | None = None,
+    image_size: int | None = None,
+    console: Console | None = None,
 ) -> TrainedRun:
     """Reads a teacher.
 
     Args:
         source: a run's folder, or a torchvision checkpoint.
         model: name of the ResNet that a checkpoint is of.
-        image_size: side of the images that a checkpoint is given; 0: 224.
+        image_size: side of the images that a checkpoint is given; None: 224.
         console: where it is said what damage of a file cannot be seen.
 
     Raises:
@@ -103,7 +107,7 @@ def combine(teachers: Sequence[TrainedRun], weights: Sequence[float] = ()) -> Tr
     for share, teacher in zip(shares, teachers, strict=True):
         digest.update(f"{share!r} {teacher.fingerprint}\n".encode())
     channels = first.run.data["image_shape"][2]
-    unchanged = {"mean": [0.0] * channels, "std": [1.0] * channels}
+    unchanged = Normalization.none(channels).to_dict()
     name = Path(" + ".join(str(teacher.run.path) for teacher in teachers))
     config = dataclasses.replace(
         first.run.config, model=" + ".join(teacher.run.config.model for teacher in teachers)
@@ -115,7 +119,7 @@ def combine(teachers: Sequence[TrainedRun], weights: Sequence[float] = ()) -> Tr
         }
         for kind in ("params", "batch_stats")
     }
-    members = tuple((teacher.model, teacher.statistics) for teacher in teachers)
+    members = tuple((teacher.model, teacher.normalization) for teacher in teachers)
     run = Run(name, config, {**first.run.data, **unchanged}, {})
     model: Any = Ensemble(members, shares)
     warnings = tuple(line for teacher in teachers for line in teacher.warnings)

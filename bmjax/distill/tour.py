@@ -11,11 +11,12 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from bmjax.config import DistillConfig, EvaluateConfig, TrainConfig
-from bmjax.config.checks import check_distill
+from bmjax.config.checks import check_distill, checked
 from bmjax.config.flat import contradictions, flatten, settings_to_keep, unflatten
 from bmjax.data import Dataset, load_dataset, loader
+from bmjax.data.preprocess import Normalization
 from bmjax.data.sources import Source
-from bmjax.data.statistics import pixel_statistics
+from bmjax.data.statistics import loss_weights, pixel_statistics
 from bmjax.distill.feature_matching import Matching
 from bmjax.distill.loss import distillation_loss, match_features
 from bmjax.distill.teacher_cache import NoCache, cached_teacher
@@ -31,10 +32,11 @@ from bmjax.machine.storage import read_settings as read_file
 from bmjax.machine.terminal import forgiving_console
 from bmjax.models import num_params
 from bmjax.models.build import build_model
-from bmjax.runs.folder import CONFIG, TOUR, read_run, refuse_existing
+from bmjax.runs.folder import CONFIG, TOUR, check_kind, read_run, refuse_existing
 from bmjax.runs.trained import TrainedRun, check_fits, load_for, load_run
-from bmjax.train.loop import fit
-from bmjax.train.setup import MakeLoss, Start, check_possible, loss_weights
+from bmjax.train.job import Job, StartingPoint
+from bmjax.train.loop import train
+from bmjax.train.programs import check_possible
 from bmjax.train.step import LossFn, run_keys
 
 DEFAULT_OUT = "runs/distill"
@@ -70,13 +72,17 @@ def distill(config: DistillConfig, console: Console | None = None) -> dict[str, 
         ValueError: `explain_loss`, which is `loss_terms.explain` and trains nothing.
         DivergenceError, StoppedError: see `fit`.
     """
-    check_distill(config)
+    config = checked(config)
     if config.explain_loss:
         raise ValueError("explain_loss trains nothing: call bmjax.distill.loss_terms.explain.")
+    return run(config, forgiving_console(console))
+
+
+def run(config: DistillConfig, console: Console) -> dict[str, Any]:
+    """Does what `distill` says, with a config that is checked."""
     request_devices(config.device)
     config = hosts.on_first(_settled, config)
-    out = Path(config.out)
-    console = forgiving_console(console)
+    out = Path(config.folder)
     try:
         with shown_on(console):
             return _distill(config, out, console)
@@ -94,9 +100,10 @@ def _distill(config: DistillConfig, out: Path, console: Console) -> dict[str, An
         hosts.on_first(make_folder, out)
         hosts.on_first(write_settings, out / TOUR, settings_to_keep(config))
     if not config.teacher:
-        _fit_or_go_on(plan.teacher, dataset, console, f"teacher {config.teacher_model}")
-        _fit_or_go_on(plan.alone, dataset, console, f"{config.student} alone")
-        teacher = load_run(plan.teacher.out)
+        of_teacher, alone = Job(title=f"teacher {config.teacher_model}"), f"{config.student} alone"
+        _train_or_go_on(plan.teacher, dataset, of_teacher, console)
+        _train_or_go_on(plan.alone, dataset, Job(title=alone), console)
+        teacher = load_run(plan.teacher.folder)
     for number, folder in enumerate(plan.students):
         before = load_run(plan.students[number - 1]) if number else teacher
         train_student(config, before, folder, dataset, console)
@@ -184,11 +191,13 @@ def load_data(config: DistillConfig, teachers: list[TrainedRun]) -> Dataset:
     """Loads the data as the teachers take images; checks that they fit all of them."""
     memory_gib, seed = config.device.memory_gib, config.split_seed
     if not teachers:
-        return load_dataset(config.data, config.image_size, split_seed=seed, memory_gib=memory_gib)
+        return load_dataset(
+            config.data_name, config.image_size, split_seed=seed, memory_gib=memory_gib
+        )
     for teacher in teachers:
         _check_split(config, teacher)
     dataset = load_for(
-        teachers[0], config.data, config.image_size, memory_gib=memory_gib, split_seed=seed
+        teachers[0], config.data_name, config.image_size, memory_gib=memory_gib, split_seed=seed
     )
     for teacher in teachers:
         check_fits(teacher, dataset)
@@ -242,8 +251,7 @@ def read_settings(out: Path) -> DistillConfig:
     file = out / TOUR
     if not file.is_file():
         run = read_run(out)
-        if "alpha" not in run.extra:
-            raise UserError(f"the run in {out} is no distillation. Go on with it by bmjax train.")
+        check_kind(run, "distill")
         flat = {**flatten(run.config), "student": run.config.model, **run.extra}
         for name in ("model", "teacher_fingerprint"):
             flat.pop(name, None)
@@ -257,21 +265,11 @@ def read_settings(out: Path) -> DistillConfig:
     return settings
 
 
-def _fit_or_go_on(
-    config: TrainConfig,
-    dataset: Dataset,
-    console: Console,
-    title: str,
-    make_loss: MakeLoss | None = None,
-    extra: dict[str, Any] | None = None,
-    start: Start | None = None,
-    beside: loader.Beside | None = None,
-) -> None:
+def _train_or_go_on(config: TrainConfig, dataset: Dataset, job: Job, console: Console) -> None:
     """Runs a part of the tour; a resumed tour may not have begun it yet."""
-    started = hosts.on_first((Path(config.out) / CONFIG).is_file)
+    started = hosts.on_first((Path(config.folder) / CONFIG).is_file)
     run = dataclasses.replace(config.run, resume=config.run.resume and started)
-    config = dataclasses.replace(config, run=run)
-    fit(config, dataset, make_loss, extra, console, title, start, beside)
+    train(dataclasses.replace(config, run=run), dataset, job, console)
 
 
 def train_student(
@@ -292,25 +290,26 @@ def train_student(
     weights = loss_weights(config, dataset.train.labels, dataset.num_classes)
     model = build_model(student, dataset.num_classes)
     matching = match_with(config, model, teacher, dataset.image_shape)
-    beside: loader.Beside | None = None
+    view_targets: loader.ViewTargets | None = None
     if teacher is not None and matching is None:
-        beside = NoCache(config.batch_size, dataset.num_classes)
+        view_targets = NoCache(config.batch_size, dataset.num_classes)
     if teacher is not None and config.teacher_cache:
         folder = Path(config.teacher_cache)
         folder = folder / out.name if config.generations > 1 else folder
-        mean = pixel_statistics(dataset)["mean"]
-        beside = cached_teacher(folder, teacher, dataset, config, mean, console)
+        mean = pixel_statistics(dataset).mean
+        view_targets = cached_teacher(folder, teacher, dataset, config, mean, console)
 
-    def make_loss(model: nn.Module, statistics: dict[str, Any]) -> LossFn:
-        return distillation_loss(model, statistics, teacher, config, weights, matching)
+    def make_loss(model: nn.Module, normalization: Normalization) -> LossFn:
+        return distillation_loss(model, normalization, teacher, config, weights, matching)
 
     start = None
     if matching and matching.learns:
         variables = initial_variables(model, config, matching, dataset.image_shape)
-        start = Start(variables, pixel_statistics(dataset))
+        start = StartingPoint(variables, pixel_statistics(dataset))
     title = f"{config.student} distilled"
     title += f", generation {out.name.partition('-')[2]}" if config.generations > 1 else ""
-    _fit_or_go_on(student, dataset, console, title, make_loss, extra, start, beside)
+    job = Job("distill", extra, title, make_loss=make_loss, start=start, view_targets=view_targets)
+    _train_or_go_on(student, dataset, job, console)
 
 
 def initial_variables(
@@ -339,7 +338,7 @@ def _finish(
     roles = ["distilled" if len(students) == 1 else path.name for path in plan.students]
     trained = list(zip(roles, students, strict=True))
     if not config.teacher:
-        trained.insert(0, ("alone", load_run(plan.alone.out, which)))
+        trained.insert(0, ("alone", load_run(plan.alone.folder, which)))
     measured = [("teacher", teacher)] if teacher else []
     with stage(f"measuring {len(measured + trained)} models"):
         rows = [_row(role, run, source, config) for role, run in [*measured, *trained]]
@@ -352,7 +351,7 @@ def _finish(
     }
     if not config.teacher:
         result["gain_points"] = 100 * (rows[-1]["accuracy"] - rows[1]["accuracy"])
-    file = Path(config.out) / "results.json"
+    file = Path(config.folder) / "results.json"
     hosts.on_first(write_atomically, file, json.dumps(result, indent=2) + "\n")
     return result
 

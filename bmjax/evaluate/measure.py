@@ -100,7 +100,7 @@ def measure(
 
 def inference_speed(trained: TrainedRun, source: Source, batch_size: int) -> float:
     """Times forward passes over one batch, already on one device; returns the median images/s."""
-    predict = jax.jit(partial(logits_of_pixels, trained.model, trained.statistics))
+    predict = jax.jit(partial(logits_of_pixels, trained.model, trained.normalization))
     variables = jax.device_put(trained.variables)
     number = min(batch_size, len(source))
     images = jax.device_put(np.stack([source[index]["image"] for index in range(number)]))

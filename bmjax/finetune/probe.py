@@ -12,6 +12,7 @@ import optax
 from jax import Array, lax
 
 from bmjax.data import ArraySource, Dataset, preprocess
+from bmjax.data.preprocess import Normalization
 from bmjax.data.sources import Source
 from bmjax.losses import logits as losses
 
@@ -45,7 +46,7 @@ class Probe:
 def probe_head(
     model: nn.Module,
     variables: dict[str, Any],
-    statistics: dict[str, Any],
+    normalization: Normalization,
     dataset: Dataset,
     weights: tuple[float, ...] | None = None,
 ) -> Probe:
@@ -59,12 +60,12 @@ def probe_head(
     Args:
         model: of the weights; its own head is not used.
         variables: `params` and `batch_stats`.
-        statistics: `mean` and `std` that images are normalised by.
+        normalization: `mean` and `std` that images are normalised by.
         dataset: its training and validation splits are used.
         weights: a factor of the loss per class; None: 1.
     """
-    features, labels = compute_features(model, variables, statistics, dataset.train)
-    others, other_labels = compute_features(model, variables, statistics, dataset.validation)
+    features, labels = compute_features(model, variables, normalization, dataset.train)
+    others, other_labels = compute_features(model, variables, normalization, dataset.validation)
     mean, std = features.mean(axis=0), features.std(axis=0)
     std = np.where(std > 0, std, 1.0)
     inputs, other_inputs = (features - mean) / std, (others - mean) / std
@@ -132,7 +133,7 @@ def fit_logistic(
 def compute_features(
     model: nn.Module,
     variables: dict[str, Any],
-    statistics: dict[str, Any],
+    normalization: Normalization,
     source: Source,
     batch_size: int = 256,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -145,7 +146,7 @@ def compute_features(
 
     @jax.jit
     def features(variables: Any, images: Array) -> Array:
-        inputs = preprocess.normalize(images.astype(jnp.float32) / 255, statistics, dtype)
+        inputs = preprocess.normalize(images.astype(jnp.float32) / 255, normalization, dtype)
         _, sown = model.apply(variables, inputs, mutable=["intermediates"])
         return sown["intermediates"]["pre_logits"].astype(jnp.float32)
 

@@ -11,11 +11,11 @@ import numpy as np
 from rich.console import Console
 
 from bmjax.config import FinetuneConfig, TrainConfig
-from bmjax.config.checks import check_finetune
+from bmjax.config.checks import checked
 from bmjax.config.flat import flatten, unflatten
 from bmjax.data import Dataset, load_dataset, preprocess
 from bmjax.data.load import with_channels
-from bmjax.data.statistics import describe
+from bmjax.data.statistics import describe, loss_weights
 from bmjax.errors import StoppedError, UserError
 from bmjax.finetune.probe import Probe, probe_head
 from bmjax.machine import hosts
@@ -26,12 +26,13 @@ from bmjax.machine.terminal import forgiving_console
 from bmjax.models.build import build_model
 from bmjax.ops.memory import share_memory
 from bmjax.runs import checkpoint
-from bmjax.runs.folder import CONFIG, Run, read_run, refuse_existing
+from bmjax.runs.folder import CONFIG, Run, check_kind, read_run, refuse_existing
 from bmjax.runs.trained import same_classes
 from bmjax.train.finder import find_learning_rate
-from bmjax.train.loop import fit
+from bmjax.train.job import Job, StartingPoint
+from bmjax.train.loop import train
 from bmjax.train.optim import depth_scales, trainable_mask
-from bmjax.train.setup import Start, check_possible, loss_weights
+from bmjax.train.programs import check_possible
 from bmjax.weights.pretrained import Pretrained, read_pretrained, write_run
 
 # Settings beyond those of training; `weights_fingerprint` stands beside them in a run's config.
@@ -54,22 +55,25 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> dict[str
         UserError: wrong settings, weights, data or folder; nothing was written.
         DivergenceError, StoppedError: see `fit`.
     """
-    check_finetune(config)
-    console = forgiving_console(console)
+    return run(checked(config), forgiving_console(console))
+
+
+def run(config: FinetuneConfig, console: Console) -> dict[str, Any]:
+    """Does what `finetune` says, with a config that is checked."""
     train_config = config.train_config()
-    path = Path(train_config.out)
+    path = Path(train_config.folder)
     share_memory()  # here already, as weights are read before the model is made
     request_devices(config.device)
     saved = hosts.on_first(read_run, path) if config.run.resume else None
     if saved is None:
         hosts.on_first(refuse_existing, path)
-    elif "weights" not in saved.extra:
-        raise UserError(f"the run in {path} was not fine-tuned. Go on with it by bmjax train.")
-    elif saved.extra.get("probe_only"):
-        raise UserError(
-            f"the run in {path} is a linear probe, with nothing to go on with. Begin from it by "
-            f"--weights {path} --head keep."
-        )
+    else:
+        check_kind(saved, "finetune")
+        if saved.extra.get("probe_only"):
+            raise UserError(
+                f"the run in {path} is a linear probe, with nothing to go on with. Begin from it "
+                f"by --weights {path} --head keep."
+            )
     use_compilation_cache()
     try:
         with shown_on(console):
@@ -108,15 +112,17 @@ def _begin(
         return {**result, "finding": finding, "history": []}
     if config.probe_only:
         assert probe is not None
-        run = Run(Path(train_config.out), train_config, describe(dataset, start.statistics), extra)
+        data = describe(dataset, start.normalization)
+        run = Run(Path(train_config.folder), train_config, data, extra, "finetune")
         record = {"step": 0, "epoch": 0, "split": "validation", "accuracy": probe.accuracy}
         hosts.on_first(write_run, run, start.variables, probe.accuracy, [record])
         return {**result, "history": [record]}
-    _, history = fit(train_config, dataset, None, extra, console, "", start)
+    _, history = train(train_config, dataset, Job("finetune", extra, start=start), console)
     return {**result, "history": history}
 
 
 def _read_weights(config: FinetuneConfig, console: Console | None = None) -> Pretrained:
+    assert config.weights is not None  # which is checked at the door
     with stage(f"reading the weights {config.weights}"):
         return read_pretrained(
             config.weights,
@@ -136,18 +142,20 @@ def _go_on(config: FinetuneConfig, saved: Run, console: Console) -> dict[str, An
     settled = ("model", "norm", "hidden_sizes", "image_size")
     train_config = config.train_config()
     left_out = [
-        name for name in settled if getattr(train_config, name) == getattr(FinetuneConfig(), name)
+        name for name in settled if getattr(config, name) == getattr(FinetuneConfig(), name)
     ]
     train_config = dataclasses.replace(
         train_config, **{name: getattr(saved.config, name) for name in left_out}
     )
     dataset = _load(train_config, saved.data)
     model = build_model(train_config, dataset.num_classes)
-    statistics = {"mean": saved.data["mean"], "std": saved.data["std"]}
+    normalization = saved.normalization
     # The checkpoint takes the place of these values.
     variables = _init(model, dataset, config.seed)
-    start = Start(variables, statistics, config.freeze, config.head_epochs, config.layer_decay)
-    _, history = fit(train_config, dataset, None, extra, console, "", start)
+    start = StartingPoint(
+        variables, normalization, config.freeze, config.head_epochs, config.layer_decay
+    )
+    _, history = train(train_config, dataset, Job("finetune", extra, start=start), console)
     return {"out": train_config.out, "probe": None, "finding": None, "history": history}
 
 
@@ -158,8 +166,7 @@ def read_settings(out: Path) -> FinetuneConfig:
         UserError: there is no run, it was not fine-tuned, or the file was changed.
     """
     run = read_run(out)
-    if "weights" not in run.extra:
-        raise UserError(f"the run in {out} was not fine-tuned. Go on with it by bmjax train.")
+    check_kind(run, "finetune")
     own = {name: value for name, value in run.extra.items() if name != "weights_fingerprint"}
     settings: FinetuneConfig = unflatten(
         FinetuneConfig, {**flatten(run.config), **own}, str(out / CONFIG)
@@ -196,10 +203,10 @@ def _load(config: TrainConfig, like: dict[str, Any]) -> Dataset:
     transform = preprocess.squash(*shape[:2])
     if like["transform"] is not None:
         transform = preprocess.EvaluationTransform.from_dict(like["transform"])
-    if (size, size) != transform.shape:
+    if size is not None and (size, size) != transform.shape:
         transform = preprocess.margin_transform(size, transform.interpolation)
     dataset = load_dataset(
-        config.data,
+        config.data_name,
         size,
         transform=transform,
         split_seed=config.split_seed,
@@ -225,7 +232,7 @@ def _check_kept(weights: Pretrained, dataset: Dataset) -> None:
 
 def _make_start(
     config: FinetuneConfig, train_config: TrainConfig, weights: Pretrained, dataset: Dataset
-) -> tuple[Start, Probe | None]:
+) -> tuple[StartingPoint, Probe | None]:
     model = build_model(train_config, dataset.num_classes)
     with stage(f"preparing {train_config.model}"):
         variables = _init(model, dataset, config.seed)
@@ -233,7 +240,7 @@ def _make_start(
     params = {"head": head, **weights.variables["params"]}
     start_variables = {"params": params, "batch_stats": weights.variables["batch_stats"]}
     # Same names, shapes and types as the model's own; the message lists what differs.
-    checkpoint.from_named(checkpoint.to_named(start_variables), variables, config.weights)
+    checkpoint.from_named(checkpoint.to_named(start_variables), variables, str(config.weights))
     # What is wrong is said at once.
     trainable_mask(start_variables["params"], config.freeze)
     if config.layer_decay != 1:
@@ -242,10 +249,14 @@ def _make_start(
     if config.head == "probe":
         factors = loss_weights(config, dataset.train.labels, dataset.num_classes)
         with stage("fitting the new head to the features of all images"):
-            probe = probe_head(model, start_variables, weights.statistics, dataset, factors)
+            probe = probe_head(model, start_variables, weights.normalization, dataset, factors)
         params["head"] = {"kernel": probe.kernel, "bias": probe.bias}
-    start = Start(
-        start_variables, weights.statistics, config.freeze, config.head_epochs, config.layer_decay
+    start = StartingPoint(
+        start_variables,
+        weights.normalization,
+        config.freeze,
+        config.head_epochs,
+        config.layer_decay,
     )
     return start, probe
 

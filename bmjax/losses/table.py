@@ -10,7 +10,7 @@ from bmjax.losses import features as feature_losses
 
 # Where the params of a loss are, beside those of the model: they are trained, and left out of all
 # that is evaluated.
-LOSS_PARAMS = "of_the_loss"
+LOSS_PARAMS = "loss_params"
 
 
 _TEMPERATURE = 0.1

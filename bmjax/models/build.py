@@ -38,4 +38,9 @@ def build_model(config: TrainConfig, num_classes: int, axis_name: str | None = N
         if name in options and config.model not in {**RESNETS, **CIFAR_RESNETS}:
             raise UserError(f"--{name} belongs to ResNets, but --model is {config.model}.")
     model = create_model(config.model, num_classes, **options)
-    return model.clone(axis_name=axis_name) if hasattr(model, "axis_name") else model
+    return model.clone(axis_name=axis_name) if axis_name and has_axis(model) else model
+
+
+def has_axis(model: nn.Module) -> bool:
+    """Returns whether a module can be told the axis along which batch statistics add up."""
+    return hasattr(model, "axis_name")

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bmjax.errors import StorageError, UserError
+from bmjax.losses.table import LOSS_PARAMS
 from bmjax.machine import hosts
 from bmjax.machine.quiet import errors_only
 from bmjax.machine.storage import free_folder, read_json
@@ -265,8 +266,15 @@ def read(folder: Path, step: int, items: tuple[str, ...]) -> dict[str, Any]:
         restored = checkpointer.restore(
             path.absolute(), args=ocp.args.Composite(**arguments, meta=ocp.args.JsonRestore())
         )
-    values: dict[str, Any] = {name: restored[name] for name in present}
+    values = {name: _present_names(restored[name]) for name in present}
     return {**values, "meta": restored["meta"]}
+
+
+def _present_names(named: dict[str, Any]) -> dict[str, Any]:
+    """Calls the params of a loss as they are called today, in checkpoints of earlier versions."""
+    return {
+        name.replace("/of_the_loss/", f"/{LOSS_PARAMS}/"): value for name, value in named.items()
+    }
 
 
 def read_newest(

@@ -61,9 +61,9 @@ class TrainedRun:
     warnings: tuple[str, ...]
 
     @property
-    def statistics(self) -> dict[str, Any]:
-        """The `mean` and `std` that its images are normalised by."""
-        return {"mean": self.run.data["mean"], "std": self.run.data["std"]}
+    def normalization(self) -> preprocess.Normalization:
+        """What its images are normalised by."""
+        return self.run.normalization
 
     @property
     def transform(self) -> preprocess.EvaluationTransform:
@@ -140,7 +140,7 @@ class TrainedRun:
 
         @jax.jit
         def probabilities(variables: Any, images: Array) -> Array:
-            logits = logits_of_pixels(self.model, self.statistics, variables, images)
+            logits = logits_of_pixels(self.model, self.normalization, variables, images)
             return jax.nn.softmax(logits.astype(jnp.float32))
 
         return functools.partial(probabilities, variables)
@@ -178,7 +178,7 @@ class TrainedRun:
         # Padding is masked, so the batch may grow.
         batch_size = -(-batch_size // len(parallel.devices)) * len(parallel.devices)
         run_evaluate = make_evaluate(
-            parallel, self.model, self.statistics, self.num_classes, batch_size
+            parallel, self.model, self.normalization, self.num_classes, batch_size
         )
         feed = loader.Feed(source, parallel, batch_size, share=hosts.share())
         sums = evaluate_split(run_evaluate, parallel.put(self.variables), feed)
@@ -246,7 +246,7 @@ def _evaluated(state: checkpoint.Named) -> checkpoint.Named:
 def load_for(
     trained: TrainedRun,
     name: str,
-    image_size: int = 0,
+    image_size: int | None = None,
     splits: Sequence[str] = SPLITS,
     memory_gib: float = 4.0,
     split_seed: int | None = None,
@@ -256,18 +256,18 @@ def load_for(
     Args:
         trained: the run.
         name: see `load_dataset`; the run's own is split as it was for the run.
-        image_size: side in pixels; 0 takes the run's.
+        image_size: side in pixels; None: the run's.
         splits: those that are needed; of a folder, no other is read.
         memory_gib: see `load_dataset`.
         split_seed: see `load_dataset`; None: the run's.
     """
     own, data = trained.run.config, trained.run.data
     height, width, channels = data["image_shape"]
-    fitting = image_size or (height if height == width else 0)
+    fitting = image_size or (height if height == width else None)
     dataset = load_dataset(
         name,
         fitting,
-        transform=trained.transform if image_size in (0, height) else None,
+        transform=trained.transform if image_size in (None, height) else None,
         split_seed=own.split_seed if split_seed is None else split_seed,
         memory_gib=memory_gib,
         splits=splits,

@@ -11,7 +11,8 @@ from jax.tree_util import Partial
 
 from bmjax.data import loader
 from bmjax.machine.parallel import AXIS, Parallel
-from bmjax.train.step import Batch, LossFn, TrainState, train_step, with_average
+from bmjax.train.gradients import Batch, Gradient, whole_batch
+from bmjax.train.step import LossFn, TrainState, train_step, with_average
 
 
 def draw_batches(
@@ -21,7 +22,7 @@ def draw_batches(
     step: Array,
     batch_size: int,
     view: Callable[[Array, Batch], Batch],
-    view_passes: int = 0,
+    view_passes: int | None = None,
 ) -> tuple[Callable[[Array], Batch], Array]:
     """Returns `draw(step)`, the batch that a step of the run is trained on.
 
@@ -32,7 +33,7 @@ def draw_batches(
         step: any of those whose batches `arrays` hold.
         batch_size: over all devices.
         view: from `loader.make_view`.
-        view_passes: epochs after which order and views repeat; 0: they never do.
+        view_passes: epochs after which order and views repeat; None: they never do.
 
     Returns:
         `draw`, and whether `step` is the first of an epoch.
@@ -47,11 +48,11 @@ def draw_batches(
         first = epoch * num_batches
         number = epoch % view_passes if view_passes else epoch
         order = loader.epoch_order(order_key, number, num_examples, batch_size)
-    period = view_passes * num_batches
+    period = view_passes * num_batches if view_passes else None
 
     def draw(step: Array) -> Batch:
         batch = loader.take_batch(arrays, order, step - first, batch_size, parallel.axis_name)
-        number = step % period if view_passes else step
+        number = step % period if period is not None else step
         return view(jax.random.fold_in(view_key, number), parallel.divide(batch))
 
     return draw, step == epoch * num_batches
@@ -59,29 +60,30 @@ def draw_batches(
 
 def make_train_steps(
     parallel: Parallel,
-    optimizer: optax.GradientTransformation,
+    make_optimizer: Callable[[optax.Schedule], optax.GradientTransformation],
     batch_size: int,
-    accumulate: int = 1,
+    gradient: Gradient = whole_batch,
     ema_decay: float = 0.0,
     trained: Any = None,
-    view_passes: int = 0,
+    view_passes: int | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
     """Compiles training over data that lies on the device.
 
     Args:
         parallel: the devices.
-        optimizer: the update.
+        make_optimizer: returns the optimizer for a schedule of the learning rate.
         batch_size: over all devices.
-        accumulate: see `train_step`.
+        gradient: see `train_step`.
         ema_decay: see `train_step`.
         trained: see `train_step`.
-        view_passes: epochs after which order and views repeat; 0: they never do.
+        view_passes: epochs after which order and views repeat; None: they never do.
 
     Returns:
-        `steps(state, totals, (view, loss_fn), arrays, until) -> (state, totals)`, which goes on to
-        step `until` of the run, at most to the end of the epoch or of the window that `arrays`
-        holds (see `loader.Feed`), as one compiled call whatever the number of steps. `view`, from
-        `loader.make_view`, and `loss_fn` are `Partial`s; `totals` come from `zero_totals`, begin
+        `steps(state, totals, (view, loss_fn, schedule), arrays, until) -> (state, totals)`, which
+        goes on to step `until` of the run, at most to the end of the epoch or of the window that
+        `arrays` holds (see `loader.Feed`), as one compiled call for any number of steps. `view`,
+        from `loader.make_view`, `loss_fn` and `schedule` are `Partial`s, so that the numbers that
+        they depend on are inputs; `totals` come from `zero_totals`, begin
         anew with each epoch, and grow by the step's sums. State and totals are donated. Where a
         loss is not finite it stops at once, and `totals["bad_step"]` is that step's number,
         otherwise -1; so it is where the last update of the call left params that are not finite.
@@ -91,11 +93,12 @@ def make_train_steps(
     def steps(
         state: TrainState,
         totals: dict[str, Array],
-        functions: tuple[Partial, Partial],
+        functions: tuple[Partial, Partial, Partial],
         arrays: Any,
         until: Array,
     ) -> tuple[TrainState, dict[str, Array]]:
-        view, loss_fn = functions
+        view, loss_fn, schedule = functions
+        optimizer = make_optimizer(schedule)
         draw, begins = draw_batches(
             parallel, arrays, state.key, state.step, batch_size, view, view_passes
         )
@@ -113,7 +116,7 @@ def make_train_steps(
             state, totals = carry
             batch = draw(state.step)
             new, sums = train_step(
-                state, batch, loss_fn, optimizer, accumulate, ema_decay, axis_name, trained
+                state, batch, loss_fn, optimizer, gradient, ema_decay, axis_name, trained
             )
             bad = jnp.where(jnp.isfinite(sums["loss"]), -1, state.step)
             totals = {
@@ -137,10 +140,10 @@ def zero_totals(
     loss_fn: LossFn,
     state: TrainState,
     image_shape: tuple[int, int, int],
-    beside: loader.Beside | None = None,
+    view_targets: loader.ViewTargets | None = None,
 ) -> dict[str, Array]:
     """Returns the totals before the first example, with a name for each metric of the loss."""
-    rows = beside.rows(0, 1) if beside else {}
+    rows = view_targets.rows(0, 1) if view_targets else {}
     batch = {
         **{
             name: jax.ShapeDtypeStruct((1, *row.shape[1:]), row.dtype) for name, row in rows.items()

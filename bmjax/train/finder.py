@@ -19,15 +19,16 @@ from rich.progress import track
 
 from bmjax.config import TrainConfig
 from bmjax.data import Dataset, loader
-from bmjax.data.sources import Outline
+from bmjax.data.loader import epoch_orders
+from bmjax.data.sources import DatasetSpec
 from bmjax.data.statistics import pixel_statistics
 from bmjax.errors import UserError
 from bmjax.machine import hosts
 from bmjax.machine.parallel import make_parallel
 from bmjax.machine.storage import make_folder, replacing, write_atomically
 from bmjax.machine.terminal import forgiving_console
-from bmjax.train.programs import Programs
-from bmjax.train.setup import Start, epoch_orders
+from bmjax.train.job import Job, StartingPoint
+from bmjax.train.programs import TrainingPrograms
 
 _LOWEST, _HIGHEST, _STEPS = 1e-6, 10.0, 120
 # Of the running average of the losses, which a single batch makes jump.
@@ -59,7 +60,7 @@ class Finding:
 def find_learning_rate(
     config: TrainConfig,
     dataset: Dataset,
-    start: Start | None = None,
+    start: StartingPoint | None = None,
     console: Console | None = None,
 ) -> Finding:
     """Trains for at most 120 steps with learning rates from 1e-6 to 10, until the loss explodes.
@@ -77,7 +78,7 @@ def find_learning_rate(
         UserError: the folder cannot be written, or the loss never falls.
     """
     console = forgiving_console(console)
-    out = Path(config.out)
+    out = Path(config.folder)
     hosts.on_first(make_folder, out.parent)
     rates, losses = _try_rates(config, dataset, start, console)
     finding = judge(rates, losses)
@@ -156,15 +157,16 @@ def plot(finding: Finding, path: Path) -> None:
 
 
 def _try_rates(
-    config: TrainConfig, dataset: Dataset, start: Start | None, console: Console
+    config: TrainConfig, dataset: Dataset, start: StartingPoint | None, console: Console
 ) -> tuple[np.ndarray, np.ndarray]:
     parallel = make_parallel(config.device)
     start = None if start is None else dataclasses.replace(start, head_epochs=0)
-    programs = Programs(config, parallel, Outline.of(dataset), start=start, schedule=_growing)
+    job = Job(start=start, schedule=_growing)
+    programs = TrainingPrograms(config, parallel, DatasetSpec.of(dataset), job)
     phase = programs.phases[-1]
-    statistics = start.statistics if start else pixel_statistics(dataset)
+    normalization = start.normalization if start else pixel_statistics(dataset)
     steps = programs.steps(phase)
-    functions = parallel.put(programs.functions(phase, statistics))
+    functions = parallel.put(programs.functions(phase, normalization))
     feed = loader.Feed(
         dataset.train,
         parallel,
@@ -173,7 +175,7 @@ def _try_rates(
         True,
         share=hosts.share(),
     )
-    state, totals = parallel.put(phase.fresh), parallel.put(programs.zeros(statistics))
+    state, totals = parallel.put(phase.fresh), parallel.put(programs.zeros(normalization))
     losses: list[float] = []
     before = {"loss": 0.0, "count": 0.0}
     for step in track(range(_STEPS), "trying learning rates", console=console, transient=True):

@@ -4,26 +4,31 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import Array
 from jax.tree_util import Partial
 
 from bmjax.config import BaseConfig, TrainConfig
 from bmjax.data import Dataset, load_dataset, loader
-from bmjax.data.sources import Outline
-from bmjax.machine.parallel import Parallel
+from bmjax.data.preprocess import Normalization
+from bmjax.data.sources import DatasetSpec
+from bmjax.data.statistics import loss_weights
+from bmjax.errors import UserError
+from bmjax.machine.parallel import Parallel, check_divides, make_parallel
 from bmjax.machine.progress import stage
-from bmjax.models.build import build_model
+from bmjax.models.build import build_model, has_axis
 from bmjax.train.compiled import make_train_steps, zero_totals
-from bmjax.train.setup import MakeLoss, Phase, Start, loss_weights, make_phases
+from bmjax.train.gradients import accumulated
+from bmjax.train.job import Job, MakeLoss
+from bmjax.train.phases import Phase, make_phases
 from bmjax.train.step import Batch, classification_loss
 
 COMPILING = "compiling the training step"
 
 
-class Programs:
+class TrainingPrograms:
     """Model, phases and training steps of a run.
 
     Of images it takes the shapes alone, so that it can compile while they are decoded: the
@@ -32,14 +37,11 @@ class Programs:
     Args:
         config: of the run.
         parallel: the devices.
-        outline: of the dataset.
-        make_loss: see `loop.fit`.
-        start: what the run begins with; None: random params.
-        beside: see `loop.fit`.
-        schedule: of the learning rate in each phase; by default the config's.
+        spec: of the dataset.
+        job: the run's own parts.
 
     Attributes:
-        outline: as given.
+        spec: as given.
         parallel: as given.
         num_batches: updates in an epoch.
         model: the Linen module.
@@ -54,24 +56,23 @@ class Programs:
         self,
         config: TrainConfig,
         parallel: Parallel,
-        outline: Outline,
-        make_loss: MakeLoss | None = None,
-        start: Start | None = None,
-        beside: loader.Beside | None = None,
-        schedule: optax.Schedule | None = None,
+        spec: DatasetSpec,
+        job: Job | None = None,
     ):
-        self.outline, self.parallel = outline, parallel
-        self._config, self._beside = config, beside
-        self._make_loss = make_loss or _with_statistics_as_arrays(config, outline)
-        self._ahead = make_loss is None and beside is None
-        self.compiled_ahead = False
-        self.num_batches = loader.num_batches(len(outline.labels), config.batch_size)
-        self.model = build_model(config, outline.num_classes, parallel.axis_name)
-        self.phases = make_phases(
-            config, self.model, outline.image_shape, self.num_batches, start, schedule
+        job = job or Job()
+        self.spec, self.parallel = spec, parallel
+        self._config, self._targets = config, job.view_targets
+        self._make_loss = job.make_loss or _with_normalization_as_input(config, spec)
+        self._ahead = job.make_loss is None and job.view_targets is None
+        self.num_batches = loader.num_batches(len(spec.labels), config.batch_size)
+        model = job.model or build_model(config, spec.num_classes)
+        self.model = model.clone(axis_name=parallel.axis_name) if has_axis(model) else model
+        self.phases = make_phases(config, self.model, spec.image_shape, self.num_batches, job)
+        size, channels = spec.image_shape[:2], spec.image_shape[2]
+        self._view = loader.make_view(
+            config.views, size, [0.0] * channels, parallel.axis_name, job.view
         )
-        size, channels = outline.image_shape[:2], outline.image_shape[2]
-        self._view = loader.make_view(config.views, size, [0.0] * channels, parallel.axis_name)
+        self.compiled_ahead = False
         self._steps: dict[int, Callable[..., Any]] = {}
 
     def steps(self, phase: Phase) -> Callable[..., Any]:
@@ -80,31 +81,34 @@ class Programs:
         if phase.first not in self._steps:
             self._steps[phase.first] = make_train_steps(
                 self.parallel,
-                phase.optimizer,
+                phase.make_optimizer,
                 config.batch_size,
-                config.accumulate,
+                accumulated(config.accumulate),
                 config.ema_decay,
                 phase.trained,
                 config.views.view_passes,
             )
         return self._steps[phase.first]
 
-    def functions(self, phase: Phase, statistics: dict[str, Any]) -> tuple[Partial, Partial]:
-        """Returns view and loss function of a phase, as the steps take them.
+    def functions(
+        self, phase: Phase, normalization: Normalization
+    ) -> tuple[Partial, Partial, Partial]:
+        """Returns view, loss function and schedule of a phase, as the steps take them.
 
         Args:
             phase: one of the run's.
-            statistics: `mean` and `std` per channel that images are normalised by.
+            normalization: what images are normalised by.
         """
-        view = Partial(self._view.func, jnp.asarray(statistics["mean"], jnp.float32))
-        loss_fn = self._make_loss(phase.model, statistics)
-        return view, loss_fn if isinstance(loss_fn, Partial) else Partial(loss_fn)
+        view = Partial(self._view.func, jnp.asarray(normalization.mean, jnp.float32))
+        loss_fn = self._make_loss(phase.model, normalization)
+        loss_fn = loss_fn if isinstance(loss_fn, Partial) else Partial(loss_fn)
+        return view, loss_fn, phase.schedule
 
-    def zeros(self, statistics: dict[str, Any]) -> dict[str, Array]:
+    def zeros(self, normalization: Normalization) -> dict[str, Array]:
         """Returns the totals before the first example."""
         phase = self.phases[0]
-        _, loss_fn = self.functions(phase, statistics)
-        return zero_totals(loss_fn, phase.fresh, self.outline.image_shape, self._beside)
+        _, loss_fn, _ = self.functions(phase, normalization)
+        return zero_totals(loss_fn, phase.fresh, self.spec.image_shape, self._targets)
 
     def compile_ahead(self) -> None:
         """Compiles the steps of the first phase, where shapes are all that they depend on.
@@ -113,22 +117,43 @@ class Programs:
         """
         if not self._ahead:
             return
-        phase, channels = self.phases[0], self.outline.image_shape[2]
-        any_statistics = {"mean": [0.0] * channels, "std": [1.0] * channels}
+        phase, channels = self.phases[0], self.spec.image_shape[2]
+        any_normalization = Normalization.none(channels)
         held = (
             phase.fresh,
-            self.zeros(any_statistics),
-            self.functions(phase, any_statistics),
-            loader.shapes_of_train(self.outline, self._config.batch_size, self.parallel),
+            self.zeros(any_normalization),
+            self.functions(phase, any_normalization),
+            loader.shapes_of_train(self.spec, self._config.batch_size, self.parallel),
         )
         with stage(COMPILING):
             self.parallel.compile_ahead(self.steps(phase), held, np.int32(1))
         self.compiled_ahead = True
 
 
+def check_possible(
+    config: TrainConfig, data: Dataset | DatasetSpec, model: nn.Module | None = None
+) -> None:
+    """Checks all that only the data can show to be wrong, before anything is trained or written.
+
+    Args:
+        config: of the run, checked by itself.
+        data: of the run.
+        model: the Linen module; None: the one that the config names.
+
+    Raises:
+        UserError: a batch that does not divide, or a model that cannot take the images.
+    """
+    check_divides(make_parallel(config.device), config.batch_size, config.accumulate)
+    model = model or build_model(config, data.num_classes)
+    try:
+        jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *data.image_shape)))
+    except ValueError as error:
+        raise UserError(f"{config.model} cannot take these images: {error}") from error
+
+
 def load_and_compile(
-    config: TrainConfig, make: Callable[[Outline], Programs]
-) -> tuple[Dataset, Programs]:
+    config: TrainConfig, make: Callable[[DatasetSpec], TrainingPrograms]
+) -> tuple[Dataset, TrainingPrograms]:
     """Loads the data of a run, and makes its programs while images are decoded.
 
     Args:
@@ -138,40 +163,39 @@ def load_and_compile(
     Raises:
         UserError: see `load_dataset`; what `make` raises comes before.
     """
-    ahead: list[Programs] = []
+    ahead: list[TrainingPrograms] = []
 
-    def compile_ahead(outline: Outline) -> None:
-        ahead.append(make(outline))
+    def compile_ahead(spec: DatasetSpec) -> None:
+        ahead.append(make(spec))
         ahead[0].compile_ahead()
 
     dataset = load_dataset(
-        config.data,
+        config.data_name,
         config.image_size,
         split_seed=config.split_seed,
         memory_gib=config.device.memory_gib,
         meanwhile=compile_ahead,
     )
-    outline = Outline.of(dataset)
-    if ahead and ahead[0].outline.same_as(outline):
+    spec = DatasetSpec.of(dataset)
+    if ahead and ahead[0].spec.same_as(spec):
         return dataset, ahead[0]
-    return dataset, make(outline)  # images were left out, or there was nothing to decode
+    return dataset, make(spec)  # images were left out, or there was nothing to decode
 
 
-def _with_statistics_as_arrays(config: BaseConfig, outline: Outline) -> MakeLoss:
-    """Returns what makes the loss of plain training, a `Partial` that holds the statistics."""
-    weights = loss_weights(config, outline.labels, outline.num_classes)
+def _with_normalization_as_input(config: BaseConfig, spec: DatasetSpec) -> MakeLoss:
+    """Returns what makes the loss of plain training, a `Partial` that holds the normalization."""
+    weights = loss_weights(config, spec.labels, spec.num_classes)
     made: dict[nn.Module, Callable[..., Any]] = {}
 
-    def make_loss(model: nn.Module, statistics: dict[str, Any]) -> Partial:
+    def make_loss(model: nn.Module, normalization: Normalization) -> Partial:
         def loss_fn(
-            statistics: dict[str, Array], params: Any, batch_stats: Any, batch: Batch, key: Array
+            normalization: Normalization, params: Any, batch_stats: Any, batch: Batch, key: Array
         ) -> tuple[Array, tuple[Any, dict[str, Array]]]:
-            plain = classification_loss(model, statistics, config.label_smoothing, weights)
+            plain = classification_loss(model, normalization, config.label_smoothing, weights)
             return plain(params, batch_stats, batch, key)
 
-        # One function for all statistics: what is compiled for one is of no use to another.
+        # One function for any normalization: what is compiled for one is of no use to another.
         of_model = made.setdefault(model, loss_fn)
-        arrays = {name: jnp.asarray(statistics[name], jnp.float32) for name in ("mean", "std")}
-        return Partial(of_model, arrays)
+        return Partial(of_model, normalization.as_arrays())
 
     return make_loss

@@ -14,11 +14,11 @@ from flax import struct
 from jax import Array, lax
 
 from bmjax.data import preprocess
+from bmjax.data.preprocess import Normalization
 from bmjax.losses import logits as losses
 from bmjax.train.apply import apply_train
+from bmjax.train.gradients import Batch, Gradient, whole_batch
 from bmjax.train.optim import merge, select
-
-Batch = dict[str, Array]
 
 
 class LossFn(Protocol):
@@ -162,7 +162,7 @@ def label_loss(
 
 def classification_loss(
     model: nn.Module,
-    statistics: dict[str, Any],
+    normalization: Normalization,
     label_smoothing: float = 0.0,
     class_weights: Sequence[float] | None = None,
 ) -> LossFn:
@@ -173,7 +173,7 @@ def classification_loss(
         params: Any, batch_stats: Any, batch: Batch, key: Array
     ) -> tuple[Array, tuple[Any, dict[str, Array]]]:
         del key  # nothing is random beyond the view
-        images = preprocess.normalize(batch["image"], statistics, dtype)
+        images = preprocess.normalize(batch["image"], normalization, dtype)
         logits, batch_stats = apply_train(model, params, batch_stats, images, batch["mask"])
         loss = label_loss(logits, batch, label_smoothing, class_weights)
         hit = (jnp.argmax(logits, axis=-1) == batch["label"]).astype(jnp.float32)
@@ -187,7 +187,7 @@ def train_step(
     batch: Batch,
     loss_fn: LossFn,
     optimizer: optax.GradientTransformation,
-    accumulate: int = 1,
+    gradient: Gradient = whole_batch,
     ema_decay: float = 0.0,
     axis_name: str | None = None,
     trained: Any = None,
@@ -202,8 +202,7 @@ def train_step(
         batch: examples, see `LossFn`; under pmap this device's part.
         loss_fn: the loss per example.
         optimizer: the update.
-        accumulate: parts that the batch is split into, one after the other; the gradient is
-            the whole batch's.
+        gradient: how the gradient of the batch is computed, see `gradients`.
         ema_decay: see above; used where the state has an average.
         axis_name: under pmap, the axis to add up along.
         trained: a tree as that of the params with True for every leaf to be trained; None: all.
@@ -226,23 +225,7 @@ def train_step(
 
     loss_fn = with_average(loss_fn, state.ema_params)
     moving = _trained(state.params, trained)
-    gradient = jax.grad(summed_loss, has_aux=True)
-    if accumulate == 1:
-        grads, (batch_stats, sums) = gradient(moving, state.batch_stats, batch, key)
-    else:
-
-        def add_part(carry: Any, part: Any) -> tuple[Any, None]:
-            totals, batch_stats = carry
-            part_batch, part_key = part
-            grads, (batch_stats, sums) = gradient(moving, batch_stats, part_batch, part_key)
-            return (jax.tree.map(jnp.add, totals, (grads, sums)), batch_stats), None
-
-        parts = (_split(batch, accumulate), jax.random.split(key, accumulate))
-        one = jax.tree.map(lambda leaf: leaf[0], parts)
-        shapes = jax.eval_shape(gradient, moving, state.batch_stats, *one)
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        start = ((zeros[0], zeros[1][1]), state.batch_stats)
-        ((grads, sums), batch_stats), _ = lax.scan(add_part, start, parts)
+    grads, (batch_stats, sums) = gradient(summed_loss, moving, state.batch_stats, batch, key)
     if axis_name is not None:
         grads, sums = lax.psum((grads, sums), axis_name)
     scale = 1 / sums["count"]
@@ -271,12 +254,3 @@ def train_step(
 
 def _masked_sum(values: Array, mask: Array) -> Array:
     return jnp.sum(jnp.where(mask, values, 0.0))
-
-
-def _split(batch: Batch, parts: int) -> Batch:
-    """Makes [parts, batch / parts, ...]; each part is spread over the devices as the batch is."""
-
-    def split(leaf: Array) -> Array:
-        return jnp.swapaxes(leaf.reshape(-1, parts, *leaf.shape[1:]), 0, 1)
-
-    return jax.tree.map(split, batch)

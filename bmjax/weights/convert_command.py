@@ -150,4 +150,4 @@ def _write_run(folder: Path, source: Pretrained, config: ConvertConfig) -> None:
         model=source.model, data="", image_size=source.data["image_shape"][0], out=config.out
     ).resolved()
     extra = {"converted_from": Path(config.path).name}
-    write_run(Run(folder, settings, source.data, extra), source.variables)
+    write_run(Run(folder, settings, source.data, extra, "converted"), source.variables)

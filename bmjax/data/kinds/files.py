@@ -118,7 +118,7 @@ class Encoded:
                 size = opened.size
                 opened.draft(None, (1, 1))
                 opened.load()
-                view.transform._resized(size)
+                view.transform.resized_shape(size)
                 return
         # No JPEG file, or one with an error, which is named as everywhere.
         self.wide(index, view)
@@ -129,7 +129,7 @@ class Encoded:
             with Image.open(self.read(index)) as opened:
                 width, height = opened.size
                 # Only where it matters: of PNG files it would decode all pixels.
-                turned = width != height and preprocess._orientation(opened) >= 5
+                turned = width != height and preprocess.orientation(opened) >= 5
                 return (height, width) if turned else (width, height)
         except Exception:  # readers raise whatever they stumble over; decoding tells of it
             return None
@@ -191,11 +191,11 @@ class View:
         """Returns the image of a decoded picture with its margin, uint8 of `wide_shape`."""
         if not self.margin:
             return self.transform.apply(picture)
-        width, height = self.transform._resized(picture.size)
+        width, height = self.transform.resized_shape(picture.size)
         whole = replace(self.transform, crop_size=(height, width)).apply(picture)
         (top, left), side = self._inner(), self.margin
-        top = preprocess._offset(height, self.transform.shape[0]) - top
-        left = preprocess._offset(width, self.transform.shape[1]) - left
+        top = preprocess.crop_offset(height, self.transform.shape[0]) - top
+        left = preprocess.crop_offset(width, self.transform.shape[1]) - left
         return whole[top : top + side, left : left + side]
 
     def middle(self, wide: np.ndarray) -> np.ndarray:
@@ -206,7 +206,7 @@ class View:
     def _inner(self) -> tuple[int, int]:
         if not self.margin:
             return 0, 0
-        top, left = (preprocess._offset(self.margin, side) for side in self.transform.shape)
+        top, left = (preprocess.crop_offset(self.margin, side) for side in self.transform.shape)
         return top, left
 
 

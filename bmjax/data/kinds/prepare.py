@@ -20,7 +20,7 @@ from PIL import Image
 
 from bmjax.data.kinds.files import DecodingError, Encoded, FileSource, View
 from bmjax.data.preprocess import EvaluationTransform, margin_transform
-from bmjax.data.sources import SPLITS, ArraySource, Dataset, NotLoaded, Outline, Source
+from bmjax.data.sources import SPLITS, ArraySource, Dataset, DatasetSpec, NotLoaded, Source
 from bmjax.errors import UserError, unknown_name
 from bmjax.machine.cache import cache_folder, prepare_once
 from bmjax.machine.progress import stage
@@ -41,13 +41,13 @@ class Options:
         UserError: a value out of range.
     """
 
-    image_size: int = 0
+    image_size: int | None = None
     transform: EvaluationTransform | None = None
     split_seed: int = 0
     memory_gib: float = 4.0
     splits: tuple[str, ...] = SPLITS
     channels: int = 3
-    meanwhile: Callable[[Outline], None] | None = None
+    meanwhile: Callable[[DatasetSpec], None] | None = None
 
     def __post_init__(self) -> None:
         for name in self.splits:
@@ -55,9 +55,10 @@ class Options:
                 raise unknown_name("split", name, SPLITS)
         if self.channels not in (1, 3):
             raise UserError(f"channels is {self.channels}, but must be 1 for gray or 3 for RGB.")
-        for setting in ("image_size", "memory_gib"):
-            if getattr(self, setting) < 0:
-                raise UserError(f"{setting} is {getattr(self, setting)}, but must be at least 0.")
+        if self.image_size is not None and self.image_size < 1:
+            raise UserError(f"image_size is {self.image_size}, but must be at least 1.")
+        if self.memory_gib < 0:
+            raise UserError(f"memory_gib is {self.memory_gib}, but must be at least 0.")
 
 
 def make_dataset(
@@ -89,10 +90,10 @@ def make_dataset(
     messages = list(warnings)
     meanwhile = None
     if options.meanwhile is not None:
-        outline = Outline(
+        spec = DatasetSpec(
             parts["train"].labels, len(class_names), view.image_shape, view.wide_shape, in_memory
         )
-        meanwhile = functools.partial(options.meanwhile, outline)
+        meanwhile = functools.partial(options.meanwhile, spec)
     for split in SPLITS:
         if split not in options.splits:
             sources[split] = NotLoaded(split, view.image_shape)
@@ -126,7 +127,7 @@ def quiet_pillow() -> None:
         filterwarnings("ignore", category=category, module="PIL[.]")
 
 
-def _usual_transform(parts: Mapping[str, Encoded], image_size: int) -> EvaluationTransform:
+def _usual_transform(parts: Mapping[str, Encoded], image_size: int | None) -> EvaluationTransform:
     size = None if image_size else _common_size(parts.values())
     if size is not None:
         return EvaluationTransform(0, (size[1], size[0]))
