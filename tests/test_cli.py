@@ -226,6 +226,18 @@ def documentation(kind):
     return "\n".join(each.__doc__ or "" for each in kinds)
 
 
+def test_json_has_no_number_that_is_not_finite(capsys, monkeypatch):
+    result = {"loss": float("nan"), "f1": [0.5, float("inf")], "examples": 3, "warnings": []}
+    monkeypatch.setattr("bmjax.evaluate.measure.evaluate", lambda config: result)
+    code, shown, _ = run(capsys, "evaluate", "RUN", "--json")
+    assert code == 0
+    assert json.loads(shown, parse_constant=pytest.fail) == {
+        **result,
+        "loss": None,
+        "f1": [0.5, None],
+    }
+
+
 def test_configs_survive_json():
     for config in (TrainConfig(hidden_sizes=(3, 4), seed=2), DistillConfig(alpha=0.25)):
         flat = json.loads(json.dumps(flatten(config)))
