@@ -27,8 +27,10 @@ from bmjax.evaluate.measure import measure
 from bmjax.losses.table import LOSS_PARAMS
 from bmjax.machine import hosts
 from bmjax.machine.parallel import request_devices
+from bmjax.machine.progress import shown_on, stage
 from bmjax.machine.storage import free_folder, make_folder, write_atomically, write_settings
 from bmjax.machine.storage import read_settings as read_file
+from bmjax.machine.terminal import forgiving_console
 from bmjax.models import num_params
 from bmjax.models.build import build_model
 from bmjax.runs.folder import CONFIG, TOUR, check_kind, read_run, refuse_existing
@@ -75,7 +77,7 @@ def distill(config: DistillConfig, console: Console | None = None) -> dict[str, 
     config = checked(config)
     if config.explain_loss:
         raise ValueError("explain_loss trains nothing: call bmjax.distill.loss_terms.explain.")
-    return run(config, console or Console())
+    return run(config, forgiving_console(console))
 
 
 def run(config: DistillConfig, console: Console) -> dict[str, Any]:
@@ -84,7 +86,8 @@ def run(config: DistillConfig, console: Console) -> dict[str, Any]:
     config = hosts.on_first(_settled, config)
     out = Path(config.folder)
     try:
-        return _distill(config, out, console)
+        with shown_on(console):
+            return _distill(config, out, console)
     except StoppedError as error:
         go_on = f"bmjax distill --resume --out {out}"
         raise StoppedError(error.progress, go_on, error.exit_code) from None
@@ -113,12 +116,14 @@ def load_teachers(
     config: DistillConfig, console: Console | None = None
 ) -> tuple[list[TrainedRun], TrainedRun | None]:
     """Reads the teachers that are named; returns them, and all of them as one, or None."""
-    teachers = [
-        load_teacher(
-            source, config.teacher_model, config.image_size, console, key=config.weights_key
-        )
-        for source in ([] if config.follows_student else config.teacher)
-    ]
+    teachers = []
+    for source in () if config.follows_student else config.teacher:
+        with stage(f"reading the teacher {source}"):
+            teachers.append(
+                load_teacher(
+                    source, config.teacher_model, config.image_size, console, key=config.weights_key
+                )
+            )
     return teachers, combine(teachers, config.teacher_weights) if teachers else None
 
 
@@ -343,7 +348,8 @@ def _finish(
     if not config.teacher:
         trained.insert(0, ("alone", load_run(plan.alone.folder, which)))
     measured = [("teacher", teacher)] if teacher else []
-    rows = [_row(role, run, source, config) for role, run in [*measured, *trained]]
+    with stage(f"measuring {len(measured + trained)} models"):
+        rows = [_row(role, run, source, config) for role, run in [*measured, *trained]]
     result: dict[str, Any] = {
         "rows": rows,
         "split": split,

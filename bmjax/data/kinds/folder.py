@@ -295,6 +295,24 @@ def _files_below(
             yield _File(below, 0, 0), entry.path
 
 
+def images_below(folder: str) -> list[str]:
+    """Returns the paths of the images in a folder and all folders in it, sorted.
+
+    Raises:
+        UserError: a folder that cannot be read.
+    """
+    paths: list[str] = []
+    try:
+        for entry in _entries(folder):
+            if entry.is_dir():
+                paths += [path for _, path in _files_below(entry, entry.name, ())]
+            else:
+                paths.append(entry.path)
+    except OSError as error:
+        raise _unreadable(error) from error
+    return sorted(path for path in paths if formats.is_image(path))
+
+
 def _check_classes(
     root: Path, folders: Mapping[str, str], listed: Mapping[str, Mapping[str, _Class]]
 ) -> list[str]:
