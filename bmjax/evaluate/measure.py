@@ -15,6 +15,7 @@ import numpy as np
 from bmjax.config import BaseConfig, EvaluateConfig, PredictConfig
 from bmjax.config.checks import check_evaluate
 from bmjax.data import loader, preprocess
+from bmjax.data.classes import relabelled
 from bmjax.data.preprocess import Normalization
 from bmjax.data.sources import SPLITS, Source
 from bmjax.errors import UserError
@@ -23,7 +24,7 @@ from bmjax.machine.cache import use_compilation_cache
 from bmjax.machine.parallel import make_parallel, request_devices
 from bmjax.metrics import summarize
 from bmjax.models import num_params
-from bmjax.runs.trained import TrainedRun, check_fits, load_for, load_run
+from bmjax.runs.trained import TrainedRun, load_for, load_run, match_data
 from bmjax.train.apply import predict_logits
 from bmjax.train.compiled import evaluate_split, make_evaluate
 
@@ -39,8 +40,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
     Returns:
         The metrics of `metrics.summarize`, with `inference_images_per_second` (median, batches
-        already on the device), `parameters`, `model`, `data`, `split`, `class_names`,
-        `checkpoint_step` and `warnings`.
+        already on the device), `parameters`, `model`, `data`, `split`, `class_names`
+        (the run's), `absent_classes` (those of them that the data do not have: `macro_f1` leaves
+        them out), `checkpoint_step` and `warnings`.
 
     Raises:
         UserError: no such run or dataset, or a dataset that does not fit the run.
@@ -55,11 +57,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         raise UserError(f"the weights in {config.path} came without data. Name some by --data.")
     splits = SPLITS if config.split == "all" else (config.split,)
     dataset = load_for(trained, name, config.image_size, splits, config.device.memory_gib)
-    check_fits(trained, dataset)
-    warnings = [*trained.warnings, *dataset.warnings]
+    match = match_data(trained, dataset)
+    warnings = [*trained.warnings, *dataset.warnings, *match.warnings]
     if not config.data and dataset.fingerprint() != trained.run.data["fingerprint"]:
         warnings.append(f"{name} is not what the run was trained on: its content has changed")
-    source = dataset.split(config.split)
+    source = relabelled(dataset, match).split(config.split)
     if not len(source):
         raise NoSplitError(
             f"{name} has no {config.split} split. Choose another --split, such as validation."
@@ -70,8 +72,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "data": name,
         "split": config.split,
         "checkpoint_step": trained.step,
-        **measure(trained, source, config),
-        "class_names": list(dataset.class_names),
+        **measure(trained, source, config, match.places),
+        "class_names": list(match.known),
+        "absent_classes": list(match.absent),
         "warnings": warnings,
     }
 
@@ -97,8 +100,20 @@ def evaluate_finished(out: str, config: BaseConfig) -> dict[str, Any]:
     return {**result, "checkpoint": which}
 
 
-def measure(trained: TrainedRun, source: Source, config: EvaluateConfig) -> dict[str, Any]:
-    """Returns the metrics over a split and the speed of inference."""
+def measure(
+    trained: TrainedRun,
+    source: Source,
+    config: EvaluateConfig,
+    classes: Sequence[int] | None = None,
+) -> dict[str, Any]:
+    """Returns the metrics over a split and the speed of inference.
+
+    Args:
+        trained: the run.
+        source: the split, with the run's labels.
+        config: devices and batch size.
+        classes: those that the data have, see `metrics.summarize`.
+    """
     parallel = make_parallel(config.device)
     # Padding is masked, so the batch may grow to what divides over the devices.
     batch_size = -(-config.batch_size // len(parallel.devices)) * len(parallel.devices)
@@ -108,7 +123,7 @@ def measure(trained: TrainedRun, source: Source, config: EvaluateConfig) -> dict
     feed = loader.Feed(source, parallel, batch_size, share=hosts.share())
     sums = evaluate_split(run_evaluate, parallel.put(trained.variables), feed)
     return {
-        **summarize(parallel.get(sums)),
+        **summarize(parallel.get(sums), classes),
         "inference_images_per_second": inference_speed(trained, source, config.batch_size),
     }
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bmjax.data import Dataset, load_dataset, preprocess
+from bmjax.data.classes import ClassMatch, match_classes
 from bmjax.data.load import with_channels
 from bmjax.data.sources import SPLITS
 from bmjax.errors import UserError
@@ -55,9 +56,14 @@ class TrainedRun:
         return preprocess.EvaluationTransform.from_dict(settings)
 
     @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes it tells apart, in order of its outputs."""
+        return tuple(self.run.data["class_names"])
+
+    @property
     def num_classes(self) -> int:
         """Number of classes it tells apart."""
-        return len(self.run.data["class_names"])
+        return len(self.class_names)
 
 
 def load_run(path: str | Path, which: str = "latest") -> TrainedRun:
@@ -146,29 +152,24 @@ def load_for(
     return with_channels(dataset, channels)
 
 
-def check_fits(trained: TrainedRun, dataset: Dataset) -> None:
-    """Raises UserError where a dataset has other classes or other images than a run learned."""
+def match_data(trained: TrainedRun, dataset: Dataset) -> ClassMatch:
+    """Finds the classes of a dataset among those that a run knows.
+
+    Raises:
+        UserError: the dataset has classes that the run does not know, or images of another shape.
+    """
     path, shape = trained.run.path, tuple(trained.run.data["image_shape"])
-    if dataset.num_classes != trained.num_classes:
-        raise UserError(
-            f"the run in {path} tells {trained.num_classes} classes apart, but {dataset.name} has "
-            f"{dataset.num_classes}. Choose data with the same classes."
-        )
-    ours, theirs = tuple(trained.run.data["class_names"]), dataset.class_names
-    if not same_classes(ours, theirs):
-        raise UserError(
-            f"the run in {path} knows the classes {', '.join(ours)}, but {dataset.name} has "
-            f"{', '.join(theirs)}, in this order. Number the classes alike."
-        )
+    match = match_classes(
+        trained.class_names,
+        dataset.class_names,
+        f"the run in {path}",
+        dataset.name,
+        "Choose data of classes that it knows.",
+    )
     if dataset.image_shape != shape:
         raise UserError(
             f"the run in {path} takes images of shape {shape}, but those of {dataset.name} have "
             f"{dataset.image_shape} (height, width, channels). Choose data of that shape, or "
             "--image-size where only the size differs."
         )
-
-
-def same_classes(ours: tuple[str, ...], theirs: tuple[str, ...]) -> bool:
-    """Whether as many names of classes may mean the same: equal, or one side knows numbers only."""
-    numbers = tuple(map(str, range(len(ours))))
-    return ours == theirs or numbers in (ours, theirs)
+    return match
