@@ -9,7 +9,7 @@ from PIL import Image
 
 from bmjax.config import DeviceConfig, EvaluateConfig, PredictConfig
 from bmjax.errors import UserError
-from bmjax.evaluate.measure import evaluate, predict, predict_probabilities
+from bmjax.evaluate.measure import evaluate, evaluate_on, predict, predict_probabilities
 from bmjax.runs.trained import load_run
 from bmjax.train.loop import fit
 from bmjax.train.tracking import read_metrics
@@ -65,6 +65,28 @@ def test_other_data_must_fit(run, tmp_path):
     np.savez(tmp_path / "four.npz", image=images, label=np.arange(60) % 4)
     with pytest.raises(UserError, match="tells 3 classes apart"):
         evaluate(EvaluateConfig(config.out, data=f"npz:{tmp_path / 'four.npz'}", batch_size=8))
+
+
+def test_own_data_in_any_form(run, shapes):
+    config, _ = run
+    trained = load_run(config.out)
+    expected = evaluate(EvaluateConfig(config.out))
+    images, labels = shapes.test.images, shapes.test.labels
+    small = EvaluateConfig("")
+    pictures = [
+        (Image.fromarray(image[..., 0]), int(label))
+        for image, label in zip(images, labels, strict=True)
+    ]
+    # Of the run's classes and the shapes', only these have names.
+    for data in (shapes, (images, labels), {"test": pictures}):
+        got = evaluate_on(trained, data, small)
+        assert got["accuracy"] == expected["accuracy"]
+        assert got["examples"] == 50
+        assert ["go by number" in line for line in got["warnings"]] == [True] * (data is shapes)
+    enlarged = (images.repeat(2, axis=1).repeat(2, axis=2), labels)
+    assert evaluate_on(trained, enlarged, small)["accuracy"] >= 0.6
+    with pytest.raises(UserError, match="labels from 1 to 3, but there are 3 classes"):
+        evaluate_on(trained, (images, labels + 1), small)
 
 
 def test_real_image_files_are_classified(run, shapes, tmp_path):

@@ -16,6 +16,8 @@ from bmjax.config import BaseConfig, EvaluateConfig, PredictConfig
 from bmjax.config.checks import check_evaluate
 from bmjax.data import loader, preprocess
 from bmjax.data.classes import relabelled
+from bmjax.data.load import with_channels
+from bmjax.data.own import as_split
 from bmjax.data.preprocess import Normalization
 from bmjax.data.sources import SPLITS, Source
 from bmjax.errors import UserError
@@ -51,31 +53,52 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     request_devices(config.device)
     use_compilation_cache()
     trained = load_run(config.path, config.checkpoint)
-    own = trained.run.config
-    name = config.data or own.data
+    name = config.data or trained.run.config.data
     if not name:
         raise UserError(f"the weights in {config.path} came without data. Name some by --data.")
     splits = SPLITS if config.split == "all" else (config.split,)
     dataset = load_for(trained, name, config.image_size, splits, config.device.memory_gib)
-    match = match_data(trained, dataset)
-    warnings = [*trained.warnings, *dataset.warnings, *match.warnings]
+    result = evaluate_on(trained, dataset, config)
     if not config.data and dataset.fingerprint() != trained.run.data["fingerprint"]:
-        warnings.append(f"{name} is not what the run was trained on: its content has changed")
+        changed = f"{name} is not what the run was trained on: its content has changed"
+        result["warnings"].append(changed)
+    return result
+
+
+def evaluate_on(trained: TrainedRun, data: Any, config: EvaluateConfig) -> dict[str, Any]:
+    """Measures a run on data of any form.
+
+    Args:
+        trained: the run.
+        data: see `data.own.as_dataset`; what has no splits is the split as a whole. Images are
+            resized to what the run takes, but for those of a `Dataset`.
+        config: `split`, `batch_size` and `device`; nothing else of it is looked at.
+
+    Returns and raises as `evaluate`.
+    """
+    height, width, channels = trained.run.data["image_shape"]
+    size, memory_gib = height if height == width else 0, config.device.memory_gib
+    dataset = as_split(
+        data, config.split, trained.class_names, image_size=size, memory_gib=memory_gib
+    )
+    dataset = with_channels(dataset, channels)
+    match = match_data(trained, dataset)
     source = relabelled(dataset, match).split(config.split)
     if not len(source):
         raise NoSplitError(
-            f"{name} has no {config.split} split. Choose another --split, such as validation."
+            f"{dataset.name} has no {config.split} split. Choose another --split, such as "
+            "validation."
         )
     return {
-        "model": own.model,
+        "model": trained.run.config.model,
         "parameters": num_params(trained.variables["params"]),
-        "data": name,
+        "data": dataset.name,
         "split": config.split,
         "checkpoint_step": trained.step,
         **measure(trained, source, config, match.places),
         "class_names": list(match.known),
         "absent_classes": list(match.absent),
-        "warnings": warnings,
+        "warnings": [*trained.warnings, *dataset.warnings, *match.warnings],
     }
 
 

@@ -13,6 +13,7 @@ from bmjax.config import TrainConfig
 from bmjax.config.checks import checked
 from bmjax.config.flat import settings_to_keep
 from bmjax.data import Dataset, loader
+from bmjax.data.own import NAME, as_dataset
 from bmjax.data.sources import DatasetSpec
 from bmjax.data.statistics import describe
 from bmjax.errors import StoppedError
@@ -49,7 +50,7 @@ from bmjax.train.step import TrainState
 
 def fit(
     config: TrainConfig,
-    dataset: Dataset | None = None,
+    dataset: Any = None,
     *,
     model: nn.Module | None = None,
     make_loss: MakeLoss | None = None,
@@ -68,7 +69,9 @@ def fit(
 
     Args:
         config: everything else that the run depends on.
-        dataset: used instead of `config.data`, which then only names it.
+        dataset: used instead of `config.data`, which then only names it: a `bmjax.Dataset`, a
+            pair (images, labels) of arrays, any object with `len()` and `[i]`, or a dict of
+            splits, see `data.own.as_dataset`.
         model: a Linen module, used instead of `config.model`, which then only names it: it maps
             images [batch, height, width, channels] to logits [batch, classes], and takes
             `train=True` in training. `bmjax.register_model` makes it known to all commands.
@@ -110,7 +113,15 @@ def fit(
         metrics=dict(metrics or {}),
         on_epoch=as_callbacks(on_epoch),
     )
-    return train(checked(config.resolved()), dataset, job, console)
+    config = checked(config.resolved())
+    if dataset is not None:
+        dataset = as_dataset(
+            dataset,
+            name=NAME if config.data == TrainConfig.data else config.data,
+            image_size=config.image_size,
+            memory_gib=config.device.memory_gib,
+        )
+    return train(config, dataset, job, console)
 
 
 def train(
