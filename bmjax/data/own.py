@@ -41,7 +41,7 @@ def as_dataset(
     *,
     name: str = NAME,
     class_names: Sequence[str] | None = None,
-    image_size: int = 0,
+    image_size: int | None = None,
     memory_gib: float = 4.0,
 ) -> Dataset:
     """Returns a user's own data as a dataset.
@@ -55,8 +55,8 @@ def as_dataset(
         name: what it is called.
         class_names: one for each class, in order of the labels; None: those that the data know,
             or numbers.
-        image_size: side in pixels that images are resized to, which may then differ; 0 keeps
-            them. A `Dataset` stays as it is.
+        image_size: side in pixels that images are resized to, which may then differ; None
+            keeps them. A `Dataset` stays as it is.
         memory_gib: GiB that decoded images may take.
 
     Raises:
@@ -92,7 +92,7 @@ def as_split(
     split: str,
     class_names: Sequence[str],
     *,
-    image_size: int = 0,
+    image_size: int | None = None,
     memory_gib: float = 4.0,
 ) -> Dataset:
     """Returns own data that a model is measured on, as a dataset of which one split is loaded.
@@ -217,7 +217,7 @@ def _splits_of(data: Any, whole: str = "train") -> dict[str, Any]:
     return given
 
 
-def _read(data: Any, where: str, image_size: int, memory_gib: float) -> _Part:
+def _read(data: Any, where: str, image_size: int | None, memory_gib: float) -> _Part:
     if isinstance(data, Dataset):
         raise UserError(f"{where} is a whole bmjax.Dataset: give one of its splits. {_FORMS}")
     if isinstance(data, ArraySource):
@@ -242,7 +242,7 @@ def _is_item(first: Any) -> bool:
 
 
 def _read_items(
-    data: Any, where: str, image_size: int, memory_gib: float
+    data: Any, where: str, image_size: int | None, memory_gib: float
 ) -> tuple[np.ndarray, np.ndarray]:
     images, labels, taken = [], [], 0
     for index, (image, label) in enumerate(_items(data, where)):
@@ -320,7 +320,7 @@ def _known_names(data: Any) -> tuple[str, ...] | None:
     return tuple(map(str, names)) if isinstance(names, list | tuple) and names else None
 
 
-def _pixels(image: Any, where: str, image_size: int) -> np.ndarray:
+def _pixels(image: Any, where: str, image_size: int | None) -> np.ndarray:
     """Returns an image as [height, width, channels] uint8, resized where a size is given."""
     if isinstance(image, Image.Image):
         image = image if image.mode in ("L", "RGB") else image.convert(_mode_for(image.mode))

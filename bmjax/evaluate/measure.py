@@ -77,7 +77,7 @@ def evaluate_on(trained: TrainedRun, data: Any, config: EvaluateConfig) -> dict[
     Returns and raises as `evaluate`.
     """
     height, width, channels = trained.run.data["image_shape"]
-    size, memory_gib = height if height == width else 0, config.device.memory_gib
+    size, memory_gib = height if height == width else None, config.device.memory_gib
     dataset = as_split(
         data, config.split, trained.class_names, image_size=size, memory_gib=memory_gib
     )

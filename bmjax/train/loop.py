@@ -42,6 +42,7 @@ from bmjax.train.job import (
     OnEpoch,
     as_callbacks,
     as_make_optimizer,
+    check_own_parts,
 )
 from bmjax.train.programs import TrainingPrograms, check_possible, load_and_compile
 from bmjax.train.session import Session
@@ -117,7 +118,7 @@ def fit(
     if dataset is not None:
         dataset = as_dataset(
             dataset,
-            name=NAME if config.data == TrainConfig.data else config.data,
+            name=NAME if config.data in (None, TrainConfig.data) else config.data,
             image_size=config.image_size,
             memory_gib=config.device.memory_gib,
         )
@@ -155,6 +156,7 @@ def train(
     use_compilation_cache()
 
     def make_programs(spec: DatasetSpec) -> TrainingPrograms:
+        check_own_parts(job, spec.num_classes, spec.image_shape)
         model = job.model or build_model(config, spec.num_classes)
         flops = config.batch_size * forward_flops(model, spec.image_shape)
         # Random views are several times the work of a small model, and gain by a second thread.
