@@ -27,7 +27,7 @@ from bmjax.distill.teacher_cache import TEACHER_LOGITS, cached_teacher
 from bmjax.distill.teachers import combine, with_classes
 from bmjax.distill.tour import as_one, distill, load_data, load_teachers
 from bmjax.errors import UserError
-from bmjax.evaluate.measure import evaluate, predict_probabilities
+from bmjax.evaluate.measure import evaluate
 from bmjax.finetune.tune import finetune
 from bmjax.metrics import ClassificationSums, summarize
 from bmjax.runs.trained import load_run
@@ -177,7 +177,7 @@ def test_evaluation(ours, theirs, places, said, trained, shapes, tmp_path):
     run = named(trained, tmp_path / "run", ours)
     dataset = in_order(shapes, theirs, places)
     got = evaluate(EvaluateConfig(str(run), data=write(dataset, tmp_path / "data.npz")))
-    predicted = predict_probabilities(load_run(run), all_images(dataset.test)).argmax(axis=1)
+    predicted = load_run(run).predict(all_images(dataset.test)).argmax(axis=1)
     truth = np.array(places)[dataset.test.labels]
     assert got["accuracy"] == pytest.approx((predicted == truth).mean())
     assert got["accuracy"] > 0.6
@@ -221,25 +221,25 @@ def with_names(teacher, names):
 def test_teachers(ours, theirs, places, said, trained, shapes, tmp_path):
     run = load_run(named(trained, tmp_path / "run", ours))
     dataset = in_order(shapes, theirs, places)
-    probabilities = predict_probabilities(run, all_images(dataset.test))[:, places]
+    probabilities = run.predict(all_images(dataset.test))[:, places]
     probabilities /= probabilities.sum(axis=1, keepdims=True)
     one = with_classes(run, theirs, "named")
-    got = predict_probabilities(one, all_images(dataset.test))
+    got = one.predict(all_images(dataset.test))
     np.testing.assert_allclose(got, probabilities, rtol=1e-4, atol=1e-6)
     assert one.class_names == theirs
     assert (one.fingerprint == run.fingerprint) == (places == (0, 1, 2))
     assert [said in line for line in one.warnings] == ([True] if said else [])
     # Of an ensemble with one that has the order of the data, each is mapped by itself.
     both = combine([one, with_classes(run, ours, "itself")] if places == (0, 1, 2) else [one, one])
-    got = predict_probabilities(both, all_images(dataset.test))
+    got = both.predict(all_images(dataset.test))
     np.testing.assert_allclose(got, probabilities, rtol=1e-4, atol=1e-6)
 
 
 def test_an_ensemble_takes_the_order_of_its_first(trained, shapes):
     run = load_run(trained)
     other = with_classes(run, ("mid", "left", "top"), "itself")
-    expected = predict_probabilities(run, all_images(shapes.test))
-    got = predict_probabilities(combine([run, other]), all_images(shapes.test))
+    expected = run.predict(all_images(shapes.test))
+    got = combine([run, other]).predict(all_images(shapes.test))
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6)
     # A checkpoint's numbers say nothing of the order of names.
     assert "go by number" in combine([run, with_names(run, ("0", "1", "2"))]).warnings[0]
@@ -295,7 +295,7 @@ def test_a_head_that_is_kept(case, trained, shapes, tmp_path, quiet):
         out=str(tmp_path / "out"),
     )
     history = finetune(config, quiet)["history"]
-    probabilities = predict_probabilities(load_run(trained), all_images(dataset.validation))
+    probabilities = load_run(trained).predict(all_images(dataset.validation))
     predicted = probabilities[:, places].argmax(axis=1)
     assert history[-1]["accuracy"] == pytest.approx((predicted == dataset.validation.labels).mean())
     kept = load_run(tmp_path / "out")

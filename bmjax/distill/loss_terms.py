@@ -24,7 +24,8 @@ from bmjax.losses.table import _CONVENTIONS, LOSS_PARAMS
 from bmjax.machine.cache import use_compilation_cache
 from bmjax.machine.parallel import Parallel, request_devices
 from bmjax.models.build import build_model
-from bmjax.train.apply import apply_with_features, predict_features
+from bmjax.runs.inference import predict_features
+from bmjax.train.apply import apply_with_features
 from bmjax.train.compiled import draw_batches
 from bmjax.train.step import Batch, label_loss, run_keys
 

@@ -31,8 +31,8 @@ from bmjax.errors import UserError
 from bmjax.machine import hosts
 from bmjax.machine.parallel import Parallel
 from bmjax.machine.storage import make_folder, read_json, write_atomically
+from bmjax.runs.inference import predict_logits
 from bmjax.runs.trained import TrainedRun
-from bmjax.train.apply import predict_logits
 from bmjax.train.compiled import draw_batches
 from bmjax.train.step import Batch, run_keys
 

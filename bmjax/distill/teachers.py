@@ -19,8 +19,8 @@ from bmjax.errors import UserError
 from bmjax.machine import hosts
 from bmjax.models import RESNETS, create_model
 from bmjax.runs.folder import Run
+from bmjax.runs.inference import predict_logits
 from bmjax.runs.trained import TrainedRun, load_run
-from bmjax.train.apply import predict_logits
 from bmjax.weights.pretrained import read_pretrained
 
 

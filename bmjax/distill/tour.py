@@ -26,8 +26,10 @@ from bmjax.evaluate.measure import measure
 from bmjax.losses.table import LOSS_PARAMS
 from bmjax.machine import hosts
 from bmjax.machine.parallel import request_devices
+from bmjax.machine.progress import shown_on, stage
 from bmjax.machine.storage import free_folder, make_folder, write_atomically, write_settings
 from bmjax.machine.storage import read_settings as read_file
+from bmjax.machine.terminal import forgiving_console
 from bmjax.models import num_params
 from bmjax.models.build import build_model
 from bmjax.runs.folder import CONFIG, TOUR, check_kind, read_run, refuse_existing
@@ -73,7 +75,7 @@ def distill(config: DistillConfig, console: Console | None = None) -> dict[str, 
     config = checked(config)
     if config.explain_loss:
         raise ValueError("explain_loss trains nothing: call bmjax.distill.loss_terms.explain.")
-    return run(config, console or Console())
+    return run(config, forgiving_console(console))
 
 
 def run(config: DistillConfig, console: Console) -> dict[str, Any]:
@@ -82,7 +84,8 @@ def run(config: DistillConfig, console: Console) -> dict[str, Any]:
     config = hosts.on_first(_settled, config)
     out = Path(config.folder)
     try:
-        return _distill(config, out, console)
+        with shown_on(console):
+            return _distill(config, out, console)
     except StoppedError as error:
         go_on = f"bmjax distill --resume --out {out}"
         raise StoppedError(error.progress, go_on, error.exit_code) from None
@@ -110,10 +113,10 @@ def _distill(config: DistillConfig, out: Path, console: Console) -> dict[str, An
 
 def load_teachers(config: DistillConfig, console: Console | None = None) -> list[TrainedRun]:
     """Reads the teachers that are named, as they are, and checks that they fit each other."""
-    teachers = [
-        load_teacher(source, config.teacher_model, config.image_size, console)
-        for source in ([] if config.follows_student else config.teacher)
-    ]
+    teachers = []
+    for source in () if config.follows_student else config.teacher:
+        with stage(f"reading the teacher {source}"):
+            teachers.append(load_teacher(source, config.teacher_model, config.image_size, console))
     if teachers:
         check_together(teachers, config.teacher_weights)
     return teachers
@@ -364,7 +367,8 @@ def _finish(
     if not config.teacher:
         trained.insert(0, ("alone", load_run(plan.alone.folder, which)))
     measured = [("teacher", teacher)] if teacher else []
-    rows = [_row(role, run, source, config) for role, run in [*measured, *trained]]
+    with stage(f"measuring {len(measured + trained)} models"):
+        rows = [_row(role, run, source, config) for role, run in [*measured, *trained]]
     result: dict[str, Any] = {
         "rows": rows,
         "split": split,

@@ -22,6 +22,8 @@ from bmjax.finetune.probe import Probe, probe_head
 from bmjax.machine import hosts
 from bmjax.machine.cache import use_compilation_cache
 from bmjax.machine.parallel import request_devices
+from bmjax.machine.progress import shown_on, stage
+from bmjax.machine.terminal import forgiving_console
 from bmjax.models.build import build_model
 from bmjax.ops.memory import share_memory
 from bmjax.runs import checkpoint
@@ -53,7 +55,7 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> dict[str
         UserError: wrong settings, weights, data or folder; nothing was written.
         DivergenceError, StoppedError: see `fit`.
     """
-    return run(checked(config), console or Console())
+    return run(checked(config), forgiving_console(console))
 
 
 def run(config: FinetuneConfig, console: Console) -> dict[str, Any]:
@@ -74,9 +76,10 @@ def run(config: FinetuneConfig, console: Console) -> dict[str, Any]:
             )
     use_compilation_cache()
     try:
-        if saved is not None and hosts.on_first(_has_checkpoint, saved):
-            return _go_on(config, saved, console)
-        return _begin(config, train_config, saved, console)
+        with shown_on(console):
+            if saved is not None and hosts.on_first(_has_checkpoint, saved):
+                return _go_on(config, saved, console)
+            return _begin(config, train_config, saved, console)
     except StoppedError as error:
         go_on = f"bmjax finetune --resume --out {path}" if error.go_on else ""
         raise StoppedError(error.progress, go_on, error.exit_code) from None
@@ -119,13 +122,14 @@ def _begin(
 
 def _read_weights(config: FinetuneConfig, console: Console | None = None) -> Pretrained:
     assert config.weights is not None  # which is checked at the door
-    return read_pretrained(
-        config.weights,
-        config.model,
-        head=config.head == "keep",
-        image_size=config.image_size,
-        console=console,
-    )
+    with stage(f"reading the weights {config.weights}"):
+        return read_pretrained(
+            config.weights,
+            config.model,
+            head=config.head == "keep",
+            image_size=config.image_size,
+            console=console,
+        )
 
 
 def _go_on(config: FinetuneConfig, saved: Run, console: Console) -> dict[str, Any]:
@@ -235,7 +239,8 @@ def _make_start(
     config: FinetuneConfig, train_config: TrainConfig, weights: Pretrained, dataset: Dataset
 ) -> tuple[StartingPoint, Probe | None]:
     model = build_model(train_config, dataset.num_classes)
-    variables = _init(model, dataset, config.seed)
+    with stage(f"preparing {train_config.model}"):
+        variables = _init(model, dataset, config.seed)
     head = variables["params"]["head"]
     params = {"head": head, **weights.variables["params"]}
     start_variables = {"params": params, "batch_stats": weights.variables["batch_stats"]}
@@ -248,7 +253,8 @@ def _make_start(
     probe = None
     if config.head == "probe":
         factors = loss_weights(config, dataset.train.labels, dataset.num_classes)
-        probe = probe_head(model, start_variables, weights.normalization, dataset, factors)
+        with stage("fitting the new head to the features of all images"):
+            probe = probe_head(model, start_variables, weights.normalization, dataset, factors)
         params["head"] = {"kernel": probe.kernel, "bias": probe.bias}
     start = StartingPoint(
         start_variables,

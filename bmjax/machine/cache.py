@@ -69,10 +69,17 @@ def _remove_abandoned(parent: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def use_compilation_cache() -> None:
+def use_compilation_cache(needed: bool = True) -> None:
     """Keeps compiled programs between runs, the least recently used leaving first.
 
     A folder chosen through JAX's own setting (`JAX_COMPILATION_CACHE_DIR`) is respected.
+
+    Args:
+        needed: whether it is an error that the folder cannot be written; otherwise programs are
+            then compiled anew.
+
+    Raises:
+        UserError: the folder cannot be written.
     """
     import jax
 
@@ -80,7 +87,11 @@ def use_compilation_cache() -> None:
         folder = cache_folder() / "compiled"
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            if not needed and not os.access(folder, os.W_OK):
+                return
         except OSError as error:
+            if not needed:
+                return
             raise UserError(
                 f"the cache folder {folder} cannot be written ({error.strerror}). "
                 "Set BMJAX_CACHE to a folder that can."

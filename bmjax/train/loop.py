@@ -20,7 +20,9 @@ from bmjax.errors import StoppedError
 from bmjax.machine import hosts
 from bmjax.machine.cache import use_compilation_cache
 from bmjax.machine.parallel import make_parallel, request_devices
+from bmjax.machine.progress import shown_on
 from bmjax.machine.signals import noting_signals
+from bmjax.machine.terminal import forgiving_console
 from bmjax.machine.threads import compute_in_calling_thread, suits_one_thread
 from bmjax.metrics import OwnMetric
 from bmjax.models import forward_flops
@@ -141,7 +143,7 @@ def train(
 
     Returns and raises as `fit`.
     """
-    job, path = job or Job(), Path(config.folder)
+    job, path, console = job or Job(), Path(config.folder), forgiving_console(console)
     request_devices(config.device)
     hosts.check_same("settings", settings_to_keep(config), "Start all with the same flags.")
     saved = hosts.on_first(read_run, path) if config.run.resume else None
@@ -168,7 +170,8 @@ def train(
         return TrainingPrograms(config, make_parallel(config.device), spec, with_model)
 
     if dataset is None:
-        dataset, programs = load_and_compile(config, make_programs)
+        with shown_on(console):
+            dataset, programs = load_and_compile(config, make_programs)
     else:
         programs = make_programs(DatasetSpec.of(dataset))
     normalization = job.start.normalization if job.start else None
@@ -178,7 +181,6 @@ def train(
     if saved is not None:
         check_same_data(saved, run.data["fingerprint"])
     hosts.check_same("data", run.data, "Give every machine a copy of the same.")
-    console = console or Console()
     for line in dataset.warnings:
         console.print(f"warning: {line}", highlight=False, markup=False, soft_wrap=True)
     session = Session(run, dataset, programs, console, job)

@@ -257,6 +257,24 @@ def _files_below(
             yield _File(below, 0, 0)
 
 
+def images_below(folder: str) -> list[str]:
+    """Returns the paths of the files named like images in a folder and all folders in it, sorted.
+
+    Raises:
+        UserError: a folder that cannot be read.
+    """
+    names: list[str] = []
+    try:
+        for entry in _entries(folder):
+            if entry.is_dir():
+                names += [file.name for file in _files_below(entry, entry.name, ())]
+            else:
+                names.append(entry.name)
+    except OSError as error:
+        raise _unreadable(error) from error
+    return [os.path.join(folder, name) for name in sorted(names) if _is_image(name)]
+
+
 @functools.cache
 def _image_suffixes() -> frozenset[str]:
     suffixes = Image.registered_extensions()

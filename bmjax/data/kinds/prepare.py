@@ -4,13 +4,11 @@ What fits into memory stays there. Of the rest it is kept in the cache folder wh
 decoded, so that only the first start has to find out.
 """
 
-import contextlib
 import functools
 import hashlib
 import os
 import shutil
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +23,11 @@ from bmjax.data.preprocess import EvaluationTransform, margin_transform
 from bmjax.data.sources import SPLITS, ArraySource, Dataset, DatasetSpec, NotLoaded, Source
 from bmjax.errors import UserError, unknown_name
 from bmjax.machine.cache import cache_folder, prepare_once
+from bmjax.machine.progress import stage
 from bmjax.machine.storage import read_settings, write_settings
 
 MOST_LEFT_OUT = 0.01
 _LARGEST_AS_IT_IS = 512
-_PROGRESS_AFTER_SECONDS = 2.0
 _CHUNK = 32
 _NAMED = 5
 _KEPT = "kept.json"
@@ -84,7 +82,7 @@ def make_dataset(
     Raises:
         UserError: more than 1% of the images of a split cannot be decoded, or all of a class.
     """
-    _quiet_pillow()
+    quiet_pillow()
     view = View(options.transform or _usual_transform(parts, options.image_size), options.channels)
     number = sum(len(parts[split]) for split in SPLITS if split in options.splits)
     in_memory = number * int(np.prod(view.wide_shape)) <= options.memory_gib * 2**30
@@ -120,7 +118,7 @@ def make_dataset(
     )
 
 
-def _quiet_pillow() -> None:
+def quiet_pillow() -> None:
     """Hides what Pillow warns of while it decodes, for good: also later, in other threads.
 
     It is of damaged notes beside a picture and of large pictures, and says not of which file.
@@ -161,7 +159,7 @@ def _load_into_memory(
     def decode(index: int) -> None:
         wide[index] = encoded.wide(index, view)
 
-    problems = in_threads(decode, len(encoded), f"decoding {split}", meanwhile)
+    problems = in_threads(decode, len(encoded), "reading {} images of " + split, meanwhile)
     if problems:
         keep = np.delete(np.arange(len(encoded)), list(problems))
         for place, index in enumerate(keep):  # one by one: there may be no room for a copy
@@ -179,7 +177,7 @@ def _load_checked(
         encoded.check(index, view)
 
     def check_all() -> dict[int, str]:
-        return in_threads(check, len(encoded), f"checking {split}", meanwhile)
+        return in_threads(check, len(encoded), "checking {} images of " + split, meanwhile)
 
     # Whether a picture becomes too large depends on what its shorter side is resized to.
     known_by = f"{encoded.identity} {len(encoded)} {view.transform.resize_size}"
@@ -242,10 +240,10 @@ def in_threads(
     """Does `work(index)` for all of `count`; returns the reasons of those that cannot be decoded.
 
     Pillow lets other threads run while it reads pixels. `meanwhile` is called in this one, and
-    ends the work where it raises.
+    ends the work where it raises. `text` says what is done; `{}` in it stands for the count.
     """
 
-    def do_chunk(first: int) -> tuple[int, dict[int, str]]:
+    def do_chunk(first: int) -> dict[int, str]:
         problems = {}
         chunk = range(first, min(first + _CHUNK, count))
         for index in chunk:
@@ -253,21 +251,20 @@ def in_threads(
                 work(index)
             except DecodingError as error:
                 problems[index] = error.reason
-        return len(chunk), problems
+        advance(len(chunk))
+        return problems
 
     problems: dict[int, str] = {}
     executor = ThreadPoolExecutor(num_threads())
-    try:
-        futures = [executor.submit(do_chunk, first) for first in range(0, count, _CHUNK)]
-        if meanwhile is not None:
-            meanwhile()
-        with _progress(text, count) as advance:
+    with stage(text.replace("{}", f"{count:,}"), count, line=count > 0) as advance:
+        try:
+            futures = [executor.submit(do_chunk, first) for first in range(0, count, _CHUNK)]
+            if meanwhile is not None:
+                meanwhile()
             for future in as_completed(futures):
-                done, found = future.result()
-                problems.update(found)
-                advance(done)
-    finally:
-        executor.shutdown(cancel_futures=True)
+                problems.update(future.result())
+        finally:
+            executor.shutdown(cancel_futures=True)
     return dict(sorted(problems.items()))
 
 
@@ -276,27 +273,3 @@ def num_threads() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-@contextlib.contextmanager
-def _progress(text: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Shows a bar on a terminal, on standard error, once there was time to wonder."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    bar = Progress(console=console, transient=True)
-    task = bar.add_task(text, total=total)
-    begin = time.monotonic()
-
-    def advance(number: int) -> None:
-        bar.advance(task, number)
-        waited = time.monotonic() - begin > _PROGRESS_AFTER_SECONDS
-        if waited and console.is_terminal and not bar.live.is_started:
-            bar.start()
-
-    try:
-        yield advance
-    finally:
-        if bar.live.is_started:
-            bar.stop()
