@@ -308,6 +308,8 @@ def train_student(
 ) -> None:
     """Trains one student; without a teacher it follows the running average of its own params."""
     student = config.train_config(config.student, str(out))
+    if teacher is not None:
+        teacher = with_classes(teacher, dataset.class_names, dataset.name)
     extra = {
         "teacher": list(config.teacher) or [str(teacher.run.path) if teacher else ""],
         "teacher_model": config.teacher_model,
