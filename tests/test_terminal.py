@@ -153,7 +153,7 @@ def test_no_file_takes_the_number_of_a_closed_stream(tmp_path):
         f"file = open({str(tmp_path / 'file')!r}, 'wb')\nprint('lost')\n"
         "sys.exit(file.fileno())"
     )
-    done = subprocess.run(["sh", "-c", '"$@" >&-', "sh", sys.executable, "-c", code])
+    done = subprocess.run(["sh", "-c", '"$@" <&- >&-', "sh", sys.executable, "-c", code])
     assert done.returncode > 2
     assert (tmp_path / "file").read_bytes() == b""
 

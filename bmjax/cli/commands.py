@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from bmjax.cli.tables import print_message, show_distillation, show_doctor, show_evaluation
+from bmjax.cli.tables import as_json, print_message, show_distillation, show_doctor, show_evaluation
 from bmjax.config import (
     BenchConfig,
     ConvertConfig,
@@ -109,7 +108,7 @@ def _evaluate(config: EvaluateConfig) -> None:
     result = evaluate(config)
     _show_warnings(result)
     if config.json:
-        print(json.dumps(result))
+        print(as_json(result))
         return
     show_evaluation(result, config.checkpoint, Console())
 
@@ -142,7 +141,7 @@ def _print_likeliest(prediction: "Prediction", top: int) -> None:
 
 def _print_json(prediction: "Prediction", top: int) -> None:
     del top
-    print(json.dumps(prediction.as_dict(), allow_nan=False), flush=True)
+    print(as_json(prediction.as_dict()), flush=True)
 
 
 def _print_csv() -> Callable[["Prediction", int], None]:
@@ -191,7 +190,7 @@ def _bench(config: BenchConfig) -> None:
 
     result = bench(config, own_process=True)
     if config.json:
-        print(json.dumps(result))
+        print(as_json(result))
     else:
         show(result, Console())
 
@@ -203,7 +202,7 @@ def _doctor(config: DoctorConfig) -> None:
 
     found = examine(config.expect)
     if config.json:
-        print(json.dumps(found))
+        print(as_json(found))
     else:
         show_doctor(found, Console())
     sys.exit(1 if found["problems"] else 0)
@@ -215,7 +214,7 @@ def _verify_resume(config: VerifyResumeConfig) -> None:
     trials = verify_resume(config, Console(stderr=config.json))
     equal = sum(not trial.differences for trial in trials)
     if config.json:
-        print(json.dumps([dataclasses.asdict(trial) for trial in trials]))
+        print(as_json([dataclasses.asdict(trial) for trial in trials]))
     else:
         print(f"{equal} of {len(trials)} equal")
     sys.exit(0 if equal == len(trials) else 1)

@@ -20,6 +20,7 @@ from bmjax.config import (
     TrainConfig,
     VerifyResumeConfig,
 )
+from bmjax.config.paths import with_user_paths
 from bmjax.errors import printable, unknown_name
 
 
@@ -78,13 +79,14 @@ def _parse(argv: list[str], defaults: dict[type, Any]) -> Any:
     )
     commands_type: Any = Union[kinds]  # noqa: UP007
     with _help_where_nothing_is_asked(argv) as words:
-        return tyro.cli(
+        asked = tyro.cli(
             commands_type,
             prog="bmjax",
             description="Train, fine-tune and distil image classifiers in JAX.",
             args=words,
             config=(tyro.conf.OmitArgPrefixes,),
         )
+    return with_user_paths(asked)
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """A trained run measured: metrics over a split, and the speed of inference."""
 
+import contextlib
 import dataclasses
 import statistics as stats
 import time
@@ -12,7 +13,7 @@ import numpy as np
 
 from bmjax.config import BaseConfig, EvaluateConfig
 from bmjax.config.checks import check_evaluate
-from bmjax.data.sources import SPLITS, Source
+from bmjax.data.sources import HELD_OUT, SPLITS, Source
 from bmjax.errors import UserError
 from bmjax.machine.cache import use_compilation_cache
 from bmjax.machine.parallel import request_devices
@@ -47,7 +48,14 @@ def evaluate(config: EvaluateConfig, speed: bool = True) -> dict[str, Any]:
     if not name:
         raise UserError(f"the weights in {config.path} came without data. Name some by --data.")
     splits = SPLITS if config.split == "all" else (config.split,)
-    dataset = load_for(trained, name, config.image_size, splits, config.device.memory_gib)
+    dataset = load_for(
+        trained,
+        name,
+        config.image_size,
+        splits,
+        config.device.memory_gib,
+        max_unreadable=config.max_unreadable,
+    )
     fitting = Fitting.of(trained, dataset, config.split)
     warnings = [*trained.warnings, *fitting.warnings]
     if not config.data and dataset.fingerprint() != trained.run.data["fingerprint"]:
@@ -66,7 +74,7 @@ def evaluate(config: EvaluateConfig, speed: bool = True) -> dict[str, Any]:
 
 
 def evaluate_finished(out: str, config: BaseConfig) -> dict[str, Any]:
-    """Measures a run at its end: on its test split, or where there is none that for validation.
+    """Measures a run at its end: on test, or where that is empty on validation, or else on train.
 
     Args:
         out: the run's folder.
@@ -77,13 +85,19 @@ def evaluate_finished(out: str, config: BaseConfig) -> dict[str, Any]:
     """
     which: Literal["latest", "best"] = "best" if config.patience else "latest"
     asked = EvaluateConfig(
-        out, checkpoint=which, device=config.device, batch_size=config.batch_size
+        out,
+        checkpoint=which,
+        max_unreadable=config.max_unreadable,
+        device=config.device,
+        batch_size=config.batch_size,
     )
-    try:
-        result = evaluate(asked, speed=False)
-    except NoSplitError:
-        result = evaluate(dataclasses.replace(asked, split="validation"), speed=False)
-    return {**result, "checkpoint": which}
+    for split in HELD_OUT:
+        with contextlib.suppress(NoSplitError):
+            return {
+                **evaluate(dataclasses.replace(asked, split=split), speed=False),
+                "checkpoint": which,
+            }
+    return {**evaluate(dataclasses.replace(asked, split="train"), speed=False), "checkpoint": which}
 
 
 def measure(
