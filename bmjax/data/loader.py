@@ -270,12 +270,17 @@ def _own_views(own: OwnView, key: Array, images: Array, positions: Array) -> Arr
     """Gives each image a key of its own, so that the number of devices changes nothing."""
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, positions)
     views = jax.vmap(own)(keys, images)
-    if views.shape != images.shape:
-        raise UserError(
-            f"the own view makes an array of shape {views.shape[1:]} of an image of shape "
-            f"{images.shape[1:]} (height, width, channels). It must keep the shape."
-        )
     return views.astype(images.dtype)
+
+
+def check_view_shape(view: Any, image_shape: tuple[int, ...]) -> None:
+    """Raises UserError where an own view does not keep the shape of an image."""
+    shape = getattr(view, "shape", None)
+    if shape != image_shape:
+        raise UserError(
+            f"the own view makes an array of shape {shape} of an image of shape {image_shape} "
+            "(height, width, channels). It must keep the shape."
+        )
 
 
 def epoch_order(key: Array, epoch: Array, num_examples: int, batch_size: int) -> Array:
