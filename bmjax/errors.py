@@ -3,7 +3,7 @@
 import difflib
 import errno
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 # Of Unicode: controls, surrogates, separators of lines and paragraphs.
 _CONTROL = {"Cc", "Cs", "Zl", "Zp"}
@@ -48,6 +48,12 @@ def printable(text: str) -> str:
         else char
         for char in text
     )
+
+
+def some_of(names: Sequence[str], most: int = 10) -> str:
+    """Returns names separated by commas: the first few, and how many more there are."""
+    more = f", and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def explained(error: OSError) -> str:

@@ -16,6 +16,7 @@ from bmjax.config import DistillConfig, EvaluateConfig, TrainConfig
 from bmjax.config.flat import flatten, unflatten
 from bmjax.errors import UserError
 from bmjax.ops import onednn
+from tests.folder_helpers import write, write_class
 
 
 def run(capsys, *argv):
@@ -239,3 +240,28 @@ finally:
         counts.append(int(done.stdout.split()[-1]))
     assert counts[0] > 5
     assert counts[1] == 0
+
+
+def test_what_may_be_unreadable_is_asked_for_and_kept(capsys, tmp_path):
+    data, out = tmp_path / "data", tmp_path / "run"
+    for name in ("a", "b"):
+        write_class(data / "train" / name, 4)
+        write_class(data / "val" / name, 2)
+        for index in range(3):
+            write(data / "train" / name / f"bad{index}.jpg", b"bad")
+    words = ("--data", f"folder:{data}", "--image-size", "8")
+    code, _, err = run(capsys, "train", *words, "--out", out, *SHORT)
+    assert code == 2
+    assert "6 of 18 images (33.3%) cannot be decoded" in err
+    code, shown, err = run(capsys, "train", *words, "--out", out, *SHORT, "--max-unreadable", "0.4")
+    assert code == 0, err
+    assert shown.startswith("warning: 6 of 14 images of train cannot be decoded and are left out")
+    assert run(capsys, "evaluate", out, "--split", "train", "--json")[0] == 0
+    (tmp_path / "data").rename(tmp_path / "moved")
+    moved = ("evaluate", out, "--data", f"folder:{tmp_path / 'moved'}", "--split")
+    assert run(capsys, *moved, "validation")[0] == 0  # none of the six is in this split
+    code, _, err = run(capsys, *moved, "train")
+    assert (code, "6 of 18 images" in err) == (2, True)
+    assert run(capsys, *moved, "train", "--max-unreadable", "0.4")[0] == 0
+    code, _, err = run(capsys, *moved, "train", "--max-unreadable", "1.5")
+    assert (code, "--max-unreadable is 1.5, but it must be in [0, 1]" in err) == (2, True)

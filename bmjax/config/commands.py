@@ -17,6 +17,9 @@ class EvaluateConfig:
         data: Dataset to measure on; none given: the run's own.
         image_size: Side in pixels that images are resized to; 0 takes the run's.
         split: Part of the dataset.
+        max_unreadable: Share of all image files of the dataset that may be left out as they cannot
+            be decoded, in [0, 1]; unless it is 0, five may always be. Of the run's own data, what
+            it was trained with counts where that is more.
         checkpoint: Params of the latest checkpoint, or those with the best validation accuracy.
         batch_size: Images at once, rounded up to what divides over the devices.
         json: Print one JSON object instead of tables.
@@ -26,6 +29,7 @@ class EvaluateConfig:
     data: str = ""
     image_size: int = 0
     split: Literal["train", "validation", "test", "all"] = "test"
+    max_unreadable: float = 0.01
     checkpoint: Literal["latest", "best"] = "latest"
     batch_size: int = 256
     json: bool = False

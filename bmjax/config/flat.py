@@ -17,6 +17,7 @@ FREE_FIELDS = frozenset(
         "parallel",
         "devices",
         "memory_gib",
+        "max_unreadable",
         *PROCESSES,
         "resume",
         "save_minutes",

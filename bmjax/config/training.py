@@ -141,6 +141,8 @@ class BaseConfig:
         image_size: Side in pixels of the images that the model takes; 0 keeps the dataset's own,
             or takes 224 where images have different sizes.
         split_seed: Seed by which a validation split is cut from train, where there is none.
+        max_unreadable: Share of all image files of the dataset that may be left out as they cannot
+            be decoded, in [0, 1]; unless it is 0, five may always be. They are named.
         hidden_sizes: Widths of the hidden layers where the model is mlp; none given: 128 64.
         norm: Normalisation of a ResNet: batch; frozen, by the running statistics in training
             too; or group, which sees one example at a time.
@@ -167,6 +169,7 @@ class BaseConfig:
     data: str = "mnist5k"
     image_size: int = 0
     split_seed: int = 0
+    max_unreadable: float = 0.01
     hidden_sizes: tuple[int, ...] = ()
     norm: Literal["batch", "frozen", "group"] = "batch"
     epochs: int = 0

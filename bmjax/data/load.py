@@ -20,6 +20,7 @@ def load_dataset(
     memory_gib: float = 4.0,
     splits: Sequence[str] = SPLITS,
     channels: int = 3,
+    max_unreadable: float = 0.01,
     meanwhile: Callable[[DatasetSpec], None] | None = None,
 ) -> Dataset:
     """Loads a dataset, preparing it in the cache folder first where that is needed.
@@ -36,6 +37,8 @@ def load_dataset(
             when they are asked for.
         splits: of train, validation and test those that will be used; no other is decoded.
         channels: 1 for gray, 3 for RGB.
+        max_unreadable: share of all files that may be left out as they cannot be decoded, in
+            [0, 1]; unless it is 0, five may always be. `warnings` names them.
         meanwhile: called with what is already known, while other threads decode the images; not
             called where there is nothing to decode. What it raises ends the loading.
 
@@ -48,7 +51,14 @@ def load_dataset(
         from bmjax.data.kinds.prepare import Options
 
         options = Options(
-            image_size, transform, split_seed, memory_gib, tuple(splits), channels, meanwhile
+            image_size=image_size,
+            transform=transform,
+            split_seed=split_seed,
+            memory_gib=memory_gib,
+            splits=tuple(splits),
+            channels=channels,
+            max_unreadable=max_unreadable,
+            meanwhile=meanwhile,
         )
         if kind == "folder":
             from bmjax.data.kinds import folder

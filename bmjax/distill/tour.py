@@ -43,6 +43,7 @@ _OF_BOTH = (
     "data",
     "image_size",
     "split_seed",
+    "max_unreadable",
     "batch_size",
     "seed",
     "precision",
@@ -186,14 +187,16 @@ def _num_params(model: Any, shape: tuple[int, int, int]) -> int:
 
 def load_data(config: DistillConfig, teachers: list[TrainedRun]) -> Dataset:
     """Loads the data as the teachers take images; checks that they fit all of them."""
-    memory_gib, seed = config.device.memory_gib, config.split_seed
+    how: dict[str, Any] = {
+        "split_seed": config.split_seed,
+        "memory_gib": config.device.memory_gib,
+        "max_unreadable": config.max_unreadable,
+    }
     if not teachers:
-        return load_dataset(config.data, config.image_size, split_seed=seed, memory_gib=memory_gib)
+        return load_dataset(config.data, config.image_size, **how)
     for teacher in teachers:
         _check_split(config, teacher)
-    dataset = load_for(
-        teachers[0], config.data, config.image_size, memory_gib=memory_gib, split_seed=seed
-    )
+    dataset = load_for(teachers[0], config.data, config.image_size, **how)
     for teacher in teachers:
         check_fits(teacher, dataset)
     return dataset

@@ -54,7 +54,14 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     if not name:
         raise UserError(f"the weights in {config.path} came without data. Name some by --data.")
     splits = SPLITS if config.split == "all" else (config.split,)
-    dataset = load_for(trained, name, config.image_size, splits, config.device.memory_gib)
+    dataset = load_for(
+        trained,
+        name,
+        config.image_size,
+        splits,
+        config.device.memory_gib,
+        max_unreadable=config.max_unreadable,
+    )
     check_fits(trained, dataset)
     warnings = [*trained.warnings, *dataset.warnings]
     if not config.data and dataset.fingerprint() != trained.run.data["fingerprint"]:
@@ -88,7 +95,11 @@ def evaluate_finished(out: str, config: BaseConfig) -> dict[str, Any]:
     """
     which: Literal["latest", "best"] = "best" if config.patience else "latest"
     asked = EvaluateConfig(
-        out, checkpoint=which, device=config.device, batch_size=config.batch_size
+        out,
+        checkpoint=which,
+        max_unreadable=config.max_unreadable,
+        device=config.device,
+        batch_size=config.batch_size,
     )
     try:
         result = evaluate(asked)

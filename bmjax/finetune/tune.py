@@ -206,6 +206,7 @@ def _load(config: TrainConfig, like: dict[str, Any]) -> Dataset:
         transform=transform,
         split_seed=config.split_seed,
         memory_gib=config.device.memory_gib,
+        max_unreadable=config.max_unreadable,
         channels=shape[2],
     )
     return with_channels(dataset, shape[2])

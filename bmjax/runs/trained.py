@@ -120,6 +120,7 @@ def load_for(
     splits: Sequence[str] = SPLITS,
     memory_gib: float = 4.0,
     split_seed: int | None = None,
+    max_unreadable: float = 0.01,
 ) -> Dataset:
     """Loads a dataset as a run takes images.
 
@@ -130,9 +131,12 @@ def load_for(
         splits: those that are needed; of a folder, no other is read.
         memory_gib: see `load_dataset`.
         split_seed: see `load_dataset`; None: the run's.
+        max_unreadable: see `load_dataset`; of the run's own data at least what it was trained with.
     """
     own, data = trained.run.config, trained.run.data
     height, width, channels = data["image_shape"]
+    if name == own.data:
+        max_unreadable = max(max_unreadable, own.max_unreadable)
     fitting = image_size or (height if height == width else 0)
     dataset = load_dataset(
         name,
@@ -140,6 +144,7 @@ def load_for(
         transform=trained.transform if image_size in (0, height) else None,
         split_seed=own.split_seed if split_seed is None else split_seed,
         memory_gib=memory_gib,
+        max_unreadable=max_unreadable,
         splits=splits,
         channels=channels,
     )

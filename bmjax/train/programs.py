@@ -167,6 +167,7 @@ def load_and_compile(
         config.image_size,
         split_seed=config.split_seed,
         memory_gib=config.device.memory_gib,
+        max_unreadable=config.max_unreadable,
         meanwhile=compile_ahead,
     )
     spec = DatasetSpec.of(dataset)
