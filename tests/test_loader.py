@@ -154,9 +154,13 @@ def epochs_of(source, first, until, look=lambda end: None):
 @pytest.mark.parametrize("first", [0, 1, 3, 4, 6])
 @pytest.mark.parametrize("until", [0, 12])
 def test_reading_goes_on_across_the_border_of_an_epoch(first, until, monkeypatch):
-    begun = []
-    whole = stream.windows
-    monkeypatch.setattr(stream, "windows", lambda *a, **k: begun.append(1) or whole(*a, **k))
+    begun, whole = [], stream.windows
+
+    def noting(*arguments, **settings):
+        begun.append(arguments)
+        return whole(*arguments, **settings)
+
+    monkeypatch.setattr(stream, "windows", noting)
     found, expected = epochs_of(Read(), first, until)
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_array_equal(one, other)
@@ -177,7 +181,7 @@ def test_the_next_epoch_is_read_before_it_is_asked_for_and_nothing_beyond_the_en
             time.sleep(0.01)
         assert len(reads) >= expected
 
-    # One image tells the size. A window of 16 is in use, one waits on the device, and two beside it.
+    # One image tells the size. A window of 16 is in use, one is on the device, two are beside it.
     epochs_of(Counting(), 0, 12, lambda end: wait(1 + min(96, 8 * (end + 6))))
     assert len(reads) == 1 + 96  # 3 epochs of 4 batches, and nothing beyond
     reads.clear()

@@ -193,26 +193,17 @@ class Feed:
         return batches_in_window(image.shape, self._batch_size, self.num_batches)
 
     def _begin(self, step: int) -> None:
-        from bmjax.data.stream import Orders, windows
+        from bmjax.data.stream import Orders, own_order, windows
 
         epoch, index = divmod(step, self.num_batches)
         epochs = max(1, num_batches(self._until, self.num_batches) - epoch)
         size = self._batches_in_window * (self._own.stop - self._own.start)
-        orders = Orders(self._own_order, epoch, epochs, index, size)
+        # Nothing in it may lead back here: who lets go of a feed ends its threads.
+        draw = partial(own_order, len(self._source), self._batch_size, self._own, self._draw_order)
+        orders = Orders(draw, epoch, epochs, index, size)
         self._windows = windows(self._source, orders, size, wide=self._wide)
         self._windows_end = (epoch + epochs) * self.num_batches
         self._ahead = None
-
-    def _own_order(self, epoch: int, index: int) -> np.ndarray:
-        """Returns this process's part of the batches of an epoch, from one of them on."""
-        order = np.arange(len(self._source), dtype=np.int32)
-        if self._draw_order is not None:
-            order = self._draw_order(epoch)[: len(self._source)]
-        # Filled up to whole batches, of which this process has its part.
-        missing = -len(order) % self._batch_size
-        batches = np.pad(order, (0, missing), constant_values=order[0])
-        own = batches.reshape(-1, self._batch_size)[index:, self._own]
-        return np.ascontiguousarray(own).reshape(-1)
 
     def _read(self, step: int) -> Any:
         with TraceAnnotation("wait for decoded images"):

@@ -89,6 +89,23 @@ class Orders:
         return _filled_up(order, self._size)
 
 
+def own_order(
+    num_examples: int,
+    batch_size: int,
+    own: slice,
+    draw_order: Callable[[int], np.ndarray] | None,
+    epoch: int,
+    index: int,
+) -> np.ndarray:
+    """Returns a process's part of the batches of an epoch, from batch `index` on."""
+    order = np.arange(num_examples, dtype=np.int32)
+    if draw_order is not None:
+        order = draw_order(epoch)[:num_examples]
+    # Filled up to whole batches, of which this process has its part.
+    batches = np.pad(order, (0, -num_examples % batch_size), constant_values=order[0])
+    return np.ascontiguousarray(batches.reshape(-1, batch_size)[index:, own]).reshape(-1)
+
+
 def _filled_up(order: np.ndarray, size: int) -> np.ndarray:
     return np.pad(order, (0, -len(order) % size), constant_values=order[0])
 
