@@ -125,14 +125,14 @@ def keep_pixels(
         problems_by_name = {str(index): why for index, why in problems.items()}
         write_settings(folder / _KEPT, {"problems": problems_by_name, "crc32": crc})
 
-    if not encoded.settled or not _can_write():
+    if not encoded.settled or not _can_write() or pixels.nbytes > PIXEL_BYTES:
+        return
+    if shutil.disk_usage(cache_folder()).free < _FREE_TIMES * pixels.nbytes:
         return
     folder = _pixels_folder(encoded, view)
     with contextlib.suppress(OSError, UserError):
-        if shutil.disk_usage(cache_folder()).free >= _FREE_TIMES * pixels.nbytes:
-            _make_room(folder.parent, pixels.nbytes)
-            if pixels.nbytes <= PIXEL_BYTES:
-                prepare_once(folder, prepare)
+        _make_room(folder.parent, pixels.nbytes)
+        prepare_once(folder, prepare)
 
 
 def _make_room(parent: Path, needed: int) -> None:
