@@ -35,7 +35,7 @@ def noting(self, steps, seconds):
     if not noted:
         noted.append(True)
         print(f"\\nFIRST {time.time()} {sum(os.times()[:2])}", flush=True)
-        if os.environ.get("ONLY_FIRST"):
+        if "BENCH_ENDS" in os.environ:
             os._exit(0)
     add(self, steps, seconds)
 noted = []
@@ -100,8 +100,11 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("/tmp/bmjax_many_files"))
     parser.add_argument("--number", type=int, default=200_000)
     parser.add_argument("--keep", action="store_true", help="leave the files, and take them again")
+    parser.add_argument("--end", action="store_true", help="end after the first step")
     parser.add_argument("--starts", default="first,second,streamed", help="some of these")
     arguments = parser.parse_args()
+    if arguments.end:
+        os.environ["BENCH_ENDS"] = "yes"
     data, cache, out = (arguments.folder / name for name in ("data", "cache", "runs"))
     if not data.is_dir():
         begin = time.time()
@@ -112,9 +115,9 @@ def main() -> None:
     if "first" in arguments.starts:
         shutil.rmtree(cache, ignore_errors=True)
     try:
-        for name in arguments.starts.split(","):
+        for number, name in enumerate(arguments.starts.split(",")):
             flags = ["--memory-gib", "0"] if name == "streamed" else []
-            found = start(out / name, data, cache, *flags)
+            found = start(out / str(number), data, cache, *flags)
             over = (found["peak"] - 500e6) / decoded
             print(
                 f"{name}: first line after {found['line']:.1f} s, first step after "
