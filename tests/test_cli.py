@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -33,7 +34,7 @@ def run(capsys, *argv):
 SHORT = ("--hidden-sizes", "16", "--epochs", "2", "--batch-size", "16", "--no-tensorboard")
 
 
-def test_train_evaluate_predict(capsys, tmp_path, shapes, shapes_npz):
+def test_train_evaluate_predict(capsys, tmp_path, monkeypatch, shapes, shapes_npz):
     out = tmp_path / "run"
     words = ("train", "--data", f"npz:{shapes_npz}", "--out", out, *SHORT)
     code, shown, err = run(capsys, *words)
@@ -63,7 +64,13 @@ def test_train_evaluate_predict(capsys, tmp_path, shapes, shapes_npz):
         assert word in shown
 
     Image.fromarray(shapes.test.images[0, :, :, 0]).save(tmp_path / "a.png")
+    # It needs no cache, where there is none.
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("BMJAX_CACHE", str(tmp_path / "file"))
+    used = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    jax.config.update("jax_compilation_cache_dir", None)
     code, shown, _ = run(capsys, "predict", out, tmp_path / "a.png", "--top", "2")
+    jax.config.update("jax_compilation_cache_dir", used)
     assert code == 0
     assert shown.startswith(f"{tmp_path}/a.png: ")
     assert shown.count("%") == 2

@@ -5,9 +5,11 @@ from typing import Annotated, Literal
 
 import tyro
 
+from bmjax.config.names import check_flat_names, unset
 from bmjax.config.training import DeviceConfig
 
 
+@check_flat_names
 @dataclass(frozen=True)
 class EvaluateConfig:
     """Measure a run on a split: loss, accuracy, calibration, errors by class, speed.
@@ -15,7 +17,7 @@ class EvaluateConfig:
     Attributes:
         path: Folder of the run.
         data: Dataset to measure on; none given: the run's own.
-        image_size: Side in pixels that images are resized to; 0 takes the run's.
+        image_size: Side in pixels that images are resized to; none given: the run's.
         split: Part of the dataset.
         max_unreadable: Share of all image files of the dataset that may be left out as they cannot
             be decoded, in [0, 1]; unless it is 0, five may always be. Of the run's own data, what
@@ -26,14 +28,18 @@ class EvaluateConfig:
     """
 
     path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    data: str = ""
-    image_size: int = 0
+    data: str | None = None
+    image_size: int | None = None
     split: Literal["train", "validation", "test", "all"] = "test"
     max_unreadable: float = 0.01
     checkpoint: Literal["latest", "best"] = "latest"
     batch_size: int = 256
     json: bool = False
     device: DeviceConfig = field(default_factory=DeviceConfig)
+
+    def __post_init__(self) -> None:
+        """Reads 0 and an empty word as not given."""
+        unset(self, data="", image_size=0)
 
 
 @dataclass(frozen=True)
@@ -68,26 +74,33 @@ class ConvertConfig:
             run's folder, or imagenet-v1 or imagenet-v2 for torchvision's published weights.
         out: What to write; nothing that exists is overwritten.
         model: Name of the ResNet; a run knows its own.
+        weights_key: Which state dict of a checkpoint with several, such as state_dict_ema; or the
+            prefix of the names to read. None given: the plain one, and it is said.
         certify: Compare with torchvision (which the extra torch brings): outputs, gradients and
             one training step, written to OUT.certificate.txt and .json; nothing else is written
             where it fails.
         images: Folder of photographs for the certificate; none given: digits of mnist5k.
-        image_size: Side in pixels of the images that the model takes; 0 takes the weights' own,
-            or 224.
+        image_size: Side in pixels of the images that the model takes; none given: the weights'
+            own, or 224.
         resize_size: Shorter side in pixels that images are resized to before the middle is cut
-            out; 0 takes the weights' own, or 8/7 of the image size.
+            out; none given: the weights' own, or 8/7 of the image size.
         class_names: Names of the classes, in order; none given: ImageNet's where there are 1000,
             numbers otherwise.
     """
 
     path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
     out: str
-    model: str = ""
+    model: str | None = None
+    weights_key: str | None = None
     certify: bool = False
-    images: str = ""
-    image_size: int = 0
-    resize_size: int = 0
+    images: str | None = None
+    image_size: int | None = None
+    resize_size: int | None = None
     class_names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Reads 0 and an empty word as not given."""
+        unset(self, model="", weights_key="", images="", image_size=0, resize_size=0)
 
 
 @dataclass(frozen=True)
@@ -128,7 +141,7 @@ class BenchConfig:
     image_size: int = 64
     batch_size: int = 64
     precision: Literal["float32", "bfloat16"] = "float32"
-    teacher: str = ""
+    teacher: str | None = None
     contenders: tuple[str, ...] = ()
     steps: int = 2
     turns: int = 10

@@ -2,18 +2,17 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 
-from bmjax.data import preprocess
+from bmjax.config.paths import user_path
+from bmjax.data import hints, preprocess
 from bmjax.data.sources import SPLITS, ArraySource, Dataset, DatasetSpec, Source, all_images
-from bmjax.errors import unknown_name
 
 
 def load_dataset(
     name: str,
-    image_size: int = 0,
+    image_size: int | None = None,
     *,
     transform: preprocess.EvaluationTransform | None = None,
     split_seed: int = 0,
@@ -28,8 +27,8 @@ def load_dataset(
     Args:
         name: `mnist5k`, `npz:PATH`, `folder:PATH` or `tfds:NAME`. All that follows but
             `image_size` is for the last two and is ignored for the others.
-        image_size: side in pixels that every image is resized to; 0 keeps its own. Pictures of
-            folders and TFDS are not squashed but resized to 8/7 of it and cut; 0 there keeps
+        image_size: side in pixels that every image is resized to; None keeps its own. Pictures of
+            folders and TFDS are not squashed but resized to 8/7 of it and cut; None there keeps
             pictures that all have one size of at most 512 pixels, and makes 224 pixels of others.
         transform: what every picture goes through, in place of what `image_size` says.
         split_seed: of the examples that become a split the data does not have.
@@ -74,9 +73,9 @@ def load_dataset(
     elif kind == "npz" and colon:
         from bmjax.data.kinds import npz
 
-        dataset = npz.load(Path(path).expanduser(), name)
+        dataset = npz.load(user_path(path), name)
     else:
-        raise unknown_name("dataset", name, ["mnist5k", "npz:PATH", "folder:PATH", "tfds:NAME"])
+        raise hints.unknown(name)
     return resized(dataset, image_size) if image_size else dataset
 
 

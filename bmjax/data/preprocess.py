@@ -13,6 +13,7 @@ from flax import struct
 from jax import Array
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from bmjax.config.paths import user_path
 from bmjax.data import formats
 from bmjax.errors import UserError, unknown_name
 from bmjax.machine.arrays import in_parts
@@ -257,7 +258,7 @@ def decode(file: str | Path | BinaryIO, channels: int = 3) -> Image.Image:
             or more pixels than Pillow takes for safe (`Image.MAX_IMAGE_PIXELS`, twice).
     """
     if isinstance(file, str | Path):
-        return _decode_path(Path(file), channels)
+        return _decode_path(user_path(file), channels)
     name = getattr(file, "name", "the file")
     formats.register_heif()
     try:

@@ -5,7 +5,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -14,6 +14,8 @@ from bmjax.errors import UserError, unknown_name
 from bmjax.machine.arrays import in_parts
 
 SPLITS = ("train", "validation", "test")
+# What a run is measured on: the first of these that is not empty, or else what it was trained on.
+HELD_OUT: tuple[Literal["test", "validation"], ...] = ("test", "validation")
 
 
 class Source(Protocol):

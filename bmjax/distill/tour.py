@@ -13,9 +13,10 @@ from rich.console import Console
 from bmjax.config import DistillConfig, EvaluateConfig, TrainConfig
 from bmjax.config.checks import check_distill, checked
 from bmjax.config.flat import contradictions, flatten, settings_to_keep, unflatten
+from bmjax.config.paths import user_path
 from bmjax.data import Dataset, load_dataset, loader
 from bmjax.data.preprocess import Normalization
-from bmjax.data.sources import Source
+from bmjax.data.sources import HELD_OUT, Source
 from bmjax.data.statistics import loss_weights, pixel_statistics
 from bmjax.distill.feature_matching import Matching
 from bmjax.distill.loss import distillation_loss, match_features
@@ -81,7 +82,7 @@ def run(config: DistillConfig, console: Console) -> dict[str, Any]:
     """Does what `distill` says, with a config that is checked."""
     request_devices(config.device)
     config = hosts.on_first(_settled, config)
-    out = Path(config.out)
+    out = Path(config.folder)
     try:
         return _distill(config, out, console)
     except StoppedError as error:
@@ -101,7 +102,7 @@ def _distill(config: DistillConfig, out: Path, console: Console) -> dict[str, An
         of_teacher, alone = Job(title=f"teacher {config.teacher_model}"), f"{config.student} alone"
         _train_or_go_on(plan.teacher, dataset, of_teacher, console)
         _train_or_go_on(plan.alone, dataset, Job(title=alone), console)
-        teacher = load_run(plan.teacher.out)
+        teacher = load_run(plan.teacher.folder)
     for number, folder in enumerate(plan.students):
         before = load_run(plan.students[number - 1]) if number else teacher
         train_student(config, before, folder, dataset, console)
@@ -113,7 +114,9 @@ def load_teachers(
 ) -> tuple[list[TrainedRun], TrainedRun | None]:
     """Reads the teachers that are named; returns them, and all of them as one, or None."""
     teachers = [
-        load_teacher(source, config.teacher_model, config.image_size, console)
+        load_teacher(
+            source, config.teacher_model, config.image_size, console, key=config.weights_key
+        )
         for source in ([] if config.follows_student else config.teacher)
     ]
     return teachers, combine(teachers, config.teacher_weights) if teachers else None
@@ -193,10 +196,10 @@ def load_data(config: DistillConfig, teachers: list[TrainedRun]) -> Dataset:
         "max_unreadable": config.max_unreadable,
     }
     if not teachers:
-        return load_dataset(config.data, config.image_size, **how)
+        return load_dataset(config.data_name, config.image_size, **how)
     for teacher in teachers:
         _check_split(config, teacher)
-    dataset = load_for(teachers[0], config.data, config.image_size, **how)
+    dataset = load_for(teachers[0], config.data_name, config.image_size, **how)
     for teacher in teachers:
         check_fits(teacher, dataset)
     return dataset
@@ -232,7 +235,7 @@ def _settled(config: DistillConfig) -> DistillConfig:
 def folder_of(config: DistillConfig) -> Path:
     """Returns the folder; where none is given, a new one, or for a resumption the newest."""
     if config.out:
-        return Path(config.out)
+        return user_path(config.out)
     default = Path(DEFAULT_OUT)
     if not config.run.resume:
         return free_folder(default)
@@ -265,7 +268,7 @@ def read_settings(out: Path) -> DistillConfig:
 
 def _train_or_go_on(config: TrainConfig, dataset: Dataset, job: Job, console: Console) -> None:
     """Runs a part of the tour; a resumed tour may not have begun it yet."""
-    started = hosts.on_first((Path(config.out) / CONFIG).is_file)
+    started = hosts.on_first((Path(config.folder) / CONFIG).is_file)
     run = dataclasses.replace(config.run, resume=config.run.resume and started)
     train(dataclasses.replace(config, run=run), dataset, job, console)
 
@@ -282,6 +285,7 @@ def train_student(
     extra = {
         "teacher": list(config.teacher) or [str(teacher.run.path) if teacher else ""],
         "teacher_model": config.teacher_model,
+        "weights_key": config.weights_key,
         "teacher_fingerprint": teacher.fingerprint if teacher else "",
         **config.loss_settings(),
     }
@@ -292,7 +296,7 @@ def train_student(
     if teacher is not None and matching is None:
         view_targets = NoCache(config.batch_size, dataset.num_classes)
     if teacher is not None and config.teacher_cache:
-        folder = Path(config.teacher_cache)
+        folder = user_path(config.teacher_cache)
         folder = folder / out.name if config.generations > 1 else folder
         mean = pixel_statistics(dataset).mean
         view_targets = cached_teacher(folder, teacher, dataset, config, mean, console)
@@ -327,16 +331,17 @@ def _finish(
 ) -> dict[str, Any]:
     """Measures teacher and students on the test split, which nothing before has looked at.
 
-    A folder without one is measured on its validation split; no params were chosen by it.
+    Data without one is measured on its validation split; no params were chosen by it. Where that
+    is empty too, it is the training split.
     """
-    split = "test" if len(dataset.test) else "validation"
+    split = next((name for name in HELD_OUT if len(dataset.split(name))), "train")
     which = "best" if config.patience else "latest"
     source = dataset.split(split)
     students = [load_run(path, which) for path in plan.students]
     roles = ["distilled" if len(students) == 1 else path.name for path in plan.students]
     trained = list(zip(roles, students, strict=True))
     if not config.teacher:
-        trained.insert(0, ("alone", load_run(plan.alone.out, which)))
+        trained.insert(0, ("alone", load_run(plan.alone.folder, which)))
     measured = [("teacher", teacher)] if teacher else []
     rows = [_row(role, run, source, config) for role, run in [*measured, *trained]]
     result: dict[str, Any] = {
@@ -348,7 +353,7 @@ def _finish(
     }
     if not config.teacher:
         result["gain_points"] = 100 * (rows[-1]["accuracy"] - rows[1]["accuracy"])
-    file = Path(config.out) / "results.json"
+    file = Path(config.folder) / "results.json"
     hosts.on_first(write_atomically, file, json.dumps(result, indent=2) + "\n")
     return result
 

@@ -34,7 +34,7 @@ from bmjax.train.programs import check_possible
 from bmjax.weights.pretrained import Pretrained, read_pretrained, write_run
 
 # Settings beyond those of training; `weights_fingerprint` stands beside them in a run's config.
-_OWN = ("weights", "head", "head_epochs", "freeze", "layer_decay", "probe_only")
+_OWN = ("weights", "weights_key", "head", "head_epochs", "freeze", "layer_decay", "probe_only")
 
 
 def finetune(config: FinetuneConfig, console: Console | None = None) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> dict[str
 def run(config: FinetuneConfig, console: Console) -> dict[str, Any]:
     """Does what `finetune` says, with a config that is checked."""
     train_config = config.train_config()
-    path = Path(train_config.out)
+    path = Path(train_config.folder)
     share_memory()  # here already, as weights are read before the model is made
     request_devices(config.device)
     saved = hosts.on_first(read_run, path) if config.run.resume else None
@@ -97,10 +97,8 @@ def _begin(
     check_possible(train_config, dataset)
     start, probe = _make_start(config, train_config, weights, dataset)
     if probe is not None:
-        console.print(
-            f"linear probe on {len(dataset.train):,} images: validation {probe.accuracy:.2%}",
-            highlight=False,
-        )
+        reached = "no validation" if probe.accuracy is None else f"validation {probe.accuracy:.2%}"
+        console.print(f"linear probe on {len(dataset.train):,} images: {reached}", highlight=False)
     result: dict[str, Any] = {"out": train_config.out, "probe": probe, "finding": None}
     extra = {name: _plain(getattr(config, name)) for name in _OWN}
     extra["weights_fingerprint"] = weights.fingerprint()
@@ -110,19 +108,24 @@ def _begin(
     if config.probe_only:
         assert probe is not None
         data = describe(dataset, start.normalization)
-        run = Run(Path(train_config.out), train_config, data, extra, "finetune")
-        record = {"step": 0, "epoch": 0, "split": "validation", "accuracy": probe.accuracy}
-        hosts.on_first(write_run, run, start.variables, probe.accuracy, [record])
-        return {**result, "history": [record]}
+        run = Run(Path(train_config.folder), train_config, data, extra, "finetune")
+        place = {"step": 0, "epoch": 0, "split": "validation"}
+        known = probe.accuracy is not None
+        records = [{**place, "accuracy": probe.accuracy}] if known else []
+        accuracy = -1.0 if probe.accuracy is None else probe.accuracy
+        hosts.on_first(write_run, run, start.variables, accuracy, records)
+        return {**result, "history": records}
     _, history = train(train_config, dataset, Job("finetune", extra, start=start), console)
     return {**result, "history": history}
 
 
 def _read_weights(config: FinetuneConfig, console: Console | None = None) -> Pretrained:
+    assert config.weights is not None  # which is checked at the door
     return read_pretrained(
         config.weights,
         config.model,
         head=config.head == "keep",
+        key=config.weights_key,
         image_size=config.image_size,
         console=console,
     )
@@ -132,12 +135,13 @@ def _go_on(config: FinetuneConfig, saved: Run, console: Console) -> dict[str, An
     """Goes on from a checkpoint, for which the weights need not be there any more."""
     extra = {name: _plain(getattr(config, name)) for name in _OWN}
     extra["weights_fingerprint"] = saved.extra["weights_fingerprint"]
-    if config.weights != saved.extra["weights"]:
+    before = saved.extra["weights"], saved.extra.get("weights_key")
+    if (config.weights, config.weights_key) != before:
         extra["weights_fingerprint"] = hosts.on_first(_read_weights, config).fingerprint()
     settled = ("model", "norm", "hidden_sizes", "image_size")
     train_config = config.train_config()
     left_out = [
-        name for name in settled if getattr(train_config, name) == getattr(FinetuneConfig(), name)
+        name for name in settled if getattr(config, name) == getattr(FinetuneConfig(), name)
     ]
     train_config = dataclasses.replace(
         train_config, **{name: getattr(saved.config, name) for name in left_out}
@@ -198,10 +202,10 @@ def _load(config: TrainConfig, like: dict[str, Any]) -> Dataset:
     transform = preprocess.squash(*shape[:2])
     if like["transform"] is not None:
         transform = preprocess.EvaluationTransform.from_dict(like["transform"])
-    if (size, size) != transform.shape:
+    if size is not None and (size, size) != transform.shape:
         transform = preprocess.margin_transform(size, transform.interpolation)
     dataset = load_dataset(
-        config.data,
+        config.data_name,
         size,
         transform=transform,
         split_seed=config.split_seed,
@@ -235,7 +239,7 @@ def _make_start(
     params = {"head": head, **weights.variables["params"]}
     start_variables = {"params": params, "batch_stats": weights.variables["batch_stats"]}
     # Same names, shapes and types as the model's own; the message lists what differs.
-    checkpoint.from_named(checkpoint.to_named(start_variables), variables, config.weights)
+    checkpoint.from_named(checkpoint.to_named(start_variables), variables, str(config.weights))
     # What is wrong is said at once.
     trainable_mask(start_variables["params"], config.freeze)
     if config.layer_decay != 1:

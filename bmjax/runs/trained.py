@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bmjax.config.paths import user_path
 from bmjax.data import Dataset, load_dataset, preprocess
 from bmjax.data.load import with_channels
 from bmjax.data.sources import SPLITS
@@ -71,7 +72,7 @@ def load_run(path: str | Path, which: str = "latest") -> TrainedRun:
     Raises:
         UserError: there is no run, no sound checkpoint of it, or no best params yet.
     """
-    run, step, warnings, named = hosts.on_first(_read, Path(path), which)
+    run, step, warnings, named = hosts.on_first(_read, user_path(path), which)
     model = build_model(run.config, len(run.data["class_names"]))
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *run.data["image_shape"])))
     like = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
@@ -116,7 +117,7 @@ def _evaluated(state: checkpoint.Named) -> checkpoint.Named:
 def load_for(
     trained: TrainedRun,
     name: str,
-    image_size: int = 0,
+    image_size: int | None = None,
     splits: Sequence[str] = SPLITS,
     memory_gib: float = 4.0,
     split_seed: int | None = None,
@@ -127,7 +128,7 @@ def load_for(
     Args:
         trained: the run.
         name: see `load_dataset`; the run's own is split as it was for the run.
-        image_size: side in pixels; 0 takes the run's.
+        image_size: side in pixels; None: the run's.
         splits: those that are needed; of a folder, no other is read.
         memory_gib: see `load_dataset`.
         split_seed: see `load_dataset`; None: the run's.
@@ -137,11 +138,11 @@ def load_for(
     height, width, channels = data["image_shape"]
     if name == own.data:
         max_unreadable = max(max_unreadable, own.max_unreadable)
-    fitting = image_size or (height if height == width else 0)
+    fitting = image_size or (height if height == width else None)
     dataset = load_dataset(
         name,
         fitting,
-        transform=trained.transform if image_size in (0, height) else None,
+        transform=trained.transform if image_size in (None, height) else None,
         split_seed=own.split_seed if split_seed is None else split_seed,
         memory_gib=memory_gib,
         max_unreadable=max_unreadable,

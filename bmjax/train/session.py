@@ -61,7 +61,7 @@ class Session:
         self._asked_to_end: int | None = None
         self._normalization = run.normalization
         self._num_batches = programs.num_batches
-        self._total = config.epochs * self._num_batches
+        self._total = config.num_epochs * self._num_batches
         self._zeros = programs.zeros(self._normalization)
         orders = epoch_orders(self._phases[0].fresh.key, dataset, config)
         self._train = loader.Feed(
@@ -101,7 +101,7 @@ class Session:
         self._profile = Profile(folder)
         self._writer = checkpoint.CheckpointWriter(self._run.checkpoints, self._config.run.keep)
         self._display = Display(
-            self._title, self._config.epochs, self._num_batches, start, self._console
+            self._title, self._config.num_epochs, self._num_batches, start, self._console
         )
         try:
             state, step = self._loop(state, totals, start, stop)
@@ -216,13 +216,13 @@ class Session:
         epoch, rest = divmod(step, self._num_batches)
         since = max(self._best.improved, self._phases[-1].first // self._num_batches)
         patience = self._config.patience
-        return bool(patience) and rest == 0 and epoch - since >= patience
+        return patience is not None and rest == 0 and epoch - since >= patience
 
     def _ends(self, step: int) -> bool:
         return step == self._total or self._gave_up(step)
 
     def _save_if_due(self, step: int, state: Any, totals: Any, asked: bool) -> None:
-        save_every = math.ceil(self._config.epochs / 10) * self._num_batches
+        save_every = math.ceil(self._config.num_epochs / 10) * self._num_batches
         due = step % self._num_batches == 0 and step - self._saved_step >= save_every
         if self._ends(step) or due or asked:
             self._save(step, state, totals)
@@ -267,6 +267,15 @@ class Session:
             figures = {**figures, "learning_rate": phase.learning_rate(step - 1)}
         place = {"step": step, "epoch": epoch}
         self._record({**place, "split": "train", **figures})
+        values = self._validate(state, step, phase) if self._validation.num_batches else {}
+        if values:
+            self._record({**place, "split": "validation", **values})
+        self._keep_if_best(state, epoch, values.get("accuracy"))
+        shown = {"validation_accuracy": values["accuracy"]} if values else {}
+        self._display.epoch(epoch, {**figures, **shown})
+        self._call_back(state, epoch, figures, values)
+
+    def _validate(self, state: Any, step: int, phase: Phase) -> dict[str, float]:
         sums = evaluate_split(self._evaluate, state.variables, self._validation)
         metrics = summarize(self._parallel.get(sums))
         kept = ("loss", "accuracy", "top5_accuracy", "expected_calibration_error")
@@ -274,14 +283,19 @@ class Session:
         values = {name: metrics[name] for name in names}
         if not math.isfinite(values["loss"]):
             self._diverged(step - 1, phase)
-        self._record({**place, "split": "validation", **values})
-        # Of equals the later one: it has seen more.
-        if values["accuracy"] >= self._best.accuracy:
-            improved = epoch if values["accuracy"] > self._best.accuracy else self._best.improved
+        return values
+
+    def _keep_if_best(self, state: Any, epoch: int, accuracy: float | None) -> None:
+        """Keeps the params of an epoch that is the best so far; without validation, of the last.
+
+        Of equals the later one: it has seen more.
+        """
+        best = self._best
+        accuracy = best.accuracy if accuracy is None else accuracy
+        if accuracy >= best.accuracy:
+            improved = epoch if accuracy > best.accuracy else best.improved
             variables = checkpoint.to_named(self._parallel.get(state.variables))
-            self._best = _Best(values["accuracy"], epoch, improved, variables)
-        self._display.epoch(epoch, {**figures, "validation_accuracy": values["accuracy"]})
-        self._call_back(state, epoch, figures, values)
+            self._best = _Best(accuracy, epoch, improved, variables)
 
     def _call_back(
         self, state: Any, epoch: int, train: dict[str, float], validation: dict[str, float]
@@ -295,7 +309,7 @@ class Session:
             return variables
 
         told = Epoch(
-            epoch, self._config.epochs, train, validation, self._metrics.records, read_variables
+            epoch, self._config.num_epochs, train, validation, self._metrics.records, read_variables
         )
         # Each is called, whatever the one before it returned.
         answers = [bool(callback(told)) for callback in self._job.on_epoch]

@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bmjax.data import formats
+from bmjax.config.paths import user_path
+from bmjax.data import formats, hints
 from bmjax.data.kinds.content import Content
 from bmjax.data.kinds.files import TICK_NS, Encoded
 from bmjax.data.kinds.prepare import Options, make_dataset
@@ -88,11 +89,9 @@ def load(path: str, options: Options) -> Dataset:
         UserError: no such folder, images that are not sorted into at least two classes, a class
             without images, or more files than `options.max_unreadable` that cannot be decoded.
     """
-    begin = time.time_ns()
-    root = Path(path).expanduser()
+    begin, root = time.time_ns(), user_path(path)
     if not root.is_dir():
-        what = "is a file, not a folder" if root.exists() else "does not exist"
-        raise UserError(f"{root} {what}. Check the path after 'folder:'.")
+        raise hints.no_folder(root)
     try:
         folders = _find_splits(root)
         listed = {

@@ -20,7 +20,7 @@ from bmjax.data import formats
 from bmjax.data.kinds.files import Encoded, View
 from bmjax.errors import UserError
 from bmjax.machine.arrays import empty_images
-from bmjax.machine.cache import cache_folder, prepare_once
+from bmjax.machine.cache import cache_folder, prepare_once, why_unusable
 from bmjax.machine.storage import read_settings, write_settings
 from bmjax.version import __version__
 
@@ -58,14 +58,19 @@ def remembered_of(parts: Sequence[Encoded], what: str, compute: Callable[[], Any
         what: names what is computed of them.
         compute: returns what JSON can hold.
     """
-    if all(part.settled for part in parts) and _can_write():
+    if _can_keep(*parts):
         return remembered(_key(parts, what), compute)
     return compute()
 
 
 def is_remembered(parts: Sequence[Encoded], what: str) -> bool:
     """Whether `remembered_of` need not compute."""
-    return all(part.settled for part in parts) and _folder("checked", _key(parts, what)).is_dir()
+    return _can_keep(*parts) and _folder("checked", _key(parts, what)).is_dir()
+
+
+def _can_keep(*parts: Encoded) -> bool:
+    # A cache that ends with the process is not worth the writing.
+    return all(part.settled for part in parts) and not why_unusable()
 
 
 def _key(parts: Sequence[Encoded], what: str) -> str:
@@ -76,18 +81,9 @@ def _folder(kind: str, key: str) -> Path:
     return cache_folder() / kind / hashlib.sha256(key.encode()).hexdigest()
 
 
-def _can_write() -> bool:
-    try:
-        cache_folder().mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return False
-    return os.access(cache_folder(), os.W_OK)
-
-
 def read_pixels(encoded: Encoded, view: View) -> tuple[np.ndarray, dict[int, str]] | None:
     """Returns what `keep_pixels` was given; None where there is nothing, or it was damaged."""
-    folder = _pixels_folder(encoded, view)
-    if not encoded.settled or not folder.is_dir():
+    if not _can_keep(encoded) or not (folder := _pixels_folder(encoded, view)).is_dir():
         return None
     try:
         kept = read_settings(folder / _KEPT)
@@ -125,7 +121,7 @@ def keep_pixels(
         problems_by_name = {str(index): why for index, why in problems.items()}
         write_settings(folder / _KEPT, {"problems": problems_by_name, "crc32": crc})
 
-    if not encoded.settled or not _can_write() or pixels.nbytes > PIXEL_BYTES:
+    if not _can_keep(encoded) or pixels.nbytes > PIXEL_BYTES:
         return
     if shutil.disk_usage(cache_folder()).free < _FREE_TIMES * pixels.nbytes:
         return

@@ -8,6 +8,7 @@ from zipfile import BadZipFile, is_zipfile
 
 import numpy as np
 
+from bmjax.data import hints
 from bmjax.data.sources import SPLITS, ArraySource, Dataset, stratified_split
 from bmjax.errors import UserError, printable, some_of
 
@@ -66,13 +67,14 @@ def load(path: Path, name: str) -> Dataset:
 def _read_npz(path: Path) -> tuple[dict[str, np.ndarray], dict[str, tuple[str, str]]]:
     """Returns the arrays by name, and for each split the names of its images and labels."""
     if not path.is_file():
-        folder = f" Do you mean folder:{path}?" if path.is_dir() else ""
-        raise UserError(f"there is no file {path}. Check the path after 'npz:'.{folder}")
+        raise UserError(f"there is no file {path}. {hints.meant(path, 'npz')}")
     if not is_zipfile(path):
-        raise UserError(f"{path} is no npz archive. Write it by numpy.savez.")
+        raise UserError(f"{path} is no npz archive. {hints.meant(path, 'npz')}")
     try:
         # Opened here: NumPy leaves a file open that turns out to be no archive.
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            if not any(name.endswith(".npy") for name in archive.zip.namelist()):
+                raise UserError(f"{path} holds no arrays. {hints.meant(path, 'npz')}")
             names = _find_names(archive.files, path)
             arrays = {key: archive[key] for key in archive.files}
             if not all(isinstance(array, np.ndarray) for array in arrays.values()):

@@ -42,7 +42,7 @@ class Options:
         UserError: a value out of range.
     """
 
-    image_size: int = 0
+    image_size: int | None = None
     transform: EvaluationTransform | None = None
     split_seed: int = 0
     memory_gib: float = 4.0
@@ -57,9 +57,10 @@ class Options:
                 raise unknown_name("split", name, SPLITS)
         if self.channels not in (1, 3):
             raise UserError(f"channels is {self.channels}, but must be 1 for gray or 3 for RGB.")
-        for setting in ("image_size", "memory_gib"):
-            if getattr(self, setting) < 0:
-                raise UserError(f"{setting} is {getattr(self, setting)}, but must be at least 0.")
+        if self.image_size is not None and self.image_size < 1:
+            raise UserError(f"image_size is {self.image_size}, but must be at least 1.")
+        if self.memory_gib < 0:
+            raise UserError(f"memory_gib is {self.memory_gib}, but must be at least 0.")
         if not 0 <= self.max_unreadable <= 1:
             raise UserError(f"max_unreadable is {self.max_unreadable}, but must be in [0, 1].")
 
@@ -136,7 +137,7 @@ def _quiet_pillow() -> None:
         filterwarnings("ignore", category=category, module="PIL[.]")
 
 
-def _usual_transform(parts: Mapping[str, Encoded], image_size: int) -> EvaluationTransform:
+def _usual_transform(parts: Mapping[str, Encoded], image_size: int | None) -> EvaluationTransform:
     if not image_size:
         each = list(parts.values())
         what = f"size {_LARGEST_AS_IT_IS} {formats.register_heif()}"
