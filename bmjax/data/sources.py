@@ -1,5 +1,6 @@
 """What a dataset is, and where one comes from."""
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +12,7 @@ import numpy as np
 from bmjax.data import preprocess
 from bmjax.data.arrays import checked_class_names, checked_images, checked_labels
 from bmjax.errors import UserError, unknown_name
+from bmjax.machine.arrays import in_parts
 
 SPLITS = ("train", "validation", "test")
 # What a run is measured on: the first of these that is not empty, or else what it was trained on.
@@ -180,8 +182,15 @@ class Dataset:
 
         Of arrays, it is that of all images and labels in order. Of files, it is that of their
         `content`, the transform and the number of channels: the same whether they are in memory
-        and whichever splits are loaded.
+        and whichever splits are loaded. It is computed once.
+
+        Raises:
+            UserError: files that have to be read for it cannot be.
         """
+        return self._fingerprint
+
+    @functools.cached_property
+    def _fingerprint(self) -> str:
         digest = hashlib.sha256()
         if self.content is not None:
             settings = self.transform.to_dict() if self.transform else None
@@ -190,7 +199,8 @@ class Dataset:
         for name in SPLITS:
             images = all_images(self.split(name))
             digest.update(f"{name} {images.shape}".encode())
-            digest.update(np.ascontiguousarray(images).tobytes())
+            for part in in_parts(images):
+                digest.update(np.ascontiguousarray(part).data)
             digest.update(self.split(name).labels.astype("<i4").tobytes())
         return digest.hexdigest()
 
@@ -206,7 +216,10 @@ def all_images(source: Source) -> np.ndarray:
     """Returns all images of a split: [examples, height, width, channels] uint8."""
     if isinstance(source, ArraySource):
         return source.images
-    return np.stack([source[index]["image"] for index in range(len(source))])
+    images = np.empty((len(source), *source.image_shape), np.uint8)
+    for index in range(len(source)):
+        images[index] = source[index]["image"]
+    return images
 
 
 def _joined(parts: list[Source]) -> Source:
