@@ -18,14 +18,14 @@ from bmjax.data.preprocess import Normalization
 from bmjax.data.sources import Source
 from bmjax.data.statistics import loss_weights, pixel_statistics
 from bmjax.distill.feature_matching import Matching
-from bmjax.distill.loss import distillation_loss, match_features
+from bmjax.distill.loss import check_loss, distillation_loss, match_features
 from bmjax.distill.teacher_cache import NoCache, cached_teacher
 from bmjax.distill.teachers import combine, load_teacher
 from bmjax.errors import StoppedError, UserError
 from bmjax.evaluate.measure import measure
 from bmjax.losses.table import LOSS_PARAMS
 from bmjax.machine import hosts
-from bmjax.machine.parallel import request_devices
+from bmjax.machine.parallel import make_parallel, request_devices
 from bmjax.machine.storage import free_folder, make_folder, write_atomically, write_settings
 from bmjax.machine.storage import read_settings as read_file
 from bmjax.models import num_params
@@ -78,6 +78,7 @@ def distill(config: DistillConfig, console: Console | None = None) -> dict[str, 
 
 def run(config: DistillConfig, console: Console) -> dict[str, Any]:
     """Does what `distill` says, with a config that is checked."""
+    check_loss(config)
     request_devices(config.device)
     config = hosts.on_first(_settled, config)
     out = Path(config.out)
@@ -294,8 +295,12 @@ def train_student(
         mean = pixel_statistics(dataset).mean
         view_targets = cached_teacher(folder, teacher, dataset, config, mean, console)
 
+    axis_name = make_parallel(config.device).axis_name
+
     def make_loss(model: nn.Module, normalization: Normalization) -> LossFn:
-        return distillation_loss(model, normalization, teacher, config, weights, matching)
+        return distillation_loss(
+            model, normalization, teacher, config, weights, matching, axis_name
+        )
 
     start = None
     if matching and matching.learns:

@@ -101,10 +101,15 @@ def _read(path: Path, which: str) -> tuple[Run, int, list[str], checkpoint.Named
 
 
 def _evaluated(state: checkpoint.Named) -> checkpoint.Named:
-    """Picks what is evaluated out of a saved state: averaged params where there are any."""
-    averaged = any(name.startswith("state/ema_params/") for name in state)
-    homes = {"state/ema_params/" if averaged else "state/params/": "params/"}
-    homes["state/batch_stats/"] = "batch_stats/"
+    """Picks what is evaluated out of a saved state: running averages where there are any.
+
+    States of earlier versions have none of the statistics.
+    """
+    homes = {}
+    for kind in ("params", "batch_stats"):
+        average = f"state/ema_{kind}/"
+        averaged = any(name.startswith(average) for name in state)
+        homes[average if averaged else f"state/{kind}/"] = f"{kind}/"
     return {
         new + name.removeprefix(old): value
         for name, value in state.items()
