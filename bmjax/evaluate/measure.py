@@ -3,7 +3,7 @@
 import dataclasses
 import statistics as stats
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from bmjax.errors import UserError
 from bmjax.machine import hosts
 from bmjax.machine.cache import use_compilation_cache
 from bmjax.machine.parallel import make_parallel, request_devices
+from bmjax.machine.precision import in_precision
 from bmjax.metrics import summarize
 from bmjax.models import num_params
 from bmjax.runs.trained import TrainedRun, check_fits, load_for, load_run
@@ -99,7 +100,7 @@ def evaluate_finished(out: str, config: BaseConfig) -> dict[str, Any]:
 
 def measure(trained: TrainedRun, source: Source, config: EvaluateConfig) -> dict[str, Any]:
     """Returns the metrics over a split and the speed of inference."""
-    parallel = make_parallel(config.device)
+    parallel = make_parallel(config.device, trained.run.config.precision)
     # Padding is masked, so the batch may grow to what divides over the devices.
     batch_size = -(-config.batch_size // len(parallel.devices)) * len(parallel.devices)
     run_evaluate = make_evaluate(
@@ -115,7 +116,7 @@ def measure(trained: TrainedRun, source: Source, config: EvaluateConfig) -> dict
 
 def inference_speed(trained: TrainedRun, source: Source, batch_size: int) -> float:
     """Times forward passes over one batch, already on one device; returns the median images/s."""
-    predict = jax.jit(partial(_from_pixels, trained.model, trained.normalization))
+    predict = _compiled(trained)
     variables = jax.device_put(trained.variables)
     number = min(batch_size, len(source))
     images = jax.device_put(np.stack([source[index]["image"] for index in range(number)]))
@@ -126,6 +127,12 @@ def inference_speed(trained: TrainedRun, source: Source, batch_size: int) -> flo
         predict(variables, images).block_until_ready()
         seconds.append(time.perf_counter() - begin)
     return len(images) / stats.median(seconds)
+
+
+def _compiled(trained: TrainedRun) -> Callable[[Any, Any], jax.Array]:
+    """Compiles a run's model, from variables and images [batch, ...] uint8 to logits."""
+    apply = partial(_from_pixels, trained.model, trained.normalization)
+    return jax.jit(in_precision(apply, trained.run.config.precision))
 
 
 def _from_pixels(
@@ -172,7 +179,7 @@ def predict_probabilities(trained: TrainedRun, images: np.ndarray) -> np.ndarray
     Returns:
         [examples, classes] float32; each row sums to 1.
     """
-    apply = jax.jit(partial(_from_pixels, trained.model, trained.normalization))
+    apply = _compiled(trained)
     variables = jax.device_put(trained.variables)
     batches = np.split(images, range(256, len(images), 256))
     return np.concatenate([jax.nn.softmax(apply(variables, batch)) for batch in batches])

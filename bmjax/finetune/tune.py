@@ -242,7 +242,9 @@ def _make_start(
     probe = None
     if config.head == "probe":
         factors = loss_weights(config, dataset.train.labels, dataset.num_classes)
-        probe = probe_head(model, start_variables, weights.normalization, dataset, factors)
+        probe = probe_head(
+            model, start_variables, weights.normalization, dataset, factors, config.precision
+        )
         params["head"] = {"kernel": probe.kernel, "bias": probe.bias}
     start = StartingPoint(
         start_variables,
