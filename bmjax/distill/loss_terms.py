@@ -15,9 +15,11 @@ from bmjax.config.checks import check_distill
 from bmjax.data import loader, preprocess
 from bmjax.data.loader import epoch_orders
 from bmjax.data.preprocess import Normalization
-from bmjax.data.statistics import loss_weights, pixel_statistics
+from bmjax.data.statistics import loss_weights
 from bmjax.distill.feature_matching import Matching
 from bmjax.distill.loss import check_loss, logit_loss
+from bmjax.distill.students import normalization_of, read_student_weights, settle
+from bmjax.distill.teachers import as_one
 from bmjax.distill.tour import initial_variables, load_data, load_teachers, match_with
 from bmjax.losses.conventions import called_elsewhere
 from bmjax.losses.table import DISTILLATION_LOSSES, LABELS_CONVENTION, LOSS_PARAMS
@@ -49,14 +51,17 @@ def explain(config: DistillConfig, console: Console | None = None) -> dict[str, 
     check_loss(config)
     request_devices(config.device)
     use_compilation_cache()
-    teachers, teacher = load_teachers(config, console)
-    dataset = load_data(config, teachers)
+    teachers = load_teachers(config, console)
+    student_weights = read_student_weights(config, (), console)
+    config = settle(config, student_weights)
+    dataset = load_data(config, teachers, student_weights)
+    teacher = as_one(teachers, config.teacher_weights, dataset.image_shape)
     train = config.train_config(config.student, "none")
     model = build_model(train, dataset.num_classes)
-    normalization = pixel_statistics(dataset)
+    normalization = normalization_of(dataset, student_weights)
     matching = match_with(config, model, teacher, dataset.image_shape)
     _, key = run_keys(config.seed)
-    variables = initial_variables(model, config, matching, dataset.image_shape)
+    variables = initial_variables(model, config, matching, dataset, student_weights)
     parallel = Parallel("jit", jax.local_devices()[:1])
     orders = epoch_orders(key, dataset, config)
     feed = loader.Feed(dataset.train, parallel, config.batch_size, orders, wide=True)

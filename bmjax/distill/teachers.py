@@ -13,6 +13,7 @@ from rich.console import Console
 
 from bmjax.config import TrainConfig
 from bmjax.data.preprocess import Normalization
+from bmjax.distill.resized import as_seen
 from bmjax.errors import UserError
 from bmjax.machine import hosts
 from bmjax.models import RESNETS, create_model
@@ -124,6 +125,18 @@ def combine(teachers: Sequence[TrainedRun], weights: Sequence[float] = ()) -> Tr
     model: Any = Ensemble(members, shares)
     warnings = tuple(line for teacher in teachers for line in teacher.warnings)
     return TrainedRun(run, model, variables, first.step, digest.hexdigest(), warnings)
+
+
+def as_one(
+    teachers: Sequence[TrainedRun], weights: Sequence[float], shape: tuple[int, int, int]
+) -> TrainedRun | None:
+    """Returns all teachers as one that takes images of a shape; None where there is none.
+
+    Raises:
+        UserError: see `as_seen` and `combine`.
+    """
+    seen = [as_seen(teacher, shape) for teacher in teachers]
+    return combine(seen, weights) if seen else None
 
 
 def _shares(number: int, weights: Sequence[float]) -> tuple[float, ...]:

@@ -219,7 +219,7 @@ def check_same_settings(saved: Run, config: TrainConfig, extra: dict[str, Any]) 
     """Raises UserError where a resumption contradicts the run, with each field and both values."""
     differing = contradictions(saved.config, config)
     # Where the teacher or the weights lie may change; their fingerprint says if they are the same.
-    for name in sorted({*saved.extra, *extra} - {"teacher", "weights"}):
+    for name in sorted({*saved.extra, *extra} - {"teacher", "weights", "student_weights"}):
         before, after = saved.extra.get(name, _EXTRA.get(name)), extra.get(name)
         if before != after:
             differing.append(f"{name} is {before!r} in the run and {after!r} now")

@@ -125,6 +125,7 @@ def load_for(
     splits: Sequence[str] = SPLITS,
     memory_gib: float = 4.0,
     split_seed: int | None = None,
+    channels: int | None = None,
 ) -> Dataset:
     """Loads a dataset as a run takes images.
 
@@ -135,9 +136,11 @@ def load_for(
         splits: those that are needed; of a folder, no other is read.
         memory_gib: see `load_dataset`.
         split_seed: see `load_dataset`; None: the run's.
+        channels: 1 for gray, 3 for RGB; None: the run's.
     """
     own, data = trained.run.config, trained.run.data
-    height, width, channels = data["image_shape"]
+    height, width, own_channels = data["image_shape"]
+    channels = channels or own_channels
     fitting = image_size or (height if height == width else None)
     dataset = load_dataset(
         name,
