@@ -28,6 +28,9 @@ class DistillConfig(BaseConfig):
         teacher_model: Model of a teacher that is a file, or that is trained where no --teacher is
             given. A teacher that takes images of another size than --image-size sees the student's
             views resized, and is measured at its own.
+        weights_key: Which state dict of a teacher that is a checkpoint with several, such as
+            state_dict_ema; or the prefix of the names to read. None given: the plain one, and it
+            is said.
         teacher_epochs: Epochs of the teacher that is trained (at least 1).
         student: Name of the student's model, as of `bmjax train --model`.
         student_weights: What the student begins with: a run's folder, a torchvision checkpoint
@@ -62,6 +65,7 @@ class DistillConfig(BaseConfig):
     teacher: tuple[str, ...] = ()
     teacher_weights: tuple[float, ...] = ()
     teacher_model: str = "cnn"
+    weights_key: str | None = None
     teacher_epochs: int = 10
     student: str = "mlp"
     student_weights: str | None = None
@@ -83,7 +87,8 @@ class DistillConfig(BaseConfig):
     def __post_init__(self) -> None:
         """Reads 0 and an empty word as not given."""
         super().__post_init__()
-        unset(self, feature_weight=0, student_weights="", teacher_cache="", cache_top=0)
+        unset(self, weights_key="", feature_weight=0, student_weights="")
+        unset(self, teacher_cache="", cache_top=0)
 
     @property
     def follows_student(self) -> bool:

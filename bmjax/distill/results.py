@@ -8,7 +8,7 @@ from typing import Any
 
 from bmjax.config import DistillConfig, EvaluateConfig
 from bmjax.data import Dataset
-from bmjax.data.sources import Source
+from bmjax.data.sources import HELD_OUT, Source
 from bmjax.distill.teachers import as_one
 from bmjax.evaluate.measure import measure
 from bmjax.machine import hosts
@@ -52,9 +52,10 @@ def finish(
     A teacher that takes images of another size is measured on the data at its own; of several, at
     the size of the largest.
 
-    A folder without one is measured on its validation split; no params were chosen by it.
+    Data without one is measured on its validation split; no params were chosen by it. Where that
+    is empty too, it is the training split.
     """
-    split = "test" if len(dataset.test) else "validation"
+    split = next((name for name in HELD_OUT if len(dataset.split(name))), "train")
     which = "best" if config.patience else "latest"
     source = dataset.split(split)
     students = [load_run(path, which) for path in folders.students]
@@ -92,6 +93,7 @@ def _at_its_size(
             splits=(split,),
             memory_gib=config.device.memory_gib,
             split_seed=config.split_seed,
+            max_unreadable=config.max_unreadable,
         )
     teacher = as_one(teachers, config.teacher_weights, dataset.image_shape)
     assert teacher is not None

@@ -6,6 +6,7 @@ from pathlib import Path
 from bmjax.config import DistillConfig
 from bmjax.config.checks import check_distill
 from bmjax.config.flat import contradictions, flatten, unflatten
+from bmjax.config.paths import user_path
 from bmjax.errors import UserError
 from bmjax.machine.storage import free_folder
 from bmjax.machine.storage import read_settings as read_file
@@ -39,7 +40,7 @@ def settled(config: DistillConfig) -> DistillConfig:
 def folder_of(config: DistillConfig) -> Path:
     """Returns the folder; where none is given, a new one, or for a resumption the newest."""
     if config.out:
-        return Path(config.out)
+        return user_path(config.out)
     default = Path(DEFAULT_OUT)
     if not config.run.resume:
         return free_folder(default)

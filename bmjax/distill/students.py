@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from bmjax.config import DistillConfig
+from bmjax.config.paths import user_path
 from bmjax.data import Dataset
 from bmjax.data.preprocess import Normalization
 from bmjax.data.statistics import pixel_statistics
@@ -106,7 +107,7 @@ def _of_pretrained(source: str, weights: Pretrained) -> StudentWeights:
         weights.norm,
         weights.hidden_sizes,
         channels,
-        height if Path(source).is_dir() else None,
+        height if user_path(source).is_dir() else None,
         weights,
     )
 
@@ -114,7 +115,7 @@ def _of_pretrained(source: str, weights: Pretrained) -> StudentWeights:
 def _read(config: DistillConfig, source: str, console: Console | None) -> Pretrained:
     """Reads weights, their head too where there is one that can be read."""
     model = config.student
-    if Path(source).is_dir():
+    if user_path(source).is_dir():
         own = load_run(source).run.config.model
         if own != model:
             raise UserError(

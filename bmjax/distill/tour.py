@@ -12,6 +12,7 @@ from rich.console import Console
 from bmjax.config import DistillConfig, TrainConfig
 from bmjax.config.checks import checked
 from bmjax.config.flat import settings_to_keep
+from bmjax.config.paths import user_path
 from bmjax.data import Dataset, load_dataset, loader
 from bmjax.data.load import with_channels
 from bmjax.data.preprocess import Normalization
@@ -50,6 +51,7 @@ _OF_BOTH = (
     "data",
     "image_size",
     "split_seed",
+    "max_unreadable",
     "batch_size",
     "seed",
     "precision",
@@ -128,7 +130,9 @@ def _distill(config: DistillConfig, out: Path, console: Console) -> dict[str, An
 def load_teachers(config: DistillConfig, console: Console | None = None) -> list[TrainedRun]:
     """Reads the teachers that are named."""
     return [
-        load_teacher(source, config.teacher_model, config.image_size, console)
+        load_teacher(
+            source, config.teacher_model, config.image_size, console, key=config.weights_key
+        )
         for source in ([] if config.follows_student else config.teacher)
     ]
 
@@ -213,7 +217,9 @@ def load_data(
     size = config.image_size or (weights.image_size if weights else None)
     channels = weights.channels if weights else None
     given: dict[str, Any] = {
-        **{"memory_gib": config.device.memory_gib, "split_seed": config.split_seed},
+        "memory_gib": config.device.memory_gib,
+        "split_seed": config.split_seed,
+        "max_unreadable": config.max_unreadable,
         **({"channels": channels} if channels else {}),
     }
     if not teachers:
@@ -256,6 +262,7 @@ def train_student(
     extra = {
         "teacher": list(config.teacher) or [str(teacher.run.path) if teacher else ""],
         "teacher_model": config.teacher_model,
+        "weights_key": config.weights_key,
         "teacher_fingerprint": teacher.fingerprint if teacher else "",
         **config.loss_settings(),
         **(weights.extra if weights else {}),
@@ -267,7 +274,7 @@ def train_student(
     if teacher is not None and matching is None:
         view_targets = NoCache(config.batch_size, dataset.num_classes)
     if teacher is not None and config.teacher_cache:
-        folder = Path(config.teacher_cache)
+        folder = user_path(config.teacher_cache)
         folder = folder / out.name if config.generations > 1 else folder
         mean = list(normalization_of(dataset, weights).mean)
         view_targets = cached_teacher(folder, teacher, dataset, config, mean, console)

@@ -134,14 +134,28 @@ def check_possible(
         model: the Linen module; None: the one that the config names.
 
     Raises:
-        UserError: a batch that does not divide, or a model that cannot take the images.
+        UserError: a batch that does not divide, a model that cannot take the images, or see
+            `check_splits`.
     """
+    if isinstance(data, Dataset):
+        check_splits(config, data)
     check_divides(make_parallel(config.device), config.batch_size, config.accumulate)
     model = model or build_model(config, data.num_classes)
     try:
         jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *data.image_shape)))
     except ValueError as error:
         raise UserError(f"{config.model} cannot take these images: {error}") from error
+
+
+def check_splits(config: TrainConfig, dataset: Dataset) -> None:
+    """Raises UserError where a split is empty that the settings cannot do without."""
+    if not len(dataset.train):
+        raise UserError(f"{dataset.name} has no example to train on. Give it some.")
+    if config.patience is not None and not len(dataset.validation):
+        raise UserError(
+            f"--patience waits for a better validation accuracy, but {dataset.name} has no "
+            "validation split. Leave it out, or give the data a validation split."
+        )
 
 
 def load_and_compile(
@@ -167,6 +181,7 @@ def load_and_compile(
         config.image_size,
         split_seed=config.split_seed,
         memory_gib=config.device.memory_gib,
+        max_unreadable=config.max_unreadable,
         meanwhile=compile_ahead,
     )
     spec = DatasetSpec.of(dataset)
