@@ -29,13 +29,14 @@ from bmjax.data import loader, preprocess
 from bmjax.data.preprocess import Normalization
 from bmjax.losses import logits as losses
 from bmjax.machine.parallel import Parallel
+from bmjax.machine.precision import in_precision
 from bmjax.models import create_model
 from bmjax.train.apply import apply_train
 from bmjax.train.compiled import make_train_steps, zero_totals
 from bmjax.train.optim import make_optimizer
 from bmjax.train.step import Batch, classification_loss, create_state
 
-_DTYPES = {"float32": None, "bfloat16": jnp.bfloat16}
+_DTYPES = {"float32": None, "tensorfloat32": None, "bfloat16": jnp.bfloat16}
 
 
 def _model(name: str, precision: str) -> nn.Module:
@@ -75,7 +76,7 @@ class Bmjax:
             teacher = _model(workload.teacher, workload.precision)
             held = initial_variables(workload, workload.teacher)
             loss_fn = Partial(partial(_distillation, model, teacher, normalization), held)
-        self._parallel = Parallel("jit", jax.local_devices()[:1])
+        self._parallel = Parallel("jit", jax.local_devices()[:1], workload.precision)
         put = self._parallel.put
         view = loader.make_view(
             AugmentConfig(augment=False), _shape(workload)[:2], normalization.mean
@@ -88,7 +89,7 @@ class Bmjax:
         self._arrays, self._done = put(data), 0
         self._variables = put(variables)
         self._images = put(jnp.asarray(normalized(data["image"][: workload.batch_size])))
-        self._apply = jax.jit(model.apply)
+        self._apply = jax.jit(in_precision(model.apply, workload.precision))
         flops = count_flops(self._apply, variables, self._images)
         self.flops = flops // workload.batch_size
 
@@ -155,6 +156,7 @@ class Linen:
             taught = partial(teacher.apply, held)
 
         @partial(jax.jit, donate_argnums=0)
+        @partial(in_precision, precision=workload.precision)
         def step(state: Any, images: Array, labels: Array) -> tuple[Any, Array]:
             params, stats, opt_state = state
 
@@ -171,7 +173,8 @@ class Linen:
             updates, opt_state = optimizer.update(grads, opt_state)
             return (optax.apply_updates(params, updates), stats, opt_state), loss
 
-        self._step, self._apply = step, jax.jit(model.apply)
+        self._step = step
+        self._apply = jax.jit(in_precision(model.apply, workload.precision))
         batch = self._images[: workload.batch_size]
         flops = count_flops(self._apply, self._variables, batch)
         self.flops = flops // workload.batch_size

@@ -70,6 +70,8 @@ class Torch:
         def put(module: torch.nn.Module) -> torch.nn.Module:
             return module.to(self._device).to(memory_format=form)
 
+        rounds = workload.precision == "tensorfloat32"
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = rounds
         torch.manual_seed(0)
         plain = put(torch_model(workload, workload.model))
         data = workload.data(steps)
@@ -107,9 +109,9 @@ class Torch:
         return [each.detach().cpu().numpy() for each in self._plain.parameters()]
 
     def _cast(self) -> Any:
-        if self._workload.precision == "float32":
-            return nullcontext()
-        return torch.autocast(self._device.type, torch.bfloat16)
+        if self._workload.precision == "bfloat16":
+            return torch.autocast(self._device.type, torch.bfloat16)
+        return nullcontext()
 
     def _loss(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         with self._cast():

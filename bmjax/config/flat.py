@@ -15,6 +15,7 @@ FREE_FIELDS = frozenset(
         "teacher",
         "teacher_cache",
         "weights",
+        "student_weights",
         "weights_key",
         "parallel",
         "devices",

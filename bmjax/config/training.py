@@ -166,7 +166,8 @@ class BaseConfig:
             for the others.
         batch_size: Examples per update, over all devices together.
         accumulate: Parts that a batch is split into, one after the other, to save memory; the
-            gradient is that of the whole batch, but batch normalisation sees one part at a time.
+            gradient is that of the whole batch, but batch normalisation, and losses that compare
+            examples with each other, see one part at a time.
         remat: Compute each block of a ResNet again backward, instead of keeping what is inside, to
             save memory on GPU and TPU; XLA undoes it on CPU.
         label_smoothing: Share of the target spread evenly over the classes, in [0, 1).
@@ -175,9 +176,10 @@ class BaseConfig:
         patience: Epochs without a better validation accuracy after which training ends, and the
             params of the best epoch are reported; none given: it goes on to the last epoch.
         precision: Precision of the computation; params, statistics and losses are float32
-            always.
-        ema_decay: Decay of the running average of the params that is evaluated instead;
-            none at 0.
+            always. Products of float32 are those of float32 on GPU and TPU too; with
+            tensorfloat32, faster there, a GPU rounds the factors to 10 bits.
+        ema_decay: Decay of the running average of params and running statistics that is
+            evaluated instead; none at 0.
         seed: Seed of the initial params, the order of the data and the views.
         out: Folder of the run; none given: runs/MODEL, or runs/distill for distillation.
     """
@@ -195,7 +197,7 @@ class BaseConfig:
     label_smoothing: float = 0.0
     class_weights: Literal["none", "balanced"] = "none"
     patience: int | None = None
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["float32", "tensorfloat32", "bfloat16"] = "float32"
     ema_decay: float = 0.0
     seed: int = 0
     out: str | None = None

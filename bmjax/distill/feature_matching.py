@@ -17,7 +17,7 @@ import numpy as np
 from jax import Array
 
 from bmjax.errors import UserError
-from bmjax.losses.table import FEATURE_LOSSES, FeatureLoss
+from bmjax.losses.table import DISTILLATION_LOSSES, DistillationLoss
 
 # Width that the contrastive loss compares in (Tian et al. 2020).
 _EMBEDDING = 128
@@ -52,7 +52,7 @@ class Matching:
         weight: factor beside the cross entropy.
     """
 
-    loss: FeatureLoss
+    loss: DistillationLoss
     pairs: tuple[Pair, ...]
     weight: float
 
@@ -84,7 +84,12 @@ class Matching:
         }
 
     def __call__(
-        self, projections: Any, student: dict[str, Array], teacher: dict[str, Array], mask: Array
+        self,
+        projections: Any,
+        student: dict[str, Array],
+        teacher: dict[str, Array],
+        mask: Array,
+        axis_name: str | None = None,
     ) -> Array:
         """Returns the sum of the pairs' losses per example, [batch], without the weight.
 
@@ -93,6 +98,7 @@ class Matching:
             student: features by name of layer.
             teacher: the same of the teacher; no gradient flows to them.
             mask: [batch], False for examples that only fill up the batch.
+            axis_name: under pmap, the axis along which the batch is divided.
         """
         total = jnp.zeros(len(mask))
         for pair in self.pairs:
@@ -107,7 +113,9 @@ class Matching:
                     layer, wide = projections[name], features[side]
                     bias = jnp.expand_dims(layer["bias"], range(wide.ndim - 1))
                     features[side] = jnp.matmul(wide, layer["kernel"]) + bias
-            total = total + self.loss.apply(features["student"], features["teacher"], mask)
+            total = total + self.loss.apply(
+                features["student"], features["teacher"], mask=mask, axis_name=axis_name
+            )
         return total
 
 
@@ -125,7 +133,7 @@ def match(
     """Decides which layers are compared, and how.
 
     Args:
-        name: of the loss, a key of `FEATURE_LOSSES`.
+        name: of the loss, one of features in `DISTILLATION_LOSSES`.
         layers: `STUDENT=TEACHER` for each pair; none: those that the loss usually compares.
         weight: factor of the loss; None: its usual one.
         student: name of the model and the shapes of its intermediates, without the batch.
@@ -135,7 +143,7 @@ def match(
         UserError: a layer that is not there, with those that are, or features of a form that the
             loss cannot compare.
     """
-    loss = FEATURE_LOSSES[name]
+    loss = DISTILLATION_LOSSES[name]
     named = [_parse(text) for text in layers] or _usual(name, loss, student, teacher)
     pairs = tuple(_pair(name, loss, names, student, teacher) for names in named)
     return Matching(loss, pairs, weight or loss.weight)
@@ -151,7 +159,7 @@ def _parse(text: str) -> tuple[str, str]:
 
 
 def _usual(
-    name: str, loss: FeatureLoss, student: tuple[str, Shapes], teacher: tuple[str, Shapes]
+    name: str, loss: DistillationLoss, student: tuple[str, Shapes], teacher: tuple[str, Shapes]
 ) -> list[tuple[str, str]]:
     """Pairs stages from the last one backwards; without stages on both sides, `pre_logits`."""
     ours, theirs = (
@@ -173,7 +181,7 @@ def _usual(
 
 def _pair(
     name: str,
-    loss: FeatureLoss,
+    loss: DistillationLoss,
     layers: tuple[str, str],
     student: tuple[str, Shapes],
     teacher: tuple[str, Shapes],

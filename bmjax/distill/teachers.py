@@ -14,8 +14,10 @@ from rich.console import Console
 
 from bmjax.config import TrainConfig
 from bmjax.config.paths import user_path
+from bmjax.data import Dataset
 from bmjax.data.classes import match_classes
 from bmjax.data.preprocess import Normalization
+from bmjax.distill.resized import as_seen
 from bmjax.errors import UserError
 from bmjax.machine import hosts
 from bmjax.models import RESNETS, create_model
@@ -174,7 +176,7 @@ def combine(teachers: Sequence[TrainedRun], weights: Sequence[float] = ()) -> Tr
     Raises:
         UserError: teachers that do not fit each other, or weights that do not fit them.
     """
-    shares = check_together(teachers, weights)
+    shares = _check_together(teachers, weights)
     first = teachers[0]
     if len(teachers) == 1:
         return first
@@ -202,9 +204,41 @@ def combine(teachers: Sequence[TrainedRun], weights: Sequence[float] = ()) -> Tr
     return TrainedRun(run, model, variables, first.step, digest.hexdigest(), warnings)
 
 
-def _shares(number: int, weights: Sequence[float]) -> tuple[float, ...]:
+def as_one(
+    teachers: Sequence[TrainedRun],
+    weights: Sequence[float],
+    dataset: Dataset,
+    console: Console | None = None,
+) -> TrainedRun | None:
+    """Returns all teachers as one that takes a dataset's images and knows its classes, in order.
+
+    Args:
+        teachers: of any image sizes and any order of classes; none: the result is None.
+        weights: see `combine`.
+        dataset: what the student sees.
+        console: where warnings are shown.
+
+    Raises:
+        UserError: see `with_classes`, `as_seen` and `combine`.
+    """
+    if not teachers:
+        return None
+    named = [with_classes(each, dataset.class_names, dataset.name) for each in teachers]
+    teacher = combine([as_seen(each, dataset.image_shape) for each in named], weights)
+    for line in dict.fromkeys(teacher.warnings):
+        if console is not None:
+            console.print(f"warning: {line}", highlight=False, markup=False, soft_wrap=True)
+    return teacher
+
+
+def check_weights(number: int, weights: Sequence[float]) -> tuple[float, ...]:
+    """Returns the weights of so many teachers, adding up to 1; none given: the same for each.
+
+    Raises:
+        UserError: weights of another number, or that are no weights of a mean.
+    """
     if not weights:
-        return (1 / number,) * number
+        return (1 / number,) * number if number else ()
     given = " ".join(f"{weight:g}" for weight in weights)
     if len(weights) != number:
         raise UserError(
@@ -220,13 +254,13 @@ def _shares(number: int, weights: Sequence[float]) -> tuple[float, ...]:
     return tuple(weight / total for weight in weights)
 
 
-def check_together(teachers: Sequence[TrainedRun], weights: Sequence[float]) -> tuple[float, ...]:
+def _check_together(teachers: Sequence[TrainedRun], weights: Sequence[float]) -> tuple[float, ...]:
     """Checks all of several teachers but their classes; returns their weights, adding up to 1.
 
     Raises:
         UserError: weights that do not fit, or teachers that take images of different shapes.
     """
-    shares = _shares(len(teachers), weights)
+    shares = check_weights(len(teachers), weights)
     first, *others = teachers
     for other in others:
         one, two = (tuple(each.run.data["image_shape"]) for each in (first, other))

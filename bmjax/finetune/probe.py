@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -15,6 +16,7 @@ from bmjax.data import ArraySource, Dataset, preprocess
 from bmjax.data.preprocess import Normalization
 from bmjax.data.sources import Source
 from bmjax.losses import logits as losses
+from bmjax.machine.precision import in_precision
 
 # From nearly none to so much that all classes look alike.
 _PENALTIES = tuple(10.0**power for power in range(-5, 2))
@@ -52,6 +54,7 @@ def probe_head(
     normalization: Normalization,
     dataset: Dataset,
     weights: tuple[float, ...] | None = None,
+    precision: str = "float32",
 ) -> Probe:
     """Fits a head on the features `pre_logits`, which are computed once, without random views.
 
@@ -67,8 +70,10 @@ def probe_head(
         normalization: `mean` and `std` that images are normalised by.
         dataset: its training and validation splits are used.
         weights: a factor of the loss per class; None: 1.
+        precision: of the products in the model, see `in_precision`; the head's are float32.
     """
-    features, labels = compute_features(model, variables, normalization, dataset.train)
+    compute = partial(compute_features, model, variables, normalization, precision=precision)
+    features, labels = compute(dataset.train)
     mean, std = features.mean(axis=0), features.std(axis=0)
     std = np.where(std > 0, std, 1.0)
     inputs = (features - mean) / std
@@ -80,7 +85,7 @@ def probe_head(
     if not len(dataset.validation):
         head = fit_logistic(start, jnp.asarray(inputs), labels, factors[labels], _UNVALIDATED)
         return _probe(np.asarray(head[0]), np.asarray(head[1]), mean, std, _UNVALIDATED, ())
-    others, other_labels = compute_features(model, variables, normalization, dataset.validation)
+    others, other_labels = compute(dataset.validation)
     other_inputs = (others - mean) / std
     best, tried = None, []
     for penalty in reversed(_PENALTIES):
@@ -112,6 +117,7 @@ def _probe(
 
 
 @jax.jit
+@partial(in_precision, precision="float32")
 def fit_logistic(
     start: tuple[Array, Array], inputs: Array, labels: Array, factors: Array, penalty: float
 ) -> tuple[Array, Array]:
@@ -155,6 +161,7 @@ def compute_features(
     normalization: Normalization,
     source: Source,
     batch_size: int = 256,
+    precision: str = "float32",
 ) -> tuple[np.ndarray, np.ndarray]:
     """Applies a model in evaluation mode up to its head.
 
@@ -164,6 +171,7 @@ def compute_features(
     dtype = getattr(model, "dtype", None) or jnp.float32
 
     @jax.jit
+    @partial(in_precision, precision=precision)
     def features(variables: Any, images: Array) -> Array:
         inputs = preprocess.normalize(images.astype(jnp.float32) / 255, normalization, dtype)
         _, sown = model.apply(variables, inputs, mutable=["intermediates"])

@@ -258,7 +258,9 @@ def _make_start(
     if config.head == "probe":
         factors = loss_weights(config, dataset.train.labels, dataset.num_classes)
         with stage("fitting the new head to the features of all images"):
-            probe = probe_head(model, start_variables, weights.normalization, dataset, factors)
+            probe = probe_head(
+                model, start_variables, weights.normalization, dataset, factors, config.precision
+            )
         params["head"] = {"kernel": probe.kernel, "bias": probe.bias}
     start = StartingPoint(
         start_variables,

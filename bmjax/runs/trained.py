@@ -23,6 +23,7 @@ from bmjax.errors import UserError
 from bmjax.losses.table import LOSS_PARAMS
 from bmjax.machine import hosts
 from bmjax.machine.parallel import make_parallel
+from bmjax.machine.precision import in_precision
 from bmjax.metrics import summarize
 from bmjax.models.build import build_model
 from bmjax.runs import checkpoint
@@ -146,12 +147,12 @@ class TrainedRun:
     def _apply(self) -> Callable[[np.ndarray], Array]:
         variables = jax.device_put(self.variables)
 
-        @jax.jit
         def probabilities(variables: Any, images: Array) -> Array:
             logits = logits_of_pixels(self.model, self.normalization, variables, images)
             return jax.nn.softmax(logits.astype(jnp.float32))
 
-        return functools.partial(probabilities, variables)
+        compiled = jax.jit(in_precision(probabilities, self.run.config.precision))
+        return functools.partial(compiled, variables)
 
     def evaluate(self, dataset: Any, split: str = "test") -> dict[str, Any]:
         """Measures the run on a split of a dataset.
@@ -190,7 +191,7 @@ class TrainedRun:
             batch_size: images at once, rounded up to what divides over the devices.
             classes: those that the data have, see `metrics.summarize`.
         """
-        parallel = make_parallel(device or DeviceConfig())
+        parallel = make_parallel(device or DeviceConfig(), self.run.config.precision)
         # Padding is masked, so the batch may grow.
         batch_size = -(-batch_size // len(parallel.devices)) * len(parallel.devices)
         run_evaluate = make_evaluate(
@@ -247,10 +248,15 @@ def _read(path: Path, which: str) -> tuple[Run, int, list[str], checkpoint.Named
 
 
 def _evaluated(state: checkpoint.Named) -> checkpoint.Named:
-    """Picks what is evaluated out of a saved state: averaged params where there are any."""
-    averaged = any(name.startswith("state/ema_params/") for name in state)
-    homes = {"state/ema_params/" if averaged else "state/params/": "params/"}
-    homes["state/batch_stats/"] = "batch_stats/"
+    """Picks what is evaluated out of a saved state: running averages where there are any.
+
+    States of earlier versions have none of the statistics.
+    """
+    homes = {}
+    for kind in ("params", "batch_stats"):
+        average = f"state/ema_{kind}/"
+        averaged = any(name.startswith(average) for name in state)
+        homes[average if averaged else f"state/{kind}/"] = f"{kind}/"
     return {
         new + name.removeprefix(old): value
         for name, value in state.items()
@@ -266,6 +272,7 @@ def load_for(
     splits: Sequence[str] = SPLITS,
     memory_gib: float = 4.0,
     split_seed: int | None = None,
+    channels: int | None = None,
     max_unreadable: float = 0.01,
 ) -> Dataset:
     """Loads a dataset as a run takes images.
@@ -277,10 +284,12 @@ def load_for(
         splits: those that are needed; of a folder, no other is read.
         memory_gib: see `load_dataset`.
         split_seed: see `load_dataset`; None: the run's.
+        channels: 1 for gray, 3 for RGB; None: the run's.
         max_unreadable: see `load_dataset`; of the run's own data at least what it was trained with.
     """
     own, data = trained.run.config, trained.run.data
-    height, width, channels = data["image_shape"]
+    height, width, own_channels = data["image_shape"]
+    channels = channels or own_channels
     if name == own.data:
         max_unreadable = max(max_unreadable, own.max_unreadable)
     fitting = image_size or (height if height == width else None)

@@ -155,7 +155,7 @@ def zero_totals(
         "position": jax.ShapeDtypeStruct((1,), jnp.int32),
     }
     # Batch statistics add up along the devices' axis, which has to be there.
-    loss_fn = with_average(loss_fn, state.ema_params)
+    loss_fn = with_average(loss_fn, state)
     on_one = jax.vmap(loss_fn, (None, None, None, None), axis_name=AXIS, axis_size=1)
     result = jax.eval_shape(on_one, state.params, state.batch_stats, batch, state.key)
     metrics = _metrics_of(result)

@@ -167,7 +167,9 @@ def train(
             compute_in_calling_thread()
         check_possible(config, spec, model)
         with_model = dataclasses.replace(job, model=model)
-        return TrainingPrograms(config, make_parallel(config.device), spec, with_model)
+        return TrainingPrograms(
+            config, make_parallel(config.device, config.precision), spec, with_model
+        )
 
     if dataset is None:
         with shown_on(console):

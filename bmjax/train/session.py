@@ -140,9 +140,8 @@ class Session:
             self._console.print(f"going on from {where}", highlight=False)
         if step is not None:
             like = {"state": self._phase_of(step).fresh, "totals": totals}
-            restored = checkpoint.from_named(
-                read["state"], like, f"checkpoint {folder / str(step)}"
-            )
+            named = _with_averages(read["state"], like)
+            restored = checkpoint.from_named(named, like, f"checkpoint {folder / str(step)}")
             state, totals = restored["state"], restored["totals"]
             meta = read["meta"]
             if "best" in read:
@@ -339,6 +338,17 @@ class Session:
             "improved_epoch": self._best.improved,
         }
         self._writer.save(step, items, meta)
+
+
+def _with_averages(named: checkpoint.Named, like: Any) -> checkpoint.Named:
+    """Begins the average of the statistics where an earlier version kept that of params alone."""
+    new, old = "state/ema_batch_stats/", "state/batch_stats/"
+    begun = {
+        name: named[old + name.removeprefix(new)]
+        for name in checkpoint.to_named(like)
+        if name.startswith(new) and old + name.removeprefix(new) in named
+    }
+    return {**begun, **named}
 
 
 class _Calls:
