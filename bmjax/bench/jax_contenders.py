@@ -118,9 +118,8 @@ def _distillation(
     batch: Batch,
     key: Array,
 ) -> tuple[Array, tuple[Any, dict[str, Array]]]:
-    del key
     images = preprocess.normalize(batch["image"], normalization)
-    logits, batch_stats = apply_train(model, params, batch_stats, images, batch["mask"])
+    logits, batch_stats = apply_train(model, params, batch_stats, images, batch["mask"], key)
     taught = teacher.apply(held, images)
     return _mixed(logits, taught, batch["label"]), (batch_stats, {})
 
@@ -263,8 +262,7 @@ def plain_model(name: str, dtype: Any) -> nn.Module:
     Raises:
         KeyError: there is none by that name.
     """
-    if name == "mlp":
-        return _PlainMlp(dtype)
-    if name == "cnn":
-        return _PlainConvolutional(dtype)
+    own = {"mlp": _PlainMlp, "cnn": _PlainConvolutional}
+    if name in own:
+        return own[name](dtype)
     return _PlainResNet(BLOCKS[name], name == "resnet50", dtype)

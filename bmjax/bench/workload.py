@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from bmjax.data.preprocess import Normalization
+from bmjax.models import find
 
 NUM_CLASSES = 10
 LEARNING_RATE = 0.01
@@ -35,8 +36,8 @@ class Workload:
 
     @property
     def channels(self) -> int:
-        """Channels of the images: digits are grey, all others have colours."""
-        return 1 if self.model == "mlp" else 3
+        """Channels of the images that the model is meant for."""
+        return find(self.model).image_shape[2]
 
     @property
     def name(self) -> str:

@@ -6,7 +6,6 @@ from typing import Literal
 
 # Fields that say which of several processes this one is, and how they find each other.
 PROCESSES = ("coordinator", "num_processes", "process_id")
-DEFAULT_EPOCHS = {"mlp": 100}
 
 
 @dataclass(frozen=True)
@@ -200,9 +199,9 @@ class TrainConfig(BaseConfig):
     model: str = "mlp"
 
     def resolved(self) -> "TrainConfig":
-        """Returns the config with the defaults that depend on the model filled in."""
-        return dataclasses.replace(
-            self,
-            epochs=self.epochs or DEFAULT_EPOCHS.get(self.model, 20),
-            out=self.out or f"runs/{self.model}",
-        )
+        """Returns the config with the folder filled in.
+
+        How many epochs the model takes by default its architecture says, which no config knows of:
+        see `bmjax.models.build.resolve`.
+        """
+        return dataclasses.replace(self, out=self.out or f"runs/{self.model}")

@@ -69,7 +69,7 @@ def explain(config: DistillConfig, console: Console | None = None) -> dict[str, 
     own = (model, normalization, variables)
     asked = (teacher.model, teacher.normalization, teacher.variables) if teacher else own
     weights = loss_weights(config, dataset.train.labels, dataset.num_classes)
-    measure = partial(_measure, config, own[:2], asked[:2], matching, weights)
+    measure = partial(_measure, config, own[:2], asked[:2], matching, weights, key)
     measured = jax.device_get(jax.jit(measure)(variables, asked[2], batch))
     names = ["labels", config.method, *([config.features] if matching else [])]
     terms = [_term(config, matching, name, measured[name], measured) for name in names]
@@ -113,6 +113,7 @@ def _measure(
     teacher: tuple[nn.Module, Normalization],
     matching: Matching | None,
     weights: Any,
+    key: Array,
     variables: Any,
     teacher_variables: Any,
     batch: Batch,
@@ -135,7 +136,9 @@ def _measure(
 
     def apply(params: Any) -> tuple[Array, dict[str, Array]]:
         stats = variables.get("batch_stats", {})
-        logits, _, features = apply_with_features(model, params, stats, images, batch["mask"], ours)
+        logits, _, features = apply_with_features(
+            model, params, stats, images, batch["mask"], ours, key
+        )
         return logits, features
 
     def on_params(name: str, params: Any) -> Array:

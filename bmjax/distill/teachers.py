@@ -15,11 +15,11 @@ from bmjax.config import TrainConfig
 from bmjax.data.preprocess import Normalization
 from bmjax.errors import UserError
 from bmjax.machine import hosts
-from bmjax.models import RESNETS, create_model
+from bmjax.models import create_model
 from bmjax.runs.folder import Run
 from bmjax.runs.trained import TrainedRun, load_run, same_classes
 from bmjax.train.apply import predict_logits
-from bmjax.weights.pretrained import read_pretrained
+from bmjax.weights.pretrained import check_has_files, read_pretrained
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +63,7 @@ def load_teacher(
 
     Args:
         source: a run's folder, or a torchvision checkpoint.
-        model: name of the ResNet that a checkpoint is of.
+        model: name of the model that a checkpoint is of.
         image_size: side of the images that a checkpoint is given; 0: 224.
         console: where it is said what damage of a file cannot be seen.
 
@@ -73,11 +73,8 @@ def load_teacher(
     path = Path(source)
     if not path.suffix or hosts.on_first(path.is_dir):
         return load_run(path)
-    if model not in RESNETS:
-        raise UserError(
-            f"--teacher {source} is a file, which does not name its own model: --teacher-model "
-            f"says which ResNet, but is {model!r}. Known: {', '.join(sorted(RESNETS))}."
-        )
+    said = f"--teacher {source} is a file, and --teacher-model is {model!r}"
+    check_has_files(model, said)
     weights = read_pretrained(source, model, image_size=image_size, console=console)
     run = Run(path, TrainConfig(model=model, data="", out=source), weights.data, {})
     module = create_model(model, len(weights.data["class_names"]))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from bmjax.machine import hosts
 from bmjax.machine.parallel import request_devices
 from bmjax.machine.storage import free_folder, make_folder, write_atomically, write_settings
 from bmjax.machine.storage import read_settings as read_file
-from bmjax.models import num_params
+from bmjax.models import contract, num_params
 from bmjax.models.build import build_model
 from bmjax.runs.folder import CONFIG, TOUR, read_run, refuse_existing
 from bmjax.runs.trained import TrainedRun, check_fits, load_for, load_run
@@ -174,7 +175,7 @@ class _Plan:
 
 
 def _num_params(model: Any, shape: tuple[int, int, int]) -> int:
-    init = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *shape)))
+    init = jax.eval_shape(partial(contract.init, model), jax.random.key(0), jnp.zeros((1, *shape)))
     return num_params(init["params"])
 
 
@@ -316,7 +317,7 @@ def initial_variables(
 ) -> dict[str, Any]:
     """Returns the student's random variables, as alone, with the params of the loss beside them."""
     init_key, _ = run_keys(config.seed)
-    variables = jax.jit(model.init)(init_key, jnp.zeros((1, *shape)))
+    variables = jax.jit(partial(contract.init, model))(init_key, jnp.zeros((1, *shape)))
     of_loss = matching.init(jax.random.fold_in(init_key, 1)) if matching else {}
     if not of_loss:
         return dict(variables)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -15,6 +16,7 @@ from bmjax.data import ArraySource, Dataset, preprocess
 from bmjax.data.preprocess import Normalization
 from bmjax.data.sources import Source
 from bmjax.losses import logits as losses
+from bmjax.models.contract import features_before
 
 # From nearly none to so much that all classes look alike.
 _PENALTIES = tuple(10.0**power for power in range(-5, 2))
@@ -49,8 +51,9 @@ def probe_head(
     normalization: Normalization,
     dataset: Dataset,
     weights: tuple[float, ...] | None = None,
+    head: str = "head",
 ) -> Probe:
-    """Fits a head on the features `pre_logits`, which are computed once, without random views.
+    """Fits a head on the features before it, which are computed once, without random views.
 
     Minimises the mean cross entropy plus `penalty / 2` times the squared kernel, on features
     brought to mean 0 and variance 1, by L-BFGS; of seven penalties from 1e-5 to 10 takes the one
@@ -63,9 +66,11 @@ def probe_head(
         normalization: `mean` and `std` that images are normalised by.
         dataset: its training and validation splits are used.
         weights: a factor of the loss per class; None: 1.
+        head: path of the model's own.
     """
-    features, labels = compute_features(model, variables, normalization, dataset.train)
-    others, other_labels = compute_features(model, variables, normalization, dataset.validation)
+    compute = partial(compute_features, model, variables, normalization, head=head)
+    features, labels = compute(dataset.train)
+    others, other_labels = compute(dataset.validation)
     mean, std = features.mean(axis=0), features.std(axis=0)
     std = np.where(std > 0, std, 1.0)
     inputs, other_inputs = (features - mean) / std, (others - mean) / std
@@ -136,19 +141,23 @@ def compute_features(
     normalization: Normalization,
     source: Source,
     batch_size: int = 256,
+    head: str = "head",
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Applies a model in evaluation mode up to its head.
+    """Applies a model in evaluation mode up to its head, the layer of that path.
 
     Returns:
-        The intermediate `pre_logits` [examples, features] float32, and the labels [examples].
+        The intermediate `pre_logits`, or where it has none the head's input, [examples, features]
+        float32; and the labels [examples].
+
+    Raises:
+        UserError: there is neither.
     """
     dtype = getattr(model, "dtype", None) or jnp.float32
 
     @jax.jit
     def features(variables: Any, images: Array) -> Array:
         inputs = preprocess.normalize(images.astype(jnp.float32) / 255, normalization, dtype)
-        _, sown = model.apply(variables, inputs, mutable=["intermediates"])
-        return sown["intermediates"]["pre_logits"].astype(jnp.float32)
+        return features_before(model, variables, inputs, head).astype(jnp.float32)
 
     on_device = jax.device_put(variables)
     parts = [np.asarray(features(on_device, images)) for images in _batches(source, batch_size)]

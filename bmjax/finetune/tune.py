@@ -1,6 +1,7 @@
 """Fine-tuning: pretrained weights, a new head, and training that treats both with care."""
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,10 @@ from bmjax.finetune.probe import Probe, probe_head
 from bmjax.machine import hosts
 from bmjax.machine.cache import use_compilation_cache
 from bmjax.machine.parallel import request_devices
+from bmjax.models import contract
+from bmjax.models.architecture import Architecture
 from bmjax.models.build import build_model
+from bmjax.models.registry import find
 from bmjax.ops.memory import share_memory
 from bmjax.runs import checkpoint
 from bmjax.runs.folder import CONFIG, Run, read_run, refuse_existing
@@ -228,20 +232,25 @@ def _make_start(
 ) -> tuple[StartingPoint, Probe | None]:
     model = build_model(train_config, dataset.num_classes)
     variables = _init(model, dataset, config.seed)
-    head = variables["params"]["head"]
-    params = {"head": head, **weights.variables["params"]}
+    architecture = find(train_config.model)
+    params = weights.variables["params"]
+    if config.head != "keep":
+        params = architecture.with_head(params, architecture.head_of(variables["params"]))
     start_variables = {"params": params, "batch_stats": weights.variables["batch_stats"]}
     # Same names, shapes and types as the model's own; the message lists what differs.
     checkpoint.from_named(checkpoint.to_named(start_variables), variables, config.weights)
     # What is wrong is said at once.
-    trainable_mask(start_variables["params"], config.freeze)
+    trainable_mask(params, config.freeze, architecture)
     if config.layer_decay != 1:
-        depth_scales(start_variables["params"], config.layer_decay)
+        depth_scales(params, config.layer_decay, architecture)
     probe = None
     if config.head == "probe":
         factors = loss_weights(config, dataset.train.labels, dataset.num_classes)
-        probe = probe_head(model, start_variables, weights.normalization, dataset, factors)
-        params["head"] = {"kernel": probe.kernel, "bias": probe.bias}
+        probe = probe_head(
+            model, start_variables, weights.normalization, dataset, factors, architecture.head
+        )
+        fitted = _as_head(probe, architecture, variables["params"])
+        start_variables["params"] = architecture.with_head(params, fitted)
     start = StartingPoint(
         start_variables,
         weights.normalization,
@@ -252,9 +261,25 @@ def _make_start(
     return start, probe
 
 
+def _as_head(probe: Probe, architecture: Architecture, params: Any) -> dict[str, np.ndarray]:
+    """Returns a probe as the params of the model's head.
+
+    Raises:
+        UserError: the head has no bias, or another number of features.
+    """
+    head = architecture.head_of(params)
+    if set(head) != {"kernel", "bias"} or head["kernel"].size != probe.kernel.size:
+        shapes = {name: list(np.shape(value)) for name, value in head.items()}
+        raise UserError(
+            f"the head {architecture.head!r} of {architecture.name} holds {shapes}, but a linear "
+            f"probe is a kernel {list(probe.kernel.shape)} and a bias. Give --head random."
+        )
+    return {"kernel": probe.kernel.reshape(head["kernel"].shape), "bias": probe.bias}
+
+
 def _init(model: nn.Module, dataset: Dataset, seed: int) -> dict[str, Any]:
     """Returns variables as a run with this seed would draw them, on the host."""
     init_key, _ = jax.random.split(jax.random.key(seed))
-    variables = jax.jit(model.init)(init_key, jnp.zeros((1, *dataset.image_shape)))
-    host = jax.tree.map(np.asarray, dict(variables))
+    init = jax.jit(partial(contract.init, model))
+    host = jax.tree.map(np.asarray, init(init_key, jnp.zeros((1, *dataset.image_shape))))
     return {"params": host["params"], "batch_stats": host.get("batch_stats", {})}

@@ -1,6 +1,5 @@
 """A model applied: in training mode, in evaluation mode, with features of named layers."""
 
-import inspect
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -10,16 +9,22 @@ from jax import Array
 
 from bmjax.data import preprocess
 from bmjax.data.preprocess import Normalization
+from bmjax.models import contract
 
 
 def apply_train(
-    model: nn.Module, params: Any, batch_stats: Any, images: Array, mask: Array
+    model: nn.Module,
+    params: Any,
+    batch_stats: Any,
+    images: Array,
+    mask: Array,
+    key: Array | None = None,
 ) -> tuple[Array, Any]:
     """Applies the model in training mode; returns the logits and the new running statistics.
 
     See `apply_with_features`.
     """
-    logits, batch_stats, _ = apply_with_features(model, params, batch_stats, images, mask, ())
+    logits, batch_stats, _ = apply_with_features(model, params, batch_stats, images, mask, (), key)
     return logits, batch_stats
 
 
@@ -30,19 +35,20 @@ def apply_with_features(
     images: Array,
     mask: Array,
     layers: Sequence[str],
+    key: Array | None = None,
 ) -> tuple[Array, Any, dict[str, Array]]:
     """Applies the model in training mode.
 
     Returns logits, new running statistics, and the named intermediates of `layers`.
     The statistics leave out the examples where `mask` [batch] is False: a last batch that is
-    filled up counts as the smaller one that it is.
+    filled up counts as the smaller one that it is. `key` is of what is random in the model, such as
+    dropout; under pmap each device has one of its own.
     """
     variables = {"params": params, "batch_stats": batch_stats}
-    # A module of one's own need not know of masks.
-    known = inspect.signature(type(model).__call__).parameters
-    masked: dict[str, Any] = {"mask": mask} if "mask" in known else {}
     mutable = ["batch_stats", "intermediates"] if layers else ["batch_stats"]
-    logits, new = model.apply(variables, images, train=True, mutable=mutable, **masked)
+    logits, new = contract.apply(
+        model, variables, images, train=True, mask=mask, key=key, mutable=mutable
+    )
     features = {name: new["intermediates"][name] for name in layers}
     return cast(Array, logits), new.get("batch_stats", {}), features
 
@@ -62,7 +68,7 @@ def predict_logits(
         Logits [batch, classes] float32.
     """
     dtype = getattr(model, "dtype", None) or jnp.float32
-    logits = model.apply(variables, preprocess.normalize(images, normalization, dtype))
+    logits = contract.apply(model, variables, preprocess.normalize(images, normalization, dtype))
     return cast(Array, logits)
 
 
@@ -78,5 +84,5 @@ def predict_features(
         return predict_logits(model, normalization, variables, images), {}
     dtype = getattr(model, "dtype", None) or jnp.float32
     images = preprocess.normalize(images, normalization, dtype)
-    logits, new = model.apply(variables, images, mutable=["intermediates"])
+    logits, new = contract.apply(model, variables, images, mutable=["intermediates"])
     return cast(Array, logits), {name: new["intermediates"][name] for name in layers}

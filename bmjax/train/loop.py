@@ -24,8 +24,8 @@ from bmjax.machine.parallel import make_parallel, request_devices
 from bmjax.machine.signals import Stop, noting_signals
 from bmjax.machine.threads import compute_in_calling_thread, suits_one_thread
 from bmjax.metrics import summarize
-from bmjax.models import forward_flops
-from bmjax.models.build import build_model
+from bmjax.models.build import build_model, resolve
+from bmjax.models.registry import find
 from bmjax.runs import checkpoint
 from bmjax.runs.folder import (
     Run,
@@ -80,14 +80,15 @@ def fit(
         DivergenceError: a loss that is not finite.
         StoppedError: SIGTERM or Ctrl-C, after a checkpoint.
     """
-    config = config.resolved()
     check_train(config)
+    architecture = find(config.model)
+    config = resolve(config, architecture)
     path = Path(config.out)
     request_devices(config.device)
     hosts.check_same("settings", settings_to_keep(config), "Start all with the same flags.")
     saved = hosts.on_first(read_run, path) if config.run.resume else None
     # Before any work, so that an unknown name is said, and memory is shared as the model needs it.
-    model = build_model(saved.config if saved else config, 2)
+    model = build_model(saved.config if saved else config, 2, architecture=architecture)
     if saved is None:
         hosts.on_first(refuse_existing, path)
     else:
@@ -95,13 +96,19 @@ def fit(
     use_compilation_cache()
 
     def make_programs(spec: DatasetSpec) -> TrainingPrograms:
-        flops = config.batch_size * forward_flops(model, spec.image_shape)
+        flops = config.batch_size * architecture.forward_flops(model, spec.image_shape)
         # Random views are several times the work of a small model, and gain by a second thread.
         if own_process and not config.views.augment and suits_one_thread(flops):
             compute_in_calling_thread()
-        check_possible(config, spec)
+        check_possible(config, spec, architecture)
         return TrainingPrograms(
-            config, make_parallel(config.device), spec, make_loss, start, view_targets
+            config,
+            make_parallel(config.device),
+            spec,
+            make_loss,
+            start,
+            view_targets,
+            architecture=architecture,
         )
 
     if dataset is None:

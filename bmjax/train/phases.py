@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
-import jax
-import jax.numpy as jnp
 import optax
 
 from bmjax.config import BaseConfig, TrainConfig
@@ -14,9 +12,11 @@ from bmjax.config.checks import check_train
 from bmjax.data import Dataset
 from bmjax.data.preprocess import Normalization
 from bmjax.data.sources import DatasetSpec
-from bmjax.errors import UserError
 from bmjax.machine.parallel import check_divides, make_parallel
+from bmjax.models.architecture import Architecture
 from bmjax.models.build import build_model
+from bmjax.models.contract import check_module, has_field
+from bmjax.models.registry import find
 from bmjax.train.optim import (
     depth_scales,
     frozen_layers,
@@ -80,12 +80,13 @@ class Phase:
 
 
 def make_phases(
-    config: BaseConfig,
+    config: TrainConfig,
     model: nn.Module,
     image_shape: tuple[int, int, int],
     steps_per_epoch: int,
     start: StartingPoint | None,
     schedule: optax.Schedule | None = None,
+    architecture: Architecture | None = None,
 ) -> list[Phase]:
     """Returns the phases of a run, in order: one, or the head's and then that of all.
 
@@ -96,6 +97,7 @@ def make_phases(
         steps_per_epoch: updates in one epoch.
         start: what the run begins with; None: random params.
         schedule: of the learning rate in each phase; by default the config's.
+        architecture: of the model; None: the one that `config.model` names.
 
     Raises:
         UserError: a rule of `start.freeze` that does not fit.
@@ -104,8 +106,10 @@ def make_phases(
     plan = [whole]
     if start and start.head_epochs:
         plan = [(0, start.head_epochs, ("backbone",)), (start.head_epochs, *whole[1:])]
+    architecture = architecture or find(config.model)
+    common = (config, model, image_shape, steps_per_epoch, start, schedule, architecture)
     return [
-        _phase(config, model, image_shape, steps_per_epoch, start, schedule, *epochs_and_freeze)
+        _phase(*common, *epochs_and_freeze)
         for epochs_and_freeze in plan
         if epochs_and_freeze[0] < epochs_and_freeze[1]
     ]
@@ -118,6 +122,7 @@ def _phase(
     steps_per_epoch: int,
     start: StartingPoint | None,
     schedule: optax.Schedule | None,
+    architecture: Architecture,
     first_epoch: int,
     last_epoch: int,
     freeze: tuple[str, ...],
@@ -128,11 +133,11 @@ def _phase(
     if start is not None:
         params = start.variables["params"]
         if freeze:
-            trained = trainable_mask(params, freeze)
-            if hasattr(model, "frozen_layers"):
+            trained = trainable_mask(params, freeze, architecture)
+            if has_field(model, "frozen_layers"):
                 model = model.clone(frozen_layers=frozen_layers(trained))
         if start.layer_decay != 1:
-            scales = depth_scales(params, start.layer_decay)
+            scales = depth_scales(params, start.layer_decay, architecture)
             scales = scales if trained is None else select(scales, trained)
     optimizer = make_optimizer(config.optim, schedule, scales)
     variables = start.variables if start else None
@@ -142,16 +147,23 @@ def _phase(
     return Phase(first, last, trained, model, schedule, optimizer, fresh)
 
 
-def check_possible(config: TrainConfig, data: Dataset | DatasetSpec) -> None:
+def check_possible(
+    config: TrainConfig, data: Dataset | DatasetSpec, architecture: Architecture | None = None
+) -> None:
     """Checks all that can be wrong with a run before anything of it is trained or written.
+
+    Args:
+        config: of the run.
+        data: what it is trained on.
+        architecture: of its model; None: the one that `config.model` names.
 
     Raises:
         UserError: settings out of range, or a model that cannot take the images.
     """
     check_train(config)
-    check_divides(make_parallel(config.device), config.batch_size, config.accumulate)
-    model = build_model(config, data.num_classes)
-    try:
-        jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *data.image_shape)))
-    except ValueError as error:
-        raise UserError(f"{config.model} cannot take these images: {error}") from error
+    parallel = make_parallel(config.device)
+    check_divides(parallel, config.batch_size, config.accumulate)
+    architecture = architecture or find(config.model)
+    model = build_model(config, data.num_classes, architecture=architecture)
+    alone = parallel.axis_name is not None and len(parallel.devices) > 1
+    check_module(architecture, model, data.num_classes, data.image_shape, alone)

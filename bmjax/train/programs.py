@@ -16,6 +16,7 @@ from bmjax.data.preprocess import Normalization
 from bmjax.data.sources import DatasetSpec
 from bmjax.data.statistics import loss_weights
 from bmjax.machine.parallel import Parallel
+from bmjax.models.architecture import Architecture
 from bmjax.models.build import build_model
 from bmjax.train.compiled import make_train_steps, zero_totals
 from bmjax.train.gradients import accumulated
@@ -37,6 +38,7 @@ class TrainingPrograms:
         start: what the run begins with; None: random params.
         view_targets: see `loop.fit`.
         schedule: of the learning rate in each phase; by default the config's.
+        architecture: of the model; None: the one that `config.model` names.
 
     Attributes:
         spec: as given.
@@ -58,15 +60,16 @@ class TrainingPrograms:
         start: StartingPoint | None = None,
         view_targets: loader.ViewTargets | None = None,
         schedule: optax.Schedule | None = None,
+        architecture: Architecture | None = None,
     ):
         self.spec, self.parallel = spec, parallel
         self._config, self._targets = config, view_targets
         self._make_loss = make_loss or _with_normalization_as_input(config, spec)
         self._ahead = make_loss is None and view_targets is None
         self.num_batches = loader.num_batches(len(spec.labels), config.batch_size)
-        self.model = build_model(config, spec.num_classes, parallel.axis_name)
+        self.model = build_model(config, spec.num_classes, parallel.axis_name, architecture)
         self.phases = make_phases(
-            config, self.model, spec.image_shape, self.num_batches, start, schedule
+            config, self.model, spec.image_shape, self.num_batches, start, schedule, architecture
         )
         size, channels = spec.image_shape[:2], spec.image_shape[2]
         self._view = loader.make_view(config.views, size, [0.0] * channels, parallel.axis_name)

@@ -1,8 +1,7 @@
 """torchvision's state dicts to Flax variables and back: a table of names, strict both ways."""
 
-import re
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -12,51 +11,15 @@ import numpy as np
 from flax import traverse_util
 
 from bmjax.errors import UserError, unknown_name
-from bmjax.models import RESNETS
+from bmjax.models import Architecture, architectures, contract, find
+from bmjax.models.architecture import TorchNames
+from bmjax.models.registry import list_models, make_module
 from bmjax.weights.files import read_state_dict
 
 Flat = dict[str, Any]
 
-# Where a layer lies. Blocks are counted from 1 here and from 0 in torchvision, hence the group.
-_PLACES = (
-    (r"stem_conv", "conv1"),
-    (r"stem_norm", "bn1"),
-    (r"stage(\d+)_block(\d+)/conv(\d+)", "layer{0}.{1}.conv{2}"),
-    (r"stage(\d+)_block(\d+)/norm(\d+)", "layer{0}.{1}.bn{2}"),
-    (r"stage(\d+)_block(\d+)/downsample/conv", "layer{0}.{1}.downsample.0"),
-    (r"stage(\d+)_block(\d+)/downsample/norm", "layer{0}.{1}.downsample.1"),
-    (r"head", "fc"),
-)
-# What a layer holds.
-_LEAVES = {
-    "kernel": "weight",
-    "scale": "weight",
-    "bias": "bias",
-    "mean": "running_mean",
-    "var": "running_var",
-    "count": "num_batches_tracked",
-}
-_HEAD = "params/head/"
 _COUNT = ".num_batches_tracked"
-
-
-def torchvision_name(path: str) -> str:
-    """Returns torchvision's name of a variable of a ResNet.
-
-    Args:
-        path: such as `params/stage1_block1/conv1/kernel`.
-
-    Raises:
-        KeyError: no layer of a ResNet.
-    """
-    place, _, leaf = path.partition("/")[2].rpartition("/")
-    for pattern, name in _PLACES:
-        if match := re.fullmatch(pattern, place):
-            numbers = [int(number) for number in match.groups()]
-            if len(numbers) > 1:
-                numbers[1] -= 1
-            return f"{name.format(*numbers)}.{_LEAVES[leaf]}"
-    raise KeyError(path)
+_BUFFERS = (_COUNT, ".running_mean", ".running_var")
 
 
 def from_torchvision(
@@ -68,7 +31,7 @@ def from_torchvision(
     norm: str = "batch",
     where: str = "the state dict",
 ) -> dict[str, Any]:
-    """Converts the weights of a torchvision ResNet to Flax variables, strictly.
+    """Converts the weights of a torchvision model to Flax variables, strictly.
 
     Kernels go from [out, in, height, width] to [height, width, in, out], that of the head from
     [out, in] to [in, out]; all else keeps its form. Values are kept to the bit where they are
@@ -77,7 +40,7 @@ def from_torchvision(
 
     Args:
         source: a file that `read_state_dict` reads, or a state dict as numpy arrays.
-        model: name of the ResNet, see `bmjax.list_models()`.
+        model: name of the model, one that torchvision has.
         num_classes: number of logits asked for; None takes what the source has.
         head: whether the last layer is converted; without it, it may have any size or be absent,
             and the result has no `params/head`.
@@ -94,32 +57,29 @@ def from_torchvision(
     if isinstance(source, str | Path):
         where, source = str(source), read_state_dict(source)
     arrays = {name: np.asarray(value) for name, value in source.items()}
+    architecture, names = _with_torch_names(model)
+    of_head = f"{names.layer(architecture.head)}."
     if num_classes is None:
-        num_classes = _num_classes(arrays.get("fc.bias"))
+        num_classes = _num_classes(arrays.get(f"{of_head}bias"))
     if not head:
-        arrays = {name: value for name, value in arrays.items() if not name.startswith("fc.")}
-    expected = _wanted(model, num_classes, head, norm)
-    problems = _differences(arrays, expected)
+        arrays = {name: value for name, value in arrays.items() if not name.startswith(of_head)}
+    expected = _wanted(architecture, num_classes, head, norm)
+    problems = _differences(arrays, expected, names)
     if problems:
-        own_classes = _num_classes(arrays.get("fc.bias"))
-        fitting = [
-            name
-            for name in RESNETS
-            if name != model and not _differences(arrays, _wanted(name, own_classes, head, norm))
-        ]
+        fitting = _fitting(arrays, head, norm)
         hint = (
             f"It fits {' and '.join(fitting)}: give --model {fitting[0]}."
             if fitting
-            else "Check --model, and that the file is a torchvision ResNet's state dict."
+            else f"Check --model, and that the file is a state dict of torchvision's {model}."
         )
         raise UserError(f"{where} does not fit {model}: {'; '.join(problems)}. {hint}")
-    flat = {path: _to_flax(path, leaf, arrays) for path, leaf in expected.items()}
+    flat = {path: _to_flax(path, leaf, arrays, names) for path, leaf in expected.items()}
     variables = traverse_util.unflatten_dict(flat, sep="/")
     return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
 
 
 def to_torchvision(variables: Mapping[str, Any], model: str) -> dict[str, np.ndarray]:
-    """Converts Flax variables of a ResNet to torchvision's names and layouts.
+    """Converts Flax variables to torchvision's names and layouts.
 
     The inverse of `from_torchvision`, to the bit. `torchvision.models.MODEL(num_classes=N)
     .load_state_dict` takes the result with `strict=True` once its arrays are tensors, as
@@ -127,7 +87,7 @@ def to_torchvision(variables: Mapping[str, Any], model: str) -> dict[str, np.nda
 
     Args:
         variables: `params` and `batch_stats`.
-        model: name of the ResNet.
+        model: name of the model, one that torchvision has.
 
     Returns:
         `{torchvision's name: array}` in torchvision's order, of the variables' types, and
@@ -136,35 +96,78 @@ def to_torchvision(variables: Mapping[str, Any], model: str) -> dict[str, np.nda
     Raises:
         UserError: an unknown model, or variables that are not this model's, all differences named.
     """
+    architecture, names = _with_torch_names(model)
     flat = _flatten(variables)
-    num_classes = _num_classes(flat.get(_HEAD + "bias"))
+    num_classes = _num_classes(flat.get(f"params/{architecture.head}/bias"))
     norm = "batch" if any(path.endswith("/mean") for path in flat) else "group"
-    expected = expected_arrays(model, num_classes, norm)
+    expected = _wanted(architecture, num_classes, True, norm)
     shapes = {path: tuple(leaf.shape) for path, leaf in expected.items()}
     problems = _list_differences({path: np.shape(leaf) for path, leaf in flat.items()}, shapes)
     if problems:
         raise UserError(
             f"the variables do not fit {model}: {'; '.join(problems)}. Check the model's name."
         )
-    return {torchvision_name(path): _to_torch(path, flat[path]) for path in _in_order(expected)}
+    return {
+        names.variable(path): _to_torch(path, flat[path])
+        for path in sorted(expected, key=names.rank)
+    }
 
 
 def expected_arrays(model: str, num_classes: int, norm: str = "batch") -> Flat:
-    """Returns shape and type of each variable of a ResNet, by its path.
+    """Returns shape and type of each variable of a model, by its path.
 
     Raises:
-        UserError: the model is no ResNet.
+        UserError: torchvision has no such model.
     """
-    if model not in RESNETS:
-        raise unknown_name("ResNet", model, sorted(RESNETS))
-    return dict(_expected(model, num_classes, norm))
+    return dict(_expected(_with_torch_names(model)[0], num_classes, norm))
+
+
+def _with_torch_names(model: str) -> tuple[Architecture, TorchNames]:
+    known = sorted(each.name for each in architectures() if each.torch)
+    architecture = find(model) if model in list_models() else None
+    if architecture is None or architecture.torch is None:
+        raise unknown_name("model of torchvision", model, known)
+    return architecture, architecture.torch
 
 
 @cache
-def _expected(model: str, num_classes: int, norm: str) -> Flat:
-    module = RESNETS[model](num_classes=num_classes, norm=norm)
-    images = jnp.zeros((1, 64, 64, 3))
-    return _flatten(jax.eval_shape(module.init, jax.random.key(0), images))
+def _expected(architecture: Architecture, num_classes: int, norm: str) -> Flat:
+    options = {"norm": norm} if "norm" in architecture.options else {}
+    module = make_module(architecture, num_classes, **options)
+    images = jnp.zeros((1, *architecture.image_shape))
+    init = partial(contract.init, module)
+    return _flatten(jax.eval_shape(init, jax.random.key(0), images))
+
+
+def _fitting(arrays: Flat, head: bool, norm: str) -> list[str]:
+    """Returns the names of the models whose state dict this is.
+
+    To trace a deep model takes a second, so those are passed over of which it is known that they
+    have another number of params.
+    """
+    fitting = []
+    for each in architectures():
+        if each.torch is None:
+            continue
+        of_head = f"{each.torch.layer(each.head)}."
+        kept = {name: array for name, array in arrays.items() if not name.startswith(of_head)}
+        if not _may_have_as_many(each, kept):
+            continue
+        num_classes = _num_classes(arrays.get(f"{of_head}bias"))
+        expected = _wanted(each, num_classes, head, norm)
+        if not _differences(arrays if head else kept, expected, each.torch):
+            fitting.append(each.name)
+    return fitting
+
+
+def _may_have_as_many(architecture: Architecture, arrays: Flat) -> bool:
+    """Whether the published number of params is that of these, without a head, and of a head.
+
+    A head of 1000 classes has 1000 params for each feature, and 1000 biases.
+    """
+    number = sum(array.size for name, array in arrays.items() if not name.endswith(_BUFFERS))
+    rests = [weights.num_params - number for weights in architecture.published]
+    return not rests or any(rest > 0 and rest % 1000 == 0 for rest in rests)
 
 
 def _flatten(variables: Mapping[str, Any]) -> Flat:
@@ -183,14 +186,15 @@ def _num_classes(bias: Any) -> int:
     return 1000 if bias is None else max(1, np.size(bias))
 
 
-def _wanted(model: str, num_classes: int, head: bool, norm: str) -> Flat:
-    expected = expected_arrays(model, num_classes, norm)
-    return {path: leaf for path, leaf in expected.items() if head or not path.startswith(_HEAD)}
+def _wanted(architecture: Architecture, num_classes: int, head: bool, norm: str) -> Flat:
+    of_head = f"params/{architecture.head}/"
+    expected = _expected(architecture, num_classes, norm)
+    return {path: leaf for path, leaf in expected.items() if head or not path.startswith(of_head)}
 
 
-def _differences(arrays: Flat, expected: Flat) -> list[str]:
+def _differences(arrays: Flat, expected: Flat, names: TorchNames) -> list[str]:
     shapes = {
-        torchvision_name(path): _torch_shape(path, tuple(leaf.shape))
+        names.variable(path): _torch_shape(path, tuple(leaf.shape))
         for path, leaf in expected.items()
     }
     given = {name: value.shape for name, value in arrays.items()}
@@ -225,8 +229,8 @@ def _list_differences(
     return [f"{len(names)} {kind}: {', '.join(names)}" for kind, names in named if names]
 
 
-def _to_flax(path: str, leaf: Any, arrays: Flat) -> np.ndarray:
-    name = torchvision_name(path)
+def _to_flax(path: str, leaf: Any, arrays: Flat, names: TorchNames) -> np.ndarray:
+    name = names.variable(path)
     if name.endswith(_COUNT):
         count = np.clip(arrays.get(name, 0), 0, np.iinfo(np.int32).max)
         return np.asarray(count, np.int32)
@@ -243,19 +247,3 @@ def _to_torch(path: str, value: Any) -> np.ndarray:
     if path.endswith("/kernel"):
         array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
     return np.array(array, order="C")
-
-
-def _in_order(expected: Flat) -> list[str]:
-    """Orders the variables as torchvision does: layer by layer, downsample last in its block."""
-    leaves = list(_LEAVES)
-
-    def rank(path: str) -> tuple[Any, ...]:
-        place, _, leaf = path.partition("/")[2].rpartition("/")
-        parts = re.findall(r"stem|stage|head|downsample|conv|norm|block|\d+", place)
-        order = {"stem": 0, "stage": 1, "head": 2, "block": 0, "conv": 0, "norm": 1}
-        numbers = [int(part) for part in parts if part.isdigit()]
-        depth = 99 if "downsample" in parts else (numbers[2] if len(numbers) > 2 else 0)
-        kind = order.get("norm" if "norm" in parts else "conv", 0)
-        return (order[parts[0]], *(numbers[:2] or (0, 0)), depth, kind, leaves.index(leaf))
-
-    return sorted(expected, key=rank)

@@ -14,7 +14,7 @@ from bmjax.data import preprocess
 from bmjax.data.preprocess import Normalization
 from bmjax.errors import UserError
 from bmjax.machine.storage import write_atomically
-from bmjax.models import RESNETS
+from bmjax.models import architectures, find, list_models
 from bmjax.runs import checkpoint
 from bmjax.runs.folder import Run, create_run
 from bmjax.runs.trained import load_run
@@ -22,11 +22,9 @@ from bmjax.weights.convert import from_torchvision, to_torchvision
 from bmjax.weights.files import read_state_dict, unseen_damage
 from bmjax.weights.named import fetch, imagenet_classes, published
 
-NAMES = ("imagenet-v1", "imagenet-v2")
 # Of ImageNet's photographs, scaled to [0, 1], as torchvision's weights expect them.
 IMAGENET = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 FLAX_SUFFIX = ".msgpack"
-_DEFAULT_SIZE = 224
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +33,7 @@ class Pretrained:
 
     Attributes:
         model: name of the model.
-        variables: `params` and `batch_stats`; without `params/head` where that was left out.
+        variables: `params` and `batch_stats`; without the head where that was left out.
         data: as in `runs.Run`; `class_names` is empty where the head was left out.
         state_dict: what a torchvision file holds, None for any other source.
         norm, hidden_sizes: of the model, as in `config.BaseConfig`.
@@ -74,7 +72,7 @@ def read_pretrained(
         source: a torchvision checkpoint (.pth, .pt or .safetensors), Flax variables (.msgpack), a
             run's folder, or `imagenet-v1` or `imagenet-v2` for torchvision's published weights; a
             file of that name goes first.
-        model: name of the ResNet; a run knows its own, and it may be empty then.
+        model: name of the model; a run knows its own, and it may be empty then.
         head: whether the last layer is wanted; without it, it may be absent or of any size.
         image_size: side of the images that the model takes; 0: the weights' own, or 224. A run
             keeps its own.
@@ -90,25 +88,22 @@ def read_pretrained(
     path = Path(source)
     if path.is_dir():
         return _from_run(path, model, head)
-    if model not in RESNETS:
-        known = ", ".join(sorted(RESNETS))
-        said = f"--model {model} is none" if model else "--model says which ResNet"
-        raise UserError(f"{said}: a file of weights does not name its own. Known: {known}.")
+    check_has_files(model, f"--model {model} is none" if model else "--model says which model")
     state_dict = None
-    name = source if source in NAMES and not path.exists() else ""
+    name = source if source in _published_names() and not path.exists() else ""
     if path.suffix == FLAX_SUFFIX:
         variables = _read_flax(path, model)
     else:
         path = fetch(model, name, console) if name else path
         state_dict = read_state_dict(path)
         variables = from_torchvision(state_dict, model, head=head, where=str(path))
-    variables = variables if head else _without_head(variables)
+    variables = variables if head else _without_head(variables, model)
     if console and (note := unseen_damage(path)):
         console.print(note, highlight=False, markup=False, soft_wrap=True)
     data = {
         "name": "",
         "fingerprint": "",
-        "class_names": _names(variables, class_names) if head else [],
+        "class_names": _names(variables, model, class_names) if head else [],
         **_images(model, name, image_size, resize_size),
         **IMAGENET.to_dict(),
     }
@@ -121,15 +116,27 @@ def _from_run(path: Path, model: str, head: bool) -> Pretrained:
     if model not in ("", own):
         raise UserError(f"the run in {path} is of {own}, but --model is {model}.")
     settings, data = trained.run.config, trained.run.data
-    variables = trained.variables if head else _without_head(trained.variables)
+    variables = trained.variables if head else _without_head(trained.variables, own)
     if not head:
         data = {**data, "class_names": []}
     return Pretrained(own, variables, data, None, settings.norm, settings.hidden_sizes)
 
 
-def _without_head(variables: dict[str, Any]) -> dict[str, Any]:
-    params = {name: value for name, value in variables["params"].items() if name != "head"}
-    return {**variables, "params": params}
+def check_has_files(model: str, said: str) -> None:
+    """Raises UserError, which begins with `said`, where no file of torchvision is of the model."""
+    known = sorted(each.name for each in architectures() if each.torch)
+    if model not in list_models() or find(model).torch is None:
+        raise UserError(
+            f"{said}: a file of weights does not name its own. Known: {', '.join(known)}."
+        )
+
+
+def _published_names() -> set[str]:
+    return {weights.name for each in architectures() for weights in each.published}
+
+
+def _without_head(variables: dict[str, Any], model: str) -> dict[str, Any]:
+    return {**variables, "params": find(model).without_head(variables["params"])}
 
 
 def _read_flax(path: Path, model: str) -> dict[str, Any]:
@@ -149,8 +156,8 @@ def _read_flax(path: Path, model: str) -> dict[str, Any]:
     return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
 
 
-def _names(variables: dict[str, Any], names: tuple[str, ...]) -> list[str]:
-    num_classes = len(variables["params"]["head"]["bias"])
+def _names(variables: dict[str, Any], model: str, names: tuple[str, ...]) -> list[str]:
+    num_classes = find(model).num_classes(variables["params"])
     if not names:
         thousand = num_classes == len(imagenet_classes())
         names = imagenet_classes() if thousand else tuple(map(str, range(num_classes)))
@@ -163,7 +170,7 @@ def _names(variables: dict[str, Any], names: tuple[str, ...]) -> list[str]:
 
 def _images(model: str, name: str, image_size: int, resize_size: int) -> dict[str, Any]:
     """Returns shape and transform of the images for weights that came without a run."""
-    size, resize, interpolation = _DEFAULT_SIZE, 0, "bilinear"
+    size, resize, interpolation = find(model).image_shape[0], 0, "bilinear"
     if name:
         own = published(model, name)
         size, resize, interpolation = own.crop_size, own.resize_size, own.interpolation
