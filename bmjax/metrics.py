@@ -1,5 +1,7 @@
 """Metrics as sums: masked, added up batch by batch or device by device, read at the end."""
 
+from collections.abc import Callable, Collection, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -11,6 +13,8 @@ from jax import Array
 from bmjax.losses import logits as losses
 
 CALIBRATION_BINS = 15
+# `metric(logits, labels)`: of [batch, classes] and [batch] one number per example, [batch].
+OwnMetric = Callable[[Array, Array], Array]
 
 
 @struct.dataclass
@@ -24,6 +28,7 @@ class ClassificationSums:
         confusion: [classes, classes] int32; row: true class, column: predicted class.
         bin_count, bin_correct: [15] int32, examples and right ones by confidence.
         bin_confidence: [15] float32, sum of the confidences.
+        own: sums of own metrics by name, float32.
     """
 
     count: Array
@@ -33,10 +38,11 @@ class ClassificationSums:
     bin_count: Array
     bin_correct: Array
     bin_confidence: Array
+    own: dict[str, Array] = struct.field(default_factory=dict)
 
     @classmethod
-    def zeros(cls, num_classes: int) -> "ClassificationSums":
-        """Returns the sums over no example."""
+    def zeros(cls, num_classes: int, own: Collection[str] = ()) -> "ClassificationSums":
+        """Returns the sums over no example, with own metrics of these names."""
         whole, real = jnp.int32, jnp.float32
         bins = CALIBRATION_BINS
         return cls(
@@ -47,10 +53,17 @@ class ClassificationSums:
             bin_count=jnp.zeros((bins,), whole),
             bin_correct=jnp.zeros((bins,), whole),
             bin_confidence=jnp.zeros((bins,), real),
+            own={name: jnp.zeros((), real) for name in own},
         )
 
     @classmethod
-    def of_batch(cls, logits: Array, labels: Array, mask: Array) -> "ClassificationSums":
+    def of_batch(
+        cls,
+        logits: Array,
+        labels: Array,
+        mask: Array,
+        own: Mapping[str, OwnMetric] = MappingProxyType({}),
+    ) -> "ClassificationSums":
         """Returns the sums over one batch.
 
         Ties go to the lower class number in `predicted`; for top-5 an example counts when fewer
@@ -60,6 +73,7 @@ class ClassificationSums:
             logits: [batch, classes].
             labels: [batch] integers.
             mask: [batch], True where the example is real, False where it is padding.
+            own: own metrics by name.
         """
         logits = logits.astype(jnp.float32)
         num_classes = logits.shape[-1]
@@ -86,6 +100,10 @@ class ClassificationSums:
             bin_confidence=jnp.zeros((CALIBRATION_BINS,), jnp.float32)
             .at[bins]
             .add(jnp.where(mask, confidence, 0.0)),
+            own={
+                name: jnp.sum(jnp.where(mask, metric(logits, labels), 0.0)).astype(jnp.float32)
+                for name, metric in own.items()
+            },
         )
 
     def __add__(self, other: "ClassificationSums") -> "ClassificationSums":
@@ -99,7 +117,8 @@ def summarize(sums: ClassificationSums) -> dict[str, Any]:
         `examples`; `loss` (mean, nats); `accuracy`, `top5_accuracy` and
         `expected_calibration_error` in [0, 1] (Guo et al. 2017, 15 bins of equal width);
         `precision`, `recall` and `f1`, lists by class; `macro_f1`, their unweighted mean;
-        `confusion`, a list of rows. A ratio of nothing to nothing (a class that is never
+        `confusion`, a list of rows; and the means of own metrics, by their names. A ratio of
+        nothing to nothing (a class that is never
         predicted, say) is 0.
 
     Raises:
@@ -127,6 +146,7 @@ def summarize(sums: ClassificationSums) -> dict[str, Any]:
         "f1": f1.tolist(),
         "macro_f1": float(f1.mean()),
         "confusion": values.confusion.tolist(),
+        **{name: float(value) / count for name, value in values.own.items()},
     }
 
 

@@ -37,7 +37,8 @@ def measure(freeze: tuple[str, ...], size: int, batch_size: int) -> dict[str, fl
     from bmjax.machine.parallel import Parallel
     from bmjax.models.build import build_model
     from bmjax.train.compiled import make_train_steps, zero_totals
-    from bmjax.train.phases import StartingPoint, make_phases
+    from bmjax.train.job import Job, StartingPoint
+    from bmjax.train.phases import make_phases
     from bmjax.train.step import classification_loss
     from bmjax.weights.pretrained import IMAGENET
 
@@ -50,18 +51,19 @@ def measure(freeze: tuple[str, ...], size: int, batch_size: int) -> dict[str, fl
     images = np.random.default_rng(0).integers(0, 256, (num, *shape)).astype(np.uint8)
     source = ArraySource(images, (np.arange(num) % 10).astype(np.int32))
     parallel = Parallel("jit", jax.devices()[:1])
-    phase = make_phases(config, model, shape, STEPS, start)[-1]
+    phase = make_phases(config, model, shape, STEPS, Job(start=start))[-1]
     loss_fn = classification_loss(phase.model, IMAGENET, config.label_smoothing)
     view = loader.make_view(config.views, shape[:2], IMAGENET.mean)
     steps = make_train_steps(
         parallel,
-        phase.optimizer,
+        phase.make_optimizer,
         batch_size,
         ema_decay=config.ema_decay,
         trained=phase.trained,
     )
     totals = parallel.put(zero_totals(loss_fn, phase.fresh, shape))
-    functions, arrays = (view, Partial(loss_fn)), parallel.put(loader.as_arrays(source))
+    functions = (view, Partial(loss_fn), phase.schedule)
+    arrays = parallel.put(loader.as_arrays(source))
     state = parallel.put(phase.fresh)
     before = _peak()
     state, totals = steps(state, totals, functions, arrays, np.int32(1))  # compiles

@@ -37,6 +37,7 @@ from bmjax.machine.parallel import Parallel
 from bmjax.models import create_model
 from bmjax.runs.folder import Run
 from bmjax.runs.trained import TrainedRun
+from bmjax.train.job import Job
 from bmjax.train.programs import TrainingPrograms
 from bmjax.train.step import LossFn
 
@@ -62,10 +63,8 @@ def make_epochs(
     def with_teacher(model: Any, normalization: Normalization) -> LossFn:
         return distillation_loss(model, normalization, teacher, config)
 
-    make_loss = with_teacher if teacher else None
-    programs = TrainingPrograms(
-        train, parallel, DatasetSpec.of(dataset), make_loss, view_targets=view_targets
-    )
+    job = Job(make_loss=with_teacher if teacher else None, view_targets=view_targets)
+    programs = TrainingPrograms(train, parallel, DatasetSpec.of(dataset), job)
     (phase,), normalization = programs.phases, pixel_statistics(dataset)
     steps, totals = programs.steps(phase), programs.zeros(normalization)
     functions = parallel.put(programs.functions(phase, normalization))

@@ -10,7 +10,7 @@ import pytest
 
 from bmjax.config import DeviceConfig
 from bmjax.errors import StoppedError, UserError
-from bmjax.train import loop
+from bmjax.train import session
 from bmjax.train.loop import fit
 from bmjax.train.tracking import read_metrics
 from tests.test_loop import on_host, resumed, stopping
@@ -51,8 +51,8 @@ def assert_same(got, expected):
 
 def stopped_at(step, config, shapes, quiet, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Session, "run_all", stopping(loop._Session.run_all, step))
-        patch.setattr(loop, "_CALL_SECONDS", 1e-9)
+        patch.setattr(session.Session, "run_all", stopping(session.Session.run_all, step))
+        patch.setattr(session, "_CALL_SECONDS", 1e-9)
         with pytest.raises(StoppedError):
             fit(config, shapes, console=quiet)
 
@@ -85,7 +85,7 @@ def test_stopped_on_some_devices_and_gone_on_with_on_others(
 def test_a_batch_that_does_not_divide_is_an_error_before_any_compilation(
     small, shapes, quiet, monkeypatch
 ):
-    monkeypatch.setattr(loop, "Programs", lambda *_: pytest.fail("it went on"))
+    monkeypatch.setattr("bmjax.train.loop.TrainingPrograms", lambda *_: pytest.fail("it went on"))
     config = dataclasses.replace(small, batch_size=12, device=on("jit", 8))
     with pytest.raises(UserError, match="--batch-size 12 does not divide over 8 device"):
         fit(config, shapes, console=quiet)

@@ -195,7 +195,7 @@ def test_stopped_in_either_phase_and_resumed_is_as_never_stopped(
     config, tmp_path, monkeypatch, calls
 ):
     from bmjax.errors import StoppedError
-    from bmjax.train import loop as module
+    from bmjax.train import session as module
 
     from .test_loop import stopping
 
@@ -203,7 +203,7 @@ def test_stopped_in_either_phase_and_resumed_is_as_never_stopped(
     whole = dataclasses.replace(config, out=str(tmp_path / "whole"))
     finetune(whole)
     with monkeypatch.context() as patch:
-        patch.setattr(module._Session, "run_all", stopping(module._Session.run_all, calls))
+        patch.setattr(module.Session, "run_all", stopping(module.Session.run_all, calls))
         patch.setattr(module, "_CALL_SECONDS", 1e-9)  # one step a call, three an epoch
         with pytest.raises(StoppedError, match="bmjax finetune --resume --out"):
             finetune(config)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -19,6 +20,7 @@ from bmjax.config import DeviceConfig, OptimConfig, RunConfig
 from bmjax.data import ArraySource, Dataset, loader
 from bmjax.data.load import resized
 from bmjax.errors import DivergenceError, StoppedError, UserError
+from bmjax.machine.signals import Stop
 from bmjax.runs import checkpoint
 from bmjax.runs.folder import lock_folder
 from bmjax.train.loop import fit
@@ -105,11 +107,11 @@ def test_stopped_in_an_epoch_and_resumed_is_as_never_stopped(
         dataclasses.replace(config, out=str(tmp_path / "w")), shapes, console=quiet
     )
 
-    from bmjax.train import loop as module
+    from bmjax.train import session as module
 
     for calls in (1, 3, 8):
         with monkeypatch.context() as patch:
-            patch.setattr(module._Session, "run_all", stopping(module._Session.run_all, calls))
+            patch.setattr(module.Session, "run_all", stopping(module.Session.run_all, calls))
             patch.setattr(module, "_CALL_SECONDS", 1e-9)  # one step a call
             with pytest.raises(StoppedError, match=r"stopped by SIGTERM at step \d+ of 36") as stop:
                 fit(resumed(config) if calls > 1 else config, shapes, console=quiet)
@@ -162,18 +164,13 @@ def test_divergence_names_step_learning_rate_and_checkpoint(small, shapes, quiet
         fit(resumed(config), shapes, console=quiet)
 
 
-def test_divergence_later_keeps_the_last_good_checkpoint(small, shapes, quiet, monkeypatch):
-    from bmjax.train import phases as module
+def test_divergence_later_keeps_the_last_good_checkpoint(small, shapes, quiet):
+    def leaping(step):
+        return jnp.where(step >= 15, 1e20, 1e-3)
 
-    schedule = module.learning_rate_schedule
-
-    def leaping(*arguments):
-        usual = schedule(*arguments)
-        return lambda step: usual(step) + 1e20 * (step >= 15)
-
-    monkeypatch.setattr(module, "learning_rate_schedule", leaping)
+    config = dataclasses.replace(small, optim=OptimConfig(optimizer="sgd"))
     with pytest.raises(DivergenceError, match=r"step 1\d .*last good checkpoint is \S+/12\."):
-        fit(dataclasses.replace(small, optim=OptimConfig(optimizer="sgd")), shapes, console=quiet)
+        fit(config, shapes, schedule=leaping, console=quiet)
 
 
 def test_an_update_that_breaks_the_params_is_seen_without_a_later_loss(small, shapes, quiet):
@@ -185,16 +182,16 @@ def test_an_update_that_breaks_the_params_is_seen_without_a_later_loss(small, sh
 
 
 def test_a_signal_in_the_last_call_is_answered_after_it(small, shapes, quiet, monkeypatch):
-    from bmjax.train import loop as module
+    from bmjax.train import session as module
 
-    stop = module.Stop()
+    stop = Stop()
     stop.signum = signal.SIGTERM
 
     @contextlib.contextmanager
     def noted():
         yield stop
 
-    monkeypatch.setattr(module, "noting_signals", noted)
+    monkeypatch.setattr("bmjax.train.loop.noting_signals", noted)
     monkeypatch.setattr(module._Calls, "steps_that_fit", lambda self: 99)
     config = dataclasses.replace(small, epochs=1)
     with pytest.raises(
@@ -356,10 +353,10 @@ def test_data_read_window_by_window_give_the_run_of_data_in_memory(
     one, _ = fit(config, whole, console=quiet)
     config = dataclasses.replace(config, out=str(tmp_path / "read"))
 
-    from bmjax.train import loop as module
+    from bmjax.train import session as module
 
     with monkeypatch.context() as patch:  # stopped inside a window of the second epoch
-        patch.setattr(module._Session, "run_all", stopping(module._Session.run_all, 9))
+        patch.setattr(module.Session, "run_all", stopping(module.Session.run_all, 9))
         patch.setattr(module, "_CALL_SECONDS", 1e-9)
         with pytest.raises(StoppedError):
             fit(config, read, console=quiet)

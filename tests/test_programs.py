@@ -78,7 +78,9 @@ def test_what_is_compiled_ahead_is_what_runs_with_any_statistics(
     plain = TrainingPrograms(config, parallel, spec)
     view = loader.make_view(views, (12, 12), NORMALIZATION.mean)
     loss_fn = classification_loss(plain.model, NORMALIZATION)
-    expected = train_epoch(plain, config, dataset, (view, Partial(loss_fn)))
+    expected = train_epoch(
+        plain, config, dataset, (view, Partial(loss_fn), plain.phases[0].schedule)
+    )
     # XLA of jax 0.7.2 divides by a constant otherwise than by an input.
     chex.assert_trees_all_close(got, expected, rtol=1e-6)
 

@@ -16,6 +16,7 @@ from bmjax.bench.workload import (
     BLOCKS,
     LEARNING_RATE,
     MOMENTUM,
+    NO_SCHEDULE,
     NUM_CLASSES,
     TEMPERATURE,
     Workload,
@@ -79,10 +80,10 @@ class Bmjax:
         view = loader.make_view(
             AugmentConfig(augment=False), _shape(workload)[:2], normalization.mean
         )
-        self._run = make_train_steps(self._parallel, optimizer, workload.batch_size)
+        self._run = make_train_steps(self._parallel, lambda _: optimizer, workload.batch_size)
         self._state = put(state)
         self._totals = put(zero_totals(loss_fn, state, _shape(workload)))
-        self._functions = put((view, loss_fn))
+        self._functions = put((view, loss_fn, NO_SCHEDULE))
         data = workload.data(steps)
         self._arrays, self._done = put(data), 0
         self._variables = put(variables)

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 from jax.tree_util import Partial
 
-from bmjax.bench.workload import pixel_normalization
+from bmjax.bench.workload import NO_SCHEDULE, pixel_normalization
 from bmjax.config import AugmentConfig, OptimConfig
 from bmjax.data import loader
 from bmjax.machine.parallel import Parallel
@@ -47,7 +47,7 @@ def make_step(
     state = create_state(model, optimizer, shape, seed=0)
     loss_fn = Partial(classification_loss(model, normalization))
     view = loader.make_view(AugmentConfig(augment=False), shape[:2], normalization.mean)
-    steps = make_train_steps(parallel, optimizer, batch_size, accumulated(accumulate))
+    steps = make_train_steps(parallel, lambda _: optimizer, batch_size, accumulated(accumulate))
     totals = zero_totals(loss_fn, state, shape)
-    held = [parallel.put(tree) for tree in (state, totals, (view, loss_fn), data)]
+    held = [parallel.put(tree) for tree in (state, totals, (view, loss_fn, NO_SCHEDULE), data)]
     return Step(steps, state, held)

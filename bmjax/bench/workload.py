@@ -5,6 +5,8 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
+import optax
+from jax.tree_util import Partial
 
 from bmjax.data.preprocess import Normalization
 from bmjax.models import find
@@ -60,6 +62,8 @@ class Workload:
 # Residual blocks of each stage, of the ResNets that the contenders build themselves.
 BLOCKS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3)}
 
+# Where the optimizer has a learning rate of its own.
+NO_SCHEDULE = Partial(optax.constant_schedule(0.0))
 # Of uniform pixels in [0, 1].
 PIXEL_MEAN, PIXEL_STD = 0.5, 12**-0.5
 

@@ -21,17 +21,17 @@ from bmjax.config import (
     TrainConfig,
     VerifyResumeConfig,
 )
-from bmjax.config.checks import check_distill, check_finetune, check_train
+from bmjax.config.checks import checked
 from bmjax.errors import printable
 
 
 def _train(config: TrainConfig) -> None:
-    check_train(config)
-    from bmjax.train.loop import fit
+    config = checked(config.resolved())
+    from bmjax.train.job import Job
+    from bmjax.train.loop import train
 
     console = Console()
-    config = config.resolved()
-    fit(config, console=console, own_process=True)
+    train(config, None, Job(own_process=True), console)
     _show_result(config.out, config, console)
 
 
@@ -52,11 +52,11 @@ def _show_result(out: str, config: TrainConfig | FinetuneConfig, console: Consol
 
 
 def _finetune(config: FinetuneConfig) -> None:
-    check_finetune(config)
-    from bmjax.finetune.tune import finetune
+    config = checked(config)
+    from bmjax.finetune.tune import run
 
     console = Console()
-    result = finetune(config, console)
+    result = run(config, console)
     finding = result["finding"]
     if finding is None:
         _show_result(result["out"], config, console)
@@ -70,14 +70,14 @@ def _finetune(config: FinetuneConfig) -> None:
 
 
 def _distill(config: DistillConfig) -> None:
-    check_distill(config)
+    config = checked(config)
     if config.explain_loss:
         _explain_loss(config)
         return
-    from bmjax.distill.tour import distill
+    from bmjax.distill.tour import run
 
     console = Console()
-    result = distill(config, console)
+    result = run(config, console)
     show_distillation(result, config, console)
 
 

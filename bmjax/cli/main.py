@@ -178,12 +178,12 @@ def _one_line(kind: type) -> str:
 
 
 def _saved(config: TrainConfig | FinetuneConfig | DistillConfig) -> Any:
-    from bmjax.runs.folder import read_run
+    from bmjax.runs.folder import check_kind, read_run
 
     if isinstance(config, TrainConfig):
         path = Path(config.resolved().out)
         run = read_run(path)
-        _check_trained(path, run.extra)
+        check_kind(run, "train")
         saved: Any = run.config
     elif isinstance(config, FinetuneConfig):
         from bmjax.finetune import tune as finetune
@@ -196,20 +196,3 @@ def _saved(config: TrainConfig | FinetuneConfig | DistillConfig) -> Any:
         path = folder_of(config)
         saved = read_settings(path)
     return dataclasses.replace(saved, out=str(path))
-
-
-def _check_trained(path: Path, extra: dict[str, Any]) -> None:
-    """Raises UserError where a run to be gone on with is not of plain training."""
-    if "weights" in extra:
-        raise UserError(f"the run in {path} was fine-tuned. Go on with it by bmjax finetune.")
-    if "alpha" in extra:
-        raise UserError(f"the run in {path} is a distillation. Go on with it by bmjax distill.")
-    if "converted_from" in extra:
-        raise UserError(
-            f"the run in {path} holds converted weights, with no training to go on with. Begin one "
-            "by bmjax finetune --weights."
-        )
-
-
-if __name__ == "__main__":
-    main()

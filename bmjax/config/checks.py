@@ -1,7 +1,7 @@
 """Settings read back, compared and checked: what `config` describes."""
 
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 from bmjax.config import (
     EMA_TEACHER,
@@ -12,6 +12,8 @@ from bmjax.config import (
     FinetuneConfig,
 )
 from bmjax.errors import UserError
+
+Config = TypeVar("Config", bound=BaseConfig)
 
 
 def check_train(config: BaseConfig) -> None:
@@ -67,6 +69,21 @@ def check_train(config: BaseConfig) -> None:
             f"--batch-size {config.batch_size} does not divide into --accumulate "
             f"{config.accumulate} equal parts. Choose a multiple."
         )
+
+
+def checked(config: Config) -> Config:
+    """Returns settings of any kind of training once they are found to be right.
+
+    Raises:
+        UserError: see `check_train`, `check_finetune` and `check_distill`.
+    """
+    if isinstance(config, DistillConfig):
+        check_distill(config)
+    elif isinstance(config, FinetuneConfig):
+        check_finetune(config)
+    else:
+        check_train(config)
+    return config
 
 
 def check_evaluate(config: EvaluateConfig) -> None:

@@ -24,7 +24,11 @@ from bmjax.data import Dataset, loader
 from bmjax.data.sources import ArraySource, DatasetSpec, Source
 from bmjax.data.views.augment import center_crop, random_views
 from bmjax.data.views.mixing import mix
+from bmjax.errors import UserError
 
+# `view(key, image)` returns a random view of an image [height, width, channels] with values in
+# [0, 1], of the same shape.
+OwnView = Callable[[Array, Array], Array]
 # Of images in one window, so that the next ones are decoded while it is trained on.
 _WINDOW_BYTES = 64 * 2**20
 
@@ -228,7 +232,11 @@ class Feed:
 
 
 def make_view(
-    config: AugmentConfig, size: tuple[int, int], mean: Any, axis_name: str | None = None
+    config: AugmentConfig,
+    size: tuple[int, int],
+    mean: Any,
+    axis_name: str | None = None,
+    own: OwnView | None = None,
 ) -> Partial:
     """Returns what makes of a batch the one that is trained on: `view(key, batch) -> batch`.
 
@@ -239,19 +247,35 @@ def make_view(
         size: height and width that the model takes.
         mean: of the pixels per channel, in [0, 1], which erased rectangles are filled with.
         axis_name: under pmap, the axis that the batch is divided along.
+        own: an own random view, in place of the random views of the config.
     """
 
     def view(fill: Array, key: Array, batch: dict[str, Array]) -> dict[str, Array]:
         images = batch["image"]
-        if not config.augment:
+        if own is not None:
+            images = _own_views(own, key, center_crop(images, size), batch["position"])
+        elif not config.augment:
             return {**batch, "image": center_crop(images, size)}
-        images = random_views(key, images, batch["position"], config, size, fill)
+        else:
+            images = random_views(key, images, batch["position"], config, size, fill)
         batch = {**batch, "image": images}
         # Examples fold in their positions, which are far smaller.
         mixing_key = jax.random.fold_in(key, 2**31)
         return mix(mixing_key, batch, config, axis_name) if config.mixes else batch
 
     return Partial(view, jnp.asarray(mean, jnp.float32))
+
+
+def _own_views(own: OwnView, key: Array, images: Array, positions: Array) -> Array:
+    """Gives each image a key of its own, so that the number of devices changes nothing."""
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, positions)
+    views = jax.vmap(own)(keys, images)
+    if views.shape != images.shape:
+        raise UserError(
+            f"the own view makes an array of shape {views.shape[1:]} of an image of shape "
+            f"{images.shape[1:]} (height, width, channels). It must keep the shape."
+        )
+    return views.astype(images.dtype)
 
 
 def epoch_order(key: Array, epoch: Array, num_examples: int, batch_size: int) -> Array:

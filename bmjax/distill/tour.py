@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from bmjax.config import DistillConfig, EvaluateConfig, TrainConfig
-from bmjax.config.checks import check_distill
+from bmjax.config.checks import check_distill, checked
 from bmjax.config.flat import contradictions, flatten, settings_to_keep, unflatten
 from bmjax.data import Dataset, load_dataset, loader
 from bmjax.data.preprocess import Normalization
@@ -31,10 +31,11 @@ from bmjax.machine.storage import free_folder, make_folder, write_atomically, wr
 from bmjax.machine.storage import read_settings as read_file
 from bmjax.models import contract, num_params
 from bmjax.models.build import build_model
-from bmjax.runs.folder import CONFIG, TOUR, read_run, refuse_existing
+from bmjax.runs.folder import CONFIG, TOUR, check_kind, read_run, refuse_existing
 from bmjax.runs.trained import TrainedRun, check_fits, load_for, load_run
-from bmjax.train.loop import fit
-from bmjax.train.phases import MakeLoss, StartingPoint, check_possible
+from bmjax.train.job import Job, StartingPoint
+from bmjax.train.loop import train
+from bmjax.train.programs import check_possible
 from bmjax.train.step import LossFn, run_keys
 
 DEFAULT_OUT = "runs/distill"
@@ -70,13 +71,17 @@ def distill(config: DistillConfig, console: Console | None = None) -> dict[str, 
         ValueError: `explain_loss`, which is `loss_terms.explain` and trains nothing.
         DivergenceError, StoppedError: see `fit`.
     """
-    check_distill(config)
+    config = checked(config)
     if config.explain_loss:
         raise ValueError("explain_loss trains nothing: call bmjax.distill.loss_terms.explain.")
+    return run(config, console or Console())
+
+
+def run(config: DistillConfig, console: Console) -> dict[str, Any]:
+    """Does what `distill` says, with a config that is checked."""
     request_devices(config.device)
     config = hosts.on_first(_settled, config)
     out = Path(config.out)
-    console = console or Console()
     try:
         return _distill(config, out, console)
     except StoppedError as error:
@@ -93,8 +98,9 @@ def _distill(config: DistillConfig, out: Path, console: Console) -> dict[str, An
         hosts.on_first(make_folder, out)
         hosts.on_first(write_settings, out / TOUR, settings_to_keep(config))
     if not config.teacher:
-        _fit_or_go_on(plan.teacher, dataset, console, f"teacher {config.teacher_model}")
-        _fit_or_go_on(plan.alone, dataset, console, f"{config.student} alone")
+        of_teacher, alone = Job(title=f"teacher {config.teacher_model}"), f"{config.student} alone"
+        _train_or_go_on(plan.teacher, dataset, of_teacher, console)
+        _train_or_go_on(plan.alone, dataset, Job(title=alone), console)
         teacher = load_run(plan.teacher.out)
     for number, folder in enumerate(plan.students):
         before = load_run(plan.students[number - 1]) if number else teacher
@@ -241,8 +247,7 @@ def read_settings(out: Path) -> DistillConfig:
     file = out / TOUR
     if not file.is_file():
         run = read_run(out)
-        if "alpha" not in run.extra:
-            raise UserError(f"the run in {out} is no distillation. Go on with it by bmjax train.")
+        check_kind(run, "distill")
         flat = {**flatten(run.config), "student": run.config.model, **run.extra}
         for name in ("model", "teacher_fingerprint"):
             flat.pop(name, None)
@@ -256,21 +261,11 @@ def read_settings(out: Path) -> DistillConfig:
     return settings
 
 
-def _fit_or_go_on(
-    config: TrainConfig,
-    dataset: Dataset,
-    console: Console,
-    title: str,
-    make_loss: MakeLoss | None = None,
-    extra: dict[str, Any] | None = None,
-    start: StartingPoint | None = None,
-    view_targets: loader.ViewTargets | None = None,
-) -> None:
+def _train_or_go_on(config: TrainConfig, dataset: Dataset, job: Job, console: Console) -> None:
     """Runs a part of the tour; a resumed tour may not have begun it yet."""
     started = hosts.on_first((Path(config.out) / CONFIG).is_file)
     run = dataclasses.replace(config.run, resume=config.run.resume and started)
-    config = dataclasses.replace(config, run=run)
-    fit(config, dataset, make_loss, extra, console, title, start, view_targets)
+    train(dataclasses.replace(config, run=run), dataset, job, console)
 
 
 def train_student(
@@ -309,7 +304,8 @@ def train_student(
         start = StartingPoint(variables, pixel_statistics(dataset))
     title = f"{config.student} distilled"
     title += f", generation {out.name.partition('-')[2]}" if config.generations > 1 else ""
-    _fit_or_go_on(student, dataset, console, title, make_loss, extra, start, view_targets)
+    job = Job("distill", extra, title, make_loss=make_loss, start=start, view_targets=view_targets)
+    _train_or_go_on(student, dataset, job, console)
 
 
 def initial_variables(

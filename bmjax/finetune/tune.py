@@ -12,7 +12,7 @@ import numpy as np
 from rich.console import Console
 
 from bmjax.config import FinetuneConfig, TrainConfig
-from bmjax.config.checks import check_finetune
+from bmjax.config.checks import checked
 from bmjax.config.flat import flatten, unflatten
 from bmjax.data import Dataset, load_dataset, preprocess
 from bmjax.data.load import with_channels
@@ -28,12 +28,13 @@ from bmjax.models.build import build_model
 from bmjax.models.registry import find
 from bmjax.ops.memory import share_memory
 from bmjax.runs import checkpoint
-from bmjax.runs.folder import CONFIG, Run, read_run, refuse_existing
+from bmjax.runs.folder import CONFIG, Run, check_kind, read_run, refuse_existing
 from bmjax.runs.trained import same_classes
 from bmjax.train.finder import find_learning_rate
-from bmjax.train.loop import fit
+from bmjax.train.job import Job, StartingPoint
+from bmjax.train.loop import train
 from bmjax.train.optim import depth_scales, trainable_mask
-from bmjax.train.phases import StartingPoint, check_possible
+from bmjax.train.programs import check_possible
 from bmjax.weights.pretrained import Pretrained, read_pretrained, write_run
 
 # Settings beyond those of training; `weights_fingerprint` stands beside them in a run's config.
@@ -56,8 +57,11 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> dict[str
         UserError: wrong settings, weights, data or folder; nothing was written.
         DivergenceError, StoppedError: see `fit`.
     """
-    check_finetune(config)
-    console = console or Console()
+    return run(checked(config), console or Console())
+
+
+def run(config: FinetuneConfig, console: Console) -> dict[str, Any]:
+    """Does what `finetune` says, with a config that is checked."""
     train_config = config.train_config()
     path = Path(train_config.out)
     share_memory()  # here already, as weights are read before the model is made
@@ -65,13 +69,13 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> dict[str
     saved = hosts.on_first(read_run, path) if config.run.resume else None
     if saved is None:
         hosts.on_first(refuse_existing, path)
-    elif "weights" not in saved.extra:
-        raise UserError(f"the run in {path} was not fine-tuned. Go on with it by bmjax train.")
-    elif saved.extra.get("probe_only"):
-        raise UserError(
-            f"the run in {path} is a linear probe, with nothing to go on with. Begin from it by "
-            f"--weights {path} --head keep."
-        )
+    else:
+        check_kind(saved, "finetune")
+        if saved.extra.get("probe_only"):
+            raise UserError(
+                f"the run in {path} is a linear probe, with nothing to go on with. Begin from it "
+                f"by --weights {path} --head keep."
+            )
     use_compilation_cache()
     try:
         if saved is not None and hosts.on_first(_has_checkpoint, saved):
@@ -109,13 +113,12 @@ def _begin(
         return {**result, "finding": finding, "history": []}
     if config.probe_only:
         assert probe is not None
-        run = Run(
-            Path(train_config.out), train_config, describe(dataset, start.normalization), extra
-        )
+        data = describe(dataset, start.normalization)
+        run = Run(Path(train_config.out), train_config, data, extra, "finetune")
         record = {"step": 0, "epoch": 0, "split": "validation", "accuracy": probe.accuracy}
         hosts.on_first(write_run, run, start.variables, probe.accuracy, [record])
         return {**result, "history": [record]}
-    _, history = fit(train_config, dataset, None, extra, console, "", start)
+    _, history = train(train_config, dataset, Job("finetune", extra, start=start), console)
     return {**result, "history": history}
 
 
@@ -151,7 +154,7 @@ def _go_on(config: FinetuneConfig, saved: Run, console: Console) -> dict[str, An
     start = StartingPoint(
         variables, normalization, config.freeze, config.head_epochs, config.layer_decay
     )
-    _, history = fit(train_config, dataset, None, extra, console, "", start)
+    _, history = train(train_config, dataset, Job("finetune", extra, start=start), console)
     return {"out": train_config.out, "probe": None, "finding": None, "history": history}
 
 
@@ -162,8 +165,7 @@ def read_settings(out: Path) -> FinetuneConfig:
         UserError: there is no run, it was not fine-tuned, or the file was changed.
     """
     run = read_run(out)
-    if "weights" not in run.extra:
-        raise UserError(f"the run in {out} was not fine-tuned. Go on with it by bmjax train.")
+    check_kind(run, "finetune")
     own = {name: value for name, value in run.extra.items() if name != "weights_fingerprint"}
     settings: FinetuneConfig = unflatten(
         FinetuneConfig, {**flatten(run.config), **own}, str(out / CONFIG)

@@ -71,4 +71,9 @@ def build_model(
             )
     options = {option: value for option, (_, value) in asked.items()}
     model = make_module(architecture, num_classes, **options)
+    return with_axis(model, axis_name)
+
+
+def with_axis(model: nn.Module, axis_name: str | None) -> nn.Module:
+    """Returns a module that is told the axis along which batch statistics add up, if it can be."""
     return model.clone(axis_name=axis_name) if has_field(model, "axis_name") else model

@@ -269,15 +269,16 @@ def architecture_of(model: str | nn.Module) -> Architecture:
             "of one. Wrap an NNX module by flax.nnx.bridge.ToLinen."
         )
     kin = [each for each in _TABLE.values() if _class_of(each.make) is type(model)]
-    like = next((each for each in kin if _makes(each, model)), None)
+    like = next((each for each in kin if makes(each, model)), None)
     fields = {field.name for field in dataclasses.fields(type(model))}
     name = like.name if like else type(model).__name__
-    first = like or (kin[0] if kin else Architecture(name, type(model), name, own=True))
+    first = like or (kin[0] if kin else Architecture(name, type(model), name))
     return dataclasses.replace(
         first,
         name=name,
         make=functools.partial(_same, model),
         options=tuple(option for option in OPTIONS if option in fields),
+        own=True,
     )
 
 
@@ -290,8 +291,8 @@ def _class_of(make: Any) -> Any:
     return _class_of(make.func) if isinstance(make, functools.partial) else make
 
 
-def _makes(architecture: Architecture, model: nn.Module) -> bool:
-    """Whether a record makes just this module, of its number of classes."""
+def makes(architecture: Architecture, model: nn.Module) -> bool:
+    """Whether a record makes just this module, for its number of classes."""
     try:
         made = architecture.make(num_classes=getattr(model, "num_classes", None))
         return bool(made == model)

@@ -22,7 +22,16 @@ from bmjax.version import __version__
 
 CONFIG = "config.json"
 TOUR = "distill.json"
-_PARTS = {"bmjax", "config", "data", "extra", "versions"}
+_PARTS = {"bmjax", "config", "data", "extra", "kind", "versions"}
+# The kinds of run, each with the command that goes on with it; None: there is no training.
+KINDS = {
+    "train": "bmjax train",
+    "finetune": "bmjax finetune",
+    "distill": "bmjax distill",
+    "converted": None,
+}
+# How a run's kind shows in its `extra`, where it was written before it said its kind.
+_MARKS = {"converted_from": "converted", "weights": "finetune", "alpha": "distill"}
 # What a run saved before such a setting came to be was trained with.
 _EXTRA = {
     name: list(value) if isinstance(value, tuple) else value
@@ -43,12 +52,14 @@ class Run:
             and `transform`, the settings of the `EvaluationTransform` by which image files become
             inputs, or None where they are resized to the shape.
         extra: settings beyond training, such as those of distillation.
+        kind: one of `KINDS`.
     """
 
     path: Path
     config: TrainConfig
     data: dict[str, Any]
     extra: dict[str, Any]
+    kind: str = "train"
 
     @property
     def checkpoints(self) -> Path:
@@ -86,6 +97,7 @@ def create_run(run: Run) -> None:
     refuse_existing(run.path)
     content = {
         "bmjax": __version__,
+        "kind": run.kind,
         "config": settings_to_keep(run.config),
         "data": run.data,
         "extra": run.extra,
@@ -140,6 +152,7 @@ def read_run(path: Path) -> Run:
         if unknown := content.keys() - _PARTS:  # such as sha256, damaged
             raise ValueError(f"it has {', '.join(map(repr, sorted(unknown)))}")
         config, data, extra = content["config"], content["data"], content["extra"]
+        kind = content.get("kind") or _kind_before(extra)
         shape = tuple(int(side) for side in data["image_shape"])
         data = {
             "name": str(data["name"]),
@@ -151,6 +164,8 @@ def read_run(path: Path) -> Run:
             "transform": data.get("transform"),
         }
         _check_form(config, data, extra)
+        if kind not in KINDS:
+            raise ValueError(f"kind is {kind!r}, but must be one of {', '.join(KINDS)}")
     except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(
             f"{file} cannot be read ({type(error).__name__}: {error}). It was changed or cut off; "
@@ -158,7 +173,27 @@ def read_run(path: Path) -> Run:
         ) from error
     settings = unflatten(TrainConfig, config, str(file))
     check_train(settings)
-    return Run(path, settings, data, extra)
+    return Run(path, settings, data, extra, kind)
+
+
+def _kind_before(extra: dict[str, Any]) -> str:
+    return next((kind for mark, kind in _MARKS.items() if mark in extra), "train")
+
+
+def check_kind(run: Run, kind: str) -> None:
+    """Raises UserError where a run that is to be gone on with is of another kind."""
+    if run.kind == kind:
+        return
+    command = KINDS[run.kind]
+    raise UserError(
+        f"the run in {run.path} is of kind {run.kind}, not {kind}. "
+        + (
+            f"Go on with it by {command}."
+            if command
+            else "It holds weights, with no training to go on with. Begin one by bmjax finetune "
+            "--weights."
+        )
+    )
 
 
 def _check_form(config: Any, data: dict[str, Any], extra: Any) -> None:

@@ -1,7 +1,8 @@
 """The training step and the evaluation, compiled into loops over data on the device."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import flax.linen as nn
@@ -14,7 +15,7 @@ from jax.tree_util import Partial
 from bmjax.data import loader
 from bmjax.data.preprocess import Normalization
 from bmjax.machine.parallel import AXIS, Parallel
-from bmjax.metrics import ClassificationSums
+from bmjax.metrics import ClassificationSums, OwnMetric
 from bmjax.train.apply import predict_logits
 from bmjax.train.gradients import Batch, Gradient, whole_batch
 from bmjax.train.step import LossFn, TrainState, train_step, with_average
@@ -65,7 +66,7 @@ def draw_batches(
 
 def make_train_steps(
     parallel: Parallel,
-    optimizer: optax.GradientTransformation,
+    make_optimizer: Callable[[optax.Schedule], optax.GradientTransformation],
     batch_size: int,
     gradient: Gradient = whole_batch,
     ema_decay: float = 0.0,
@@ -76,7 +77,7 @@ def make_train_steps(
 
     Args:
         parallel: the devices.
-        optimizer: the update.
+        make_optimizer: returns the optimizer for a schedule of the learning rate.
         batch_size: over all devices.
         gradient: see `train_step`.
         ema_decay: see `train_step`.
@@ -84,10 +85,11 @@ def make_train_steps(
         view_passes: epochs after which order and views repeat; 0: they never do.
 
     Returns:
-        `steps(state, totals, (view, loss_fn), arrays, until) -> (state, totals)`, which goes on to
-        step `until` of the run, at most to the end of the epoch or of the window that `arrays`
-        holds (see `loader.Feed`), as one compiled call whatever the number of steps. `view`, from
-        `loader.make_view`, and `loss_fn` are `Partial`s; `totals` come from `zero_totals`, begin
+        `steps(state, totals, (view, loss_fn, schedule), arrays, until) -> (state, totals)`, which
+        goes on to step `until` of the run, at most to the end of the epoch or of the window that
+        `arrays` holds (see `loader.Feed`), as one compiled call for any number of steps. `view`,
+        from `loader.make_view`, `loss_fn` and `schedule` are `Partial`s, so that the numbers that
+        they depend on are inputs; `totals` come from `zero_totals`, begin
         anew with each epoch, and grow by the step's sums. State and totals are donated. Where a
         loss is not finite it stops at once, and `totals["bad_step"]` is that step's number,
         otherwise -1; so it is where the last update of the call left params that are not finite.
@@ -97,11 +99,12 @@ def make_train_steps(
     def steps(
         state: TrainState,
         totals: dict[str, Array],
-        functions: tuple[Partial, Partial],
+        functions: tuple[Partial, Partial, Partial],
         arrays: Any,
         until: Array,
     ) -> tuple[TrainState, dict[str, Array]]:
-        view, loss_fn = functions
+        view, loss_fn, schedule = functions
+        optimizer = make_optimizer(schedule)
         draw, begins = draw_batches(
             parallel, arrays, state.key, state.step, batch_size, view, view_passes
         )
@@ -170,8 +173,17 @@ def make_evaluate(
     normalization: Normalization,
     num_classes: int,
     batch_size: int,
+    own_metrics: Mapping[str, OwnMetric] = MappingProxyType({}),
 ) -> Callable[[Any, Any], ClassificationSums]:
     """Compiles evaluation over a split that lies on the device, each example exactly once.
+
+    Args:
+        parallel: the devices.
+        model: the Linen module.
+        normalization: what its images are normalised by.
+        num_classes: number of classes.
+        batch_size: over all devices.
+        own_metrics: see `metrics.OwnMetric`, by name.
 
     Returns:
         `evaluate(variables, arrays) -> ClassificationSums`, over a split or a window of one.
@@ -189,10 +201,10 @@ def make_evaluate(
             batch = loader.take_batch(arrays, order, index, batch_size, axis_name)
             batch = parallel.divide(batch)
             logits = predict(variables, batch["image"])
-            part = ClassificationSums.of_batch(logits, batch["label"], batch["mask"])
+            part = ClassificationSums.of_batch(logits, batch["label"], batch["mask"], own_metrics)
             return sums + (lax.psum(part, axis_name) if axis_name else part)
 
-        zeros = ClassificationSums.zeros(num_classes)
+        zeros = ClassificationSums.zeros(num_classes, own_metrics)
         return lax.fori_loop(0, number, add_batch, zeros)
 
     return parallel.compile(evaluate, held=2)

@@ -26,7 +26,7 @@ from bmjax.errors import UserError
 from bmjax.machine import hosts
 from bmjax.machine.parallel import make_parallel
 from bmjax.machine.storage import make_folder, replacing, write_atomically
-from bmjax.train.phases import StartingPoint
+from bmjax.train.job import Job, StartingPoint
 from bmjax.train.programs import TrainingPrograms
 
 _LOWEST, _HIGHEST, _STEPS = 1e-6, 10.0, 120
@@ -160,9 +160,8 @@ def _try_rates(
 ) -> tuple[np.ndarray, np.ndarray]:
     parallel = make_parallel(config.device)
     start = None if start is None else dataclasses.replace(start, head_epochs=0)
-    programs = TrainingPrograms(
-        config, parallel, DatasetSpec.of(dataset), start=start, schedule=_growing
-    )
+    job = Job(start=start, schedule=_growing)
+    programs = TrainingPrograms(config, parallel, DatasetSpec.of(dataset), job)
     phase = programs.phases[-1]
     normalization = start.normalization if start else pixel_statistics(dataset)
     steps = programs.steps(phase)

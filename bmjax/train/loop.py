@@ -1,34 +1,33 @@
-"""A whole training run: data, state, loop, checkpoints, what is shown."""
+"""Training from settings to a finished run."""
 
 import dataclasses
-import math
-import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
+import flax.linen as nn
+import optax
 from rich.console import Console
 
 from bmjax.config import TrainConfig
-from bmjax.config.checks import check_train
+from bmjax.config.checks import checked
 from bmjax.config.flat import settings_to_keep
 from bmjax.data import Dataset, loader
-from bmjax.data.loader import epoch_orders
 from bmjax.data.sources import DatasetSpec
 from bmjax.data.statistics import describe
-from bmjax.errors import DivergenceError, StoppedError
+from bmjax.errors import StoppedError
 from bmjax.machine import hosts
 from bmjax.machine.cache import use_compilation_cache
 from bmjax.machine.parallel import make_parallel, request_devices
-from bmjax.machine.signals import Stop, noting_signals
+from bmjax.machine.signals import noting_signals
 from bmjax.machine.threads import compute_in_calling_thread, suits_one_thread
-from bmjax.metrics import summarize
+from bmjax.metrics import OwnMetric
+from bmjax.models import Architecture, architecture_of, list_models
 from bmjax.models.build import build_model, resolve
-from bmjax.models.registry import find
-from bmjax.runs import checkpoint
+from bmjax.models.registry import find, makes
 from bmjax.runs.folder import (
     Run,
+    check_kind,
     check_same_data,
     check_same_settings,
     create_run,
@@ -36,41 +35,60 @@ from bmjax.runs.folder import (
     read_run,
     refuse_existing,
 )
-from bmjax.train.compiled import evaluate_split, make_evaluate
-from bmjax.train.phases import MakeLoss, Phase, StartingPoint, check_possible
-from bmjax.train.programs import TrainingPrograms, load_and_compile
+from bmjax.train.job import (
+    Job,
+    MakeLoss,
+    MakeOptimizer,
+    OnEpoch,
+    as_callbacks,
+    as_make_optimizer,
+)
+from bmjax.train.programs import TrainingPrograms, check_possible, load_and_compile
+from bmjax.train.session import Session
 from bmjax.train.step import TrainState
-from bmjax.train.tracking import Display, EventFiles, MetricsFile, Profile
-
-# A compiled call lasts about so long: after it the bar moves and a signal is answered.
-_CALL_SECONDS = 0.5
 
 
 def fit(
     config: TrainConfig,
     dataset: Dataset | None = None,
+    *,
+    model: nn.Module | None = None,
     make_loss: MakeLoss | None = None,
-    extra: dict[str, Any] | None = None,
+    optimizer: optax.GradientTransformation | MakeOptimizer | None = None,
+    schedule: optax.Schedule | None = None,
+    view: loader.OwnView | None = None,
+    metrics: Mapping[str, OwnMetric] | None = None,
+    on_epoch: OnEpoch | Sequence[OnEpoch] | None = None,
+    title: str | None = None,
     console: Console | None = None,
-    title: str = "",
-    start: StartingPoint | None = None,
-    view_targets: loader.ViewTargets | None = None,
-    own_process: bool = False,
 ) -> tuple[TrainState, list[dict[str, Any]]]:
     """Trains a model, or goes on with a run, into the folder `config.out`.
 
+    Own parts are functions, which no file can keep: a run with some is gone on with by the script
+    that began it, with `config.run.resume`.
+
     Args:
-        config: everything the run depends on.
+        config: everything else that the run depends on.
         dataset: used instead of `config.data`, which then only names it.
-        make_loss: `make_loss(model, normalization)` returns the loss function; by default it is
-            `classification_loss` with the config's label smoothing and class weights.
-        extra: settings of `make_loss`, kept in `config.json` and compared at a resumption.
-        console: where progress is shown; by default standard output.
+        model: a Linen module, used instead of `config.model`, which then only names it: it maps
+            images [batch, height, width, channels] to logits [batch, classes], see
+            `bmjax.register_model`, which makes it known to all commands. Where `config.model` is
+            the name of another model, the run has the name that it is registered by, or that of
+            its class.
+        make_loss: `make_loss(model, normalization)` returns the loss function, see
+            `train.step.LossFn`; by default the cross entropy with the config's label smoothing
+            and class weights.
+        optimizer: an optax optimizer, used as it is; or a function that makes one of the learning
+            rate's schedule, such as `optax.adabelief`; by default the config's.
+        schedule: learning rate by step, from 0; by default the config's.
+        view: `view(key, image)` returns a random view of an image [height, width, channels] with
+            values in [0, 1], of the same shape; in place of the config's random views.
+        metrics: own metrics by name, functions of logits [batch, classes] and labels [batch] that
+            return one number per example; their means over the validation split are recorded.
+        on_epoch: called with a `train.job.Epoch` at the end of each epoch; returns True to end
+            the training there. One, or several in order.
         title: stands before every line of progress; by default the model's name.
-        start: what it begins with; by default random params.
-        view_targets: what the loss is given of each view beside image and label.
-        own_process: whether the process does nothing else, so that threads may be set up as suits
-            this run alone.
+        console: where progress is shown; by default standard output.
 
     Returns:
         The state after the last step, on the device, and the records of `metrics.jsonl`.
@@ -80,52 +98,92 @@ def fit(
         DivergenceError: a loss that is not finite.
         StoppedError: SIGTERM or Ctrl-C, after a checkpoint.
     """
-    check_train(config)
-    architecture = find(config.model)
+    architecture = None
+    if model is not None:
+        architecture = architecture_of(model)
+        config = dataclasses.replace(config, model=_name(config.model, architecture, model))
+    own = {"model": model, "loss": make_loss, "optimizer": optimizer, "schedule": schedule}
+    own |= {"view": view}
+    names = [name for name, part in own.items() if part is not None]
+    job = Job(
+        extra={"own_parts": names} if names else {},
+        title=title,
+        architecture=architecture,
+        make_loss=make_loss,
+        make_optimizer=None if optimizer is None else as_make_optimizer(optimizer),
+        schedule=schedule,
+        shows_rate=schedule is not None or not isinstance(optimizer, optax.GradientTransformation),
+        view=view,
+        metrics=dict(metrics or {}),
+        on_epoch=as_callbacks(on_epoch),
+    )
+    return train(checked(config.resolved()), dataset, job, console)
+
+
+def _name(given: str, architecture: Architecture, model: nn.Module) -> str:
+    """Returns what a run calls a module: as it is given, unless another module is known so."""
+    if given in list_models() and not makes(find(given), model):
+        return architecture.name
+    return given
+
+
+def train(
+    config: TrainConfig,
+    dataset: Dataset | None = None,
+    job: Job | None = None,
+    console: Console | None = None,
+) -> tuple[TrainState, list[dict[str, Any]]]:
+    """Trains as `fit` does, with a job of any kind.
+
+    Args:
+        config: checked.
+        dataset: see `fit`.
+        job: what the run is beyond its settings.
+        console: see `fit`.
+
+    Returns and raises as `fit`.
+    """
+    job = job or Job()
+    architecture = job.architecture or find(config.model)
+    job = dataclasses.replace(job, architecture=architecture)
     config = resolve(config, architecture)
     path = Path(config.out)
     request_devices(config.device)
     hosts.check_same("settings", settings_to_keep(config), "Start all with the same flags.")
     saved = hosts.on_first(read_run, path) if config.run.resume else None
     # Before any work, so that an unknown name is said, and memory is shared as the model needs it.
-    model = build_model(saved.config if saved else config, 2, architecture=architecture)
+    model = build_model(config, 2, architecture=architecture)
     if saved is None:
         hosts.on_first(refuse_existing, path)
     else:
-        check_same_settings(saved, config, extra or {})
+        check_kind(saved, job.kind)
+        check_same_settings(saved, config, job.extra)
     use_compilation_cache()
 
     def make_programs(spec: DatasetSpec) -> TrainingPrograms:
         flops = config.batch_size * architecture.forward_flops(model, spec.image_shape)
         # Random views are several times the work of a small model, and gain by a second thread.
-        if own_process and not config.views.augment and suits_one_thread(flops):
+        views = config.views.augment or job.view is not None
+        if job.own_process and not views and suits_one_thread(flops):
             compute_in_calling_thread()
         check_possible(config, spec, architecture)
-        return TrainingPrograms(
-            config,
-            make_parallel(config.device),
-            spec,
-            make_loss,
-            start,
-            view_targets,
-            architecture=architecture,
-        )
+        return TrainingPrograms(config, make_parallel(config.device), spec, job)
 
     if dataset is None:
         dataset, programs = load_and_compile(config, make_programs)
     else:
         programs = make_programs(DatasetSpec.of(dataset))
-    normalization = start.normalization if start else None
+    normalization = job.start.normalization if job.start else None
     if saved is not None:
         normalization = saved.normalization
-    run = Run(path, config, describe(dataset, normalization), extra or {})
+    run = Run(path, config, describe(dataset, normalization), job.extra, job.kind)
     if saved is not None:
         check_same_data(saved, run.data["fingerprint"])
     hosts.check_same("data", run.data, "Give every machine a copy of the same.")
     console = console or Console()
     for line in dataset.warnings:
         console.print(f"warning: {line}", highlight=False, markup=False, soft_wrap=True)
-    session = _Session(run, dataset, programs, console, title, view_targets)
+    session = Session(run, dataset, programs, console, job)
     with noting_signals() as stop, lock_folder(path):
         if saved is None:
             hosts.on_first(create_run, run)
@@ -137,274 +195,3 @@ def fit(
             128 + stop.signum,
         )
     return result
-
-
-@dataclasses.dataclass
-class _Best:
-    accuracy: float = -1.0
-    epoch: int = 0
-    improved: int = 0  # the last epoch that was strictly better than all before
-    variables: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
-
-
-class _Session:
-    """One process's share of a run: what `fit` sets up, and the loop over it."""
-
-    def __init__(
-        self,
-        run: Run,
-        dataset: Dataset,
-        programs: TrainingPrograms,
-        console: Console,
-        title: str,
-        view_targets: loader.ViewTargets | None,
-    ):
-        config, parallel = run.config, programs.parallel
-        self._run, self._config, self._programs = run, config, programs
-        self._parallel, self._phases = parallel, programs.phases
-        self._console, self._title = console, title or config.model
-        self._normalization = run.normalization
-        self._num_batches = programs.num_batches
-        self._total = config.epochs * self._num_batches
-        self._zeros = programs.zeros(self._normalization)
-        orders = epoch_orders(self._phases[0].fresh.key, dataset, config)
-        self._train = loader.Feed(
-            dataset.train, parallel, config.batch_size, orders, True, view_targets, hosts.share()
-        )
-        self._validation = loader.Feed(
-            dataset.validation, parallel, config.batch_size, share=hosts.share()
-        )
-        self._evaluate = make_evaluate(
-            parallel, programs.model, self._normalization, dataset.num_classes, config.batch_size
-        )
-        self._best = _Best()
-
-    def run_all(self, stop: Stop) -> tuple[TrainState, list[dict[str, Any]]]:
-        state, totals, start = self._restore()
-        self._metrics = MetricsFile(self._run.metrics, start)
-        self._events = (
-            EventFiles(self._run.path / "tensorboard", start)
-            if self._config.run.tensorboard and hosts.is_first()
-            else None
-        )
-        profiled = self._config.run.profile and hosts.is_first()
-        folder = self._run.path / "profile" if profiled else None
-        self._profile = Profile(folder)
-        self._writer = checkpoint.CheckpointWriter(self._run.checkpoints, self._config.run.keep)
-        self._display = Display(
-            self._title, self._config.epochs, self._num_batches, start, self._console
-        )
-        try:
-            state, step = self._loop(state, totals, start, stop)
-            hosts.on_first(self._writer.wait)
-        finally:
-            self._profile.close()
-            self._display.close()
-            self._writer.close()
-            self._metrics.close()
-            if self._events:
-                self._events.close()
-        return self._on_one_device(state, step), self._metrics.records
-
-    def _on_one_device(self, state: TrainState, step: int) -> TrainState:
-        # By way of the names, which turn the raw data of the key back into a key.
-        host = checkpoint.to_named(self._parallel.get(state))
-        like = self._phase_of(step).fresh
-        return jax.device_put(checkpoint.from_named(host, like, "the state"))
-
-    def _phase_of(self, step: int) -> Phase:
-        """Returns the phase that a saved step belongs to: at a border, the one that it ends."""
-        return next(phase for phase in self._phases if step <= phase.last)
-
-    def _restore(self) -> tuple[Any, Any, int]:
-        folder = self._run.checkpoints
-        step, said, read = hosts.on_first(checkpoint.read_newest, folder, ("state", "best"))
-        for line in said:
-            self._console.print(f"warning: {line}", highlight=False, markup=False, soft_wrap=True)
-        state, totals = self._phases[0].fresh, self._zeros
-        if hosts.several():
-            # Processors of different kinds draw params that differ in their last bits.
-            named = hosts.on_first(checkpoint.to_named, state)
-            state = checkpoint.from_named(named, state, "the state of process 0")
-        if said:
-            where = f"the one at step {step}" if step is not None else "the start"
-            self._console.print(f"going on from {where}", highlight=False)
-        if step is not None:
-            like = {"state": self._phase_of(step).fresh, "totals": totals}
-            restored = checkpoint.from_named(
-                read["state"], like, f"checkpoint {folder / str(step)}"
-            )
-            state, totals = restored["state"], restored["totals"]
-            meta = read["meta"]
-            if "best" in read:
-                self._best = _Best(
-                    meta["best_accuracy"],
-                    meta["best_epoch"],
-                    meta.get("improved_epoch", meta["best_epoch"]),
-                    read["best"],
-                )
-        return self._parallel.put(state), self._parallel.put(totals), step or 0
-
-    def _loop(self, state: Any, totals: Any, start: int, stop: Stop) -> tuple[Any, int]:
-        step = start
-        self._saved_step, self._saved_at = start, time.monotonic()
-        for phase in self._phases:
-            if step < phase.last and not self._gave_up(step):
-                if step == phase.first > 0:
-                    state = self._parallel.put(phase.enter(self._on_one_device(state, step)))
-                state, totals, step = self._run_phase(phase, state, totals, step, stop)
-        if step < self._total:
-            self._display.say(
-                f"ended after epoch {step // self._num_batches}: none of the last "
-                f"{self._config.patience} was better than epoch {self._best.improved}"
-            )
-        return state, step
-
-    def _run_phase(
-        self, phase: Phase, state: Any, totals: Any, step: int, stop: Stop
-    ) -> tuple[Any, Any, int]:
-        config = self._config
-        steps = self._programs.steps(phase)
-        functions = self._parallel.put(self._programs.functions(phase, self._normalization))
-        calls = _Calls()
-        fitting = calls.steps_that_fit()
-        while step < phase.last and not self._gave_up(step):
-            arrays, end = self._train.at(step)
-            until = min(end, step + fitting)
-            self._profile.before_call()
-            begin = time.monotonic()
-            with jax.profiler.StepTraceAnnotation("training", step_num=step):
-                state, totals = steps(state, totals, functions, arrays, np.int32(until))
-                self._train.read_ahead()
-                figures = self._read_totals(totals, phase)
-            calls.add(until - step, time.monotonic() - begin)
-            step = until
-            figures["examples_per_second"] = calls.steps_per_second() * config.batch_size
-            self._display.advance(step, figures)
-            if step % self._num_batches == 0:
-                self._end_epoch(state, step, figures, phase)
-            late = time.monotonic() - self._saved_at > 60 * config.run.save_minutes
-            # All processes do the same: what one was told, or found, is true of all. The signal is
-            # read once, as it may come between two readings.
-            signum, waited, fitting = hosts.largest(stop.signum, late, calls.steps_that_fit())
-            if signum:
-                stop.note(signum)
-            self._save_if_due(step, state, totals, bool(signum or waited))
-            if signum and not self._ends(step):
-                self._stop(step, stop)
-        return state, totals, step
-
-    def _gave_up(self, step: int) -> bool:
-        """Whether an epoch ended that was the last of too many without a better one.
-
-        They are counted from the beginning of the last phase on.
-        """
-        epoch, rest = divmod(step, self._num_batches)
-        since = max(self._best.improved, self._phases[-1].first // self._num_batches)
-        patience = self._config.patience
-        return bool(patience) and rest == 0 and epoch - since >= patience
-
-    def _ends(self, step: int) -> bool:
-        return step == self._total or self._gave_up(step)
-
-    def _save_if_due(self, step: int, state: Any, totals: Any, asked: bool) -> None:
-        save_every = math.ceil(self._config.epochs / 10) * self._num_batches
-        due = step % self._num_batches == 0 and step - self._saved_step >= save_every
-        if self._ends(step) or due or asked:
-            self._save(step, state, totals)
-            self._saved_step, self._saved_at = step, time.monotonic()
-
-    def _stop(self, step: int, stop: Stop) -> None:
-        hosts.on_first(self._writer.wait)
-        raise StoppedError(
-            f"stopped by {stop.name} at step {step} of {self._total}; a checkpoint is saved",
-            f"bmjax train --resume --out {self._run.path}",
-            128 + stop.signum,
-        )
-
-    def _read_totals(self, totals: Any, phase: Phase) -> dict[str, float]:
-        values = self._parallel.get(totals)
-        bad = int(values.pop("bad_step"))
-        if bad >= 0:
-            self._diverged(bad, phase)
-        count = max(float(values.pop("count")), 1.0)
-        return {name: float(value) / count for name, value in values.items()}
-
-    def _diverged(self, step: int, phase: Phase) -> None:
-        good = hosts.on_first(self._last_good)
-        kept = (
-            f"the last good checkpoint is {self._run.checkpoints / str(good)}"
-            if good is not None
-            else "there is no checkpoint yet"
-        )
-        raise DivergenceError(
-            f"the loss is not finite at step {step} (learning rate "
-            f"{phase.learning_rate(step):.3g}); {kept}. A lower --learning-rate, a longer "
-            "--warmup-epochs or --clip-norm 1 usually helps."
-        )
-
-    def _last_good(self) -> int | None:
-        self._writer.wait()
-        return checkpoint.newest_sound(self._run.checkpoints)[0]
-
-    def _end_epoch(self, state: Any, step: int, figures: dict[str, float], phase: Phase) -> None:
-        epoch = step // self._num_batches
-        rate = phase.learning_rate(step - 1)
-        place = {"step": step, "epoch": epoch}
-        self._record({**place, "split": "train", **figures, "learning_rate": rate})
-        sums = evaluate_split(self._evaluate, state.variables, self._validation)
-        metrics = summarize(self._parallel.get(sums))
-        names = ("loss", "accuracy", "top5_accuracy", "expected_calibration_error")
-        values = {name: metrics[name] for name in names}
-        if not math.isfinite(values["loss"]):
-            self._diverged(step - 1, phase)
-        self._record({**place, "split": "validation", **values})
-        # Of equals the later one: it has seen more.
-        if values["accuracy"] >= self._best.accuracy:
-            improved = epoch if values["accuracy"] > self._best.accuracy else self._best.improved
-            variables = checkpoint.to_named(self._parallel.get(state.variables))
-            self._best = _Best(values["accuracy"], epoch, improved, variables)
-        self._display.epoch(epoch, {**figures, "validation_accuracy": values["accuracy"]})
-
-    def _record(self, record: dict[str, Any]) -> None:
-        self._metrics.write(record)
-        if self._events:
-            self._events.write(record)
-
-    def _save(self, step: int, state: Any, totals: Any) -> None:
-        if not hosts.is_first():
-            return
-        tree = {"state": self._parallel.get(state), "totals": self._parallel.get(totals)}
-        items = {"state": checkpoint.to_named(tree)}
-        if self._best.variables:
-            items["best"] = self._best.variables
-        meta = {
-            "step": step,
-            "epoch": step // self._num_batches,
-            "best_accuracy": self._best.accuracy,
-            "best_epoch": self._best.epoch,
-            "improved_epoch": self._best.improved,
-        }
-        self._writer.save(step, items, meta)
-
-
-class _Calls:
-    """How fast the steps go, and how many of them fill a call.
-
-    The first call is one step, which may be compiled first; it is not counted in the speed.
-    """
-
-    def __init__(self) -> None:
-        self._steps, self._seconds, self._number = 0, 0.0, 0
-
-    def add(self, steps: int, seconds: float) -> None:
-        self._number += 1
-        if self._number > 1:
-            self._steps += steps
-            self._seconds += seconds
-
-    def steps_per_second(self) -> float:
-        return self._steps / self._seconds if self._seconds else 0.0
-
-    def steps_that_fit(self) -> int:
-        return max(1, int(self.steps_per_second() * _CALL_SECONDS))

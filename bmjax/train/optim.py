@@ -6,8 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
+from jax.tree_util import Partial
 
 from bmjax.config import OptimConfig
 from bmjax.errors import UserError
@@ -178,9 +180,7 @@ def decay_mask(params: Any) -> Any:
     return match_rules(params, _DECAYED, may_be_unused=True)
 
 
-def learning_rate_schedule(
-    config: OptimConfig, total_steps: int, steps_per_epoch: int
-) -> optax.Schedule:
+def learning_rate_schedule(config: OptimConfig, total_steps: int, steps_per_epoch: int) -> Partial:
     """Returns the learning rate as a function of the step, counted from 0.
 
     The warm-up's first step already has a learning rate above 0, its last one the peak; after
@@ -192,27 +192,55 @@ def learning_rate_schedule(
             shortened to that.
         total_steps: updates in the whole run.
         steps_per_epoch: updates in one epoch.
+
+    Returns:
+        A `Partial` that holds learning rates and lengths as arrays: a program that takes it as an
+        input is the same for all of them.
     """
     peak = config.learning_rate
     warmup = min(round(config.warmup_epochs * steps_per_epoch), total_steps // 2)
     if config.schedule == "one-cycle":
-        start, end, turn = peak / 25, peak / 250_000, max(warmup, 1)
+        low, end, turn = peak / 25, peak / 250_000, max(warmup, 1)
     else:
-        start, end, turn = peak / (warmup + 1), 0.0, warmup
-    cosine_rise = config.schedule == "one-cycle"
-    falls = config.schedule != "constant"
+        low, end, turn = peak / (warmup + 1), 0.0, warmup
+    numbers = {
+        "low": low,
+        "rise": peak - low,
+        "end": end,
+        "fall": peak - end,
+        "peak": peak,
+        "turn": turn,
+        "rising_steps": max(turn, 1),
+        "falling_steps": total_steps - turn,
+    }
+    shape = _SHAPES[config.schedule]
+    return Partial(shape, {name: np.float32(value) for name, value in numbers.items()})
 
-    def schedule(count: Any) -> Array:
-        count = jnp.asarray(count, jnp.float32)
-        rise = jnp.clip(count / max(turn, 1), 0.0, 1.0)
-        if cosine_rise:
-            rise = (1 - jnp.cos(jnp.pi * rise)) / 2
-        fall = jnp.clip((count - turn) / (total_steps - turn), 0.0, 1.0)
-        rising = start + (peak - start) * rise
-        falling = end + (peak - end) * (1 + jnp.cos(jnp.pi * fall)) / 2 if falls else peak
-        return jnp.where(count < turn, rising, falling)
 
-    return schedule
+def _rate(numbers: dict[str, Array], count: Any, cosine_rise: bool, falls: bool) -> Array:
+    count = jnp.asarray(count, jnp.float32)
+    rise = jnp.clip(count / numbers["rising_steps"], 0.0, 1.0)
+    if cosine_rise:
+        rise = (1 - jnp.cos(jnp.pi * rise)) / 2
+    rising = numbers["low"] + numbers["rise"] * rise
+    fall = jnp.clip((count - numbers["turn"]) / numbers["falling_steps"], 0.0, 1.0)
+    falling = numbers["end"] + numbers["fall"] * (1 + jnp.cos(jnp.pi * fall)) / 2
+    return jnp.where(count < numbers["turn"], rising, falling if falls else numbers["peak"])
+
+
+def _constant(numbers: dict[str, Array], count: Any) -> Array:
+    return _rate(numbers, count, cosine_rise=False, falls=False)
+
+
+def _cosine(numbers: dict[str, Array], count: Any) -> Array:
+    return _rate(numbers, count, cosine_rise=False, falls=True)
+
+
+def _one_cycle(numbers: dict[str, Array], count: Any) -> Array:
+    return _rate(numbers, count, cosine_rise=True, falls=True)
+
+
+_SHAPES = {"constant": _constant, "cosine": _cosine, "one-cycle": _one_cycle}
 
 
 def make_optimizer(

@@ -6,7 +6,6 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import Array
 from jax.tree_util import Partial
 
@@ -15,12 +14,15 @@ from bmjax.data import Dataset, load_dataset, loader
 from bmjax.data.preprocess import Normalization
 from bmjax.data.sources import DatasetSpec
 from bmjax.data.statistics import loss_weights
-from bmjax.machine.parallel import Parallel
+from bmjax.machine.parallel import Parallel, check_divides, make_parallel
 from bmjax.models.architecture import Architecture
 from bmjax.models.build import build_model
+from bmjax.models.contract import check_module
+from bmjax.models.registry import find
 from bmjax.train.compiled import make_train_steps, zero_totals
 from bmjax.train.gradients import accumulated
-from bmjax.train.phases import MakeLoss, Phase, StartingPoint, make_phases
+from bmjax.train.job import Job, MakeLoss
+from bmjax.train.phases import Phase, make_phases
 from bmjax.train.step import Batch, classification_loss
 
 
@@ -34,11 +36,7 @@ class TrainingPrograms:
         config: of the run.
         parallel: the devices.
         spec: of the dataset.
-        make_loss: see `loop.fit`.
-        start: what the run begins with; None: random params.
-        view_targets: see `loop.fit`.
-        schedule: of the learning rate in each phase; by default the config's.
-        architecture: of the model; None: the one that `config.model` names.
+        job: the run's own parts.
 
     Attributes:
         spec: as given.
@@ -56,23 +54,20 @@ class TrainingPrograms:
         config: TrainConfig,
         parallel: Parallel,
         spec: DatasetSpec,
-        make_loss: MakeLoss | None = None,
-        start: StartingPoint | None = None,
-        view_targets: loader.ViewTargets | None = None,
-        schedule: optax.Schedule | None = None,
-        architecture: Architecture | None = None,
+        job: Job | None = None,
     ):
+        job = job or Job()
         self.spec, self.parallel = spec, parallel
-        self._config, self._targets = config, view_targets
-        self._make_loss = make_loss or _with_normalization_as_input(config, spec)
-        self._ahead = make_loss is None and view_targets is None
+        self._config, self._targets = config, job.view_targets
+        self._make_loss = job.make_loss or _with_normalization_as_input(config, spec)
+        self._ahead = job.make_loss is None and job.view_targets is None
         self.num_batches = loader.num_batches(len(spec.labels), config.batch_size)
-        self.model = build_model(config, spec.num_classes, parallel.axis_name, architecture)
-        self.phases = make_phases(
-            config, self.model, spec.image_shape, self.num_batches, start, schedule, architecture
-        )
+        self.model = build_model(config, spec.num_classes, parallel.axis_name, job.architecture)
+        self.phases = make_phases(config, self.model, spec.image_shape, self.num_batches, job)
         size, channels = spec.image_shape[:2], spec.image_shape[2]
-        self._view = loader.make_view(config.views, size, [0.0] * channels, parallel.axis_name)
+        self._view = loader.make_view(
+            config.views, size, [0.0] * channels, parallel.axis_name, job.view
+        )
         self._steps: dict[int, Callable[..., Any]] = {}
 
     def steps(self, phase: Phase) -> Callable[..., Any]:
@@ -81,7 +76,7 @@ class TrainingPrograms:
         if phase.first not in self._steps:
             self._steps[phase.first] = make_train_steps(
                 self.parallel,
-                phase.optimizer,
+                phase.make_optimizer,
                 config.batch_size,
                 accumulated(config.accumulate),
                 config.ema_decay,
@@ -90,21 +85,24 @@ class TrainingPrograms:
             )
         return self._steps[phase.first]
 
-    def functions(self, phase: Phase, normalization: Normalization) -> tuple[Partial, Partial]:
-        """Returns view and loss function of a phase, as the steps take them.
+    def functions(
+        self, phase: Phase, normalization: Normalization
+    ) -> tuple[Partial, Partial, Partial]:
+        """Returns view, loss function and schedule of a phase, as the steps take them.
 
         Args:
             phase: one of the run's.
-            normalization: `mean` and `std` per channel that images are normalised by.
+            normalization: what images are normalised by.
         """
         view = Partial(self._view.func, jnp.asarray(normalization.mean, jnp.float32))
         loss_fn = self._make_loss(phase.model, normalization)
-        return view, loss_fn if isinstance(loss_fn, Partial) else Partial(loss_fn)
+        loss_fn = loss_fn if isinstance(loss_fn, Partial) else Partial(loss_fn)
+        return view, loss_fn, phase.schedule
 
     def zeros(self, normalization: Normalization) -> dict[str, Array]:
         """Returns the totals before the first example."""
         phase = self.phases[0]
-        _, loss_fn = self.functions(phase, normalization)
+        _, loss_fn, _ = self.functions(phase, normalization)
         return zero_totals(loss_fn, phase.fresh, self.spec.image_shape, self._targets)
 
     def compile_ahead(self) -> None:
@@ -123,6 +121,28 @@ class TrainingPrograms:
             loader.shapes_of_train(self.spec, self._config.batch_size, self.parallel),
         )
         self.parallel.compile_ahead(self.steps(phase), held, np.int32(1))
+
+
+def check_possible(
+    config: TrainConfig, data: Dataset | DatasetSpec, architecture: Architecture | None = None
+) -> None:
+    """Checks all that only the data can show to be wrong, before anything is trained or written.
+
+    Args:
+        config: of the run, checked by itself.
+        data: of the run.
+        architecture: of the model; None: that of the name.
+
+    Raises:
+        UserError: a batch that does not divide, or a model that cannot take the images or
+            does not keep the contract of `bmjax.register_model`.
+    """
+    parallel = make_parallel(config.device)
+    check_divides(parallel, config.batch_size, config.accumulate)
+    architecture = architecture or find(config.model)
+    model = build_model(config, data.num_classes, architecture=architecture)
+    alone = parallel.axis_name is not None and len(parallel.devices) > 1
+    check_module(architecture, model, data.num_classes, data.image_shape, alone)
 
 
 def load_and_compile(
@@ -159,7 +179,7 @@ def load_and_compile(
 def _with_normalization_as_input(config: BaseConfig, spec: DatasetSpec) -> MakeLoss:
     """Returns what makes the loss of plain training, a `Partial` that holds the normalization."""
     weights = loss_weights(config, spec.labels, spec.num_classes)
-    made: dict[nn.Module, Callable[..., Any]] = {}
+    made: dict[int, Callable[..., Any]] = {}
 
     def make_loss(model: nn.Module, normalization: Normalization) -> Partial:
         def loss_fn(
@@ -169,7 +189,7 @@ def _with_normalization_as_input(config: BaseConfig, spec: DatasetSpec) -> MakeL
             return plain(params, batch_stats, batch, key)
 
         # One function for any normalization: what is compiled for one is of no use to another.
-        of_model = made.setdefault(model, loss_fn)
+        of_model = made.setdefault(id(model), loss_fn)
         return Partial(of_model, normalization.as_arrays())
 
     return make_loss

@@ -153,4 +153,4 @@ def _write_run(folder: Path, source: Pretrained, config: ConvertConfig) -> None:
         )
     )
     extra = {"converted_from": Path(config.path).name}
-    write_run(Run(folder, settings, source.data, extra), source.variables)
+    write_run(Run(folder, settings, source.data, extra, "converted"), source.variables)
