@@ -14,6 +14,7 @@ import tyro
 
 from bmjax.cli import supervisor
 from bmjax.cli.commands import _COMMANDS
+from bmjax.cli.imports import import_own
 from bmjax.cli.tables import print_message
 from bmjax.config import (
     BenchConfig,
@@ -57,6 +58,7 @@ def _run(words: list[str]) -> None:
     asked = parse(words)
     device = getattr(asked, "device", None)
     if device is None or not (device.coordinator or device.num_processes or device.process_id >= 0):
+        import_own(asked)
         _COMMANDS[type(asked)](resumed(asked, words))
         return
     from bmjax.machine import hosts
@@ -81,6 +83,7 @@ def _run_as_one_of_several(asked: Any, words: list[str], name: str) -> None:
         hosts.check_same("settings", common, "Start all with the same flags.")
         if not hosts.is_first():  # the others show nothing but errors
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        import_own(asked)
         _COMMANDS[type(asked)](hosts.on_first(resumed, asked, words))
     except SystemExit as error:
         code = int(error.code or 0)

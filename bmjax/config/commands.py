@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from bmjax.config.training import DeviceConfig
+from bmjax.config.training import DeviceConfig, Imports
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,8 @@ class EvaluateConfig:
         checkpoint: Params of the latest checkpoint, or those with the best validation accuracy.
         batch_size: Images at once, rounded up to what divides over the devices.
         json: Print one JSON object instead of tables.
+        imports: A file of Python, or a module, that registers models of your own by
+            bmjax.register_model; give the flag once for each.
     """
 
     path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
@@ -29,6 +31,7 @@ class EvaluateConfig:
     checkpoint: Literal["latest", "best"] = "latest"
     batch_size: int = 256
     json: bool = False
+    imports: Imports = ()
     device: DeviceConfig = field(default_factory=DeviceConfig)
 
 
@@ -42,6 +45,8 @@ class PredictConfig:
         top: Classes shown per image, the likeliest first (at least 1).
         checkpoint: Params of the latest checkpoint, or those with the best validation accuracy.
         json: Print one JSON object per image, with the probabilities of all classes.
+        imports: A file of Python, or a module, that registers models of your own by
+            bmjax.register_model; give the flag once for each.
     """
 
     path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
@@ -49,6 +54,7 @@ class PredictConfig:
     top: int = 3
     checkpoint: Literal["latest", "best"] = "latest"
     json: bool = False
+    imports: Imports = ()
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,7 @@ class ConvertConfig:
         path: A torchvision checkpoint (.pth, .pt or .safetensors), Flax variables (.msgpack), a
             run's folder, or imagenet-v1 or imagenet-v2 for torchvision's published weights.
         out: What to write; nothing that exists is overwritten.
-        model: Name of the ResNet; a run knows its own.
+        model: Name of the model; a run knows its own.
         certify: Compare with torchvision (which the extra torch brings): outputs, gradients and
             one training step, written to OUT.certificate.txt and .json; nothing else is written
             where it fails.
@@ -74,6 +80,8 @@ class ConvertConfig:
             out; 0 takes the weights' own, or 8/7 of the image size.
         class_names: Names of the classes, in order; none given: ImageNet's where there are 1000,
             numbers otherwise.
+        imports: A file of Python, or a module, that registers models of your own by
+            bmjax.register_model; give the flag once for each.
     """
 
     path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
@@ -84,6 +92,7 @@ class ConvertConfig:
     image_size: int = 0
     resize_size: int = 0
     class_names: tuple[str, ...] = ()
+    imports: Imports = ()
 
 
 @dataclass(frozen=True)
@@ -118,6 +127,8 @@ class BenchConfig:
         steps: Batches of a turn.
         turns: Turns that count, after two that compile and warm up.
         json: Print one JSON object instead of a table.
+        imports: A file of Python, or a module, that registers models of your own by
+            bmjax.register_model; give the flag once for each.
     """
 
     model: str = "resnet18"
@@ -129,6 +140,7 @@ class BenchConfig:
     steps: int = 2
     turns: int = 10
     json: bool = False
+    imports: Imports = ()
 
 
 @dataclass(frozen=True)
@@ -148,6 +160,7 @@ class VerifyResumeConfig:
         seed: Of what is random about the moments.
         out: Folder for the runs; those that are equal are removed.
         json: Print one JSON object instead of lines.
+        imports: As of the command that is verified, which it is handed on to.
     """
 
     kills: int = 20
@@ -163,6 +176,7 @@ class VerifyResumeConfig:
     seed: int = 0
     out: str = "runs/verify-resume"
     json: bool = False
+    imports: Imports = ()
     command: Annotated[tuple[str, ...], tyro.conf.Suppress] = (
         "train",
         "--model",

@@ -259,7 +259,7 @@ def feature_shapes(model: nn.Module, image_shape: tuple[int, ...]) -> Shapes:
     def capture(key: Array) -> Any:
         variables = contract.init(model, key, images)
         _, new = contract.apply(model, variables, images, mutable=["intermediates"])
-        return new.get("intermediates", {})
+        return new["intermediates"]
 
     shapes = jax.eval_shape(capture, jax.random.key(0))
     return {name: leaf.shape[1:] for name, leaf in shapes.items() if hasattr(leaf, "shape")}

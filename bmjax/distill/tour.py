@@ -85,7 +85,7 @@ def run(config: DistillConfig, console: Console) -> dict[str, Any]:
     try:
         return _distill(config, out, console)
     except StoppedError as error:
-        go_on = f"bmjax distill --resume --out {out}"
+        go_on = f"bmjax distill --resume --out {out}{config.import_flags}"
         raise StoppedError(error.progress, go_on, error.exit_code) from None
 
 

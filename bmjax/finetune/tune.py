@@ -82,7 +82,7 @@ def run(config: FinetuneConfig, console: Console) -> dict[str, Any]:
             return _go_on(config, saved, console)
         return _begin(config, train_config, saved, console)
     except StoppedError as error:
-        go_on = f"bmjax finetune --resume --out {path}" if error.go_on else ""
+        go_on = f"bmjax finetune --resume --out {path}{config.import_flags}" if error.go_on else ""
         raise StoppedError(error.progress, go_on, error.exit_code) from None
 
 

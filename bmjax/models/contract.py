@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.core import meta
-from flax.errors import FlaxError, InvalidRngError
+from flax.errors import InvalidRngError
 from jax import Array
 
 from bmjax.errors import UserError
@@ -42,7 +42,9 @@ def init(model: nn.Module, key: Array, images: Array) -> dict[str, Any]:
         key: of the random params.
         images: [batch, height, width, channels].
     """
-    return dict(meta.unbox(model.init(key, images, **_mode(model, False))))
+    # The second is for NNX modules, which make their dropout together with their params.
+    keys = {"params": key, "dropout": jax.random.fold_in(key, 1)}
+    return dict(meta.unbox(model.init(keys, images, **_mode(model, False))))
 
 
 def apply(
@@ -77,7 +79,13 @@ def apply(
     if key is not None:
         # The second is for streams of any other name, which Linen takes from it.
         options["rngs"] = {"dropout": key, "params": jax.random.fold_in(key, 1)}
-    return model.apply(variables, images, **options)
+    if "intermediates" not in mutable:
+        return model.apply(variables, images, **options)
+    logits, new = model.apply(variables, images, **options)
+    sown = new.get("intermediates", {})
+    # Linen's own sow keeps a tuple of all that it was given.
+    last = {name: leaf[-1] if isinstance(leaf, tuple) else leaf for name, leaf in sown.items()}
+    return logits, {**new, "intermediates": last}
 
 
 def _mode(model: Any, train: bool) -> dict[str, Any]:
@@ -109,10 +117,7 @@ def features_before(model: nn.Module, variables: Any, images: Array, head: str) 
 
     with nn.intercept_methods(note):
         _, new = apply(model, variables, images, mutable=["intermediates"])
-    sown = new.get("intermediates", {}).get("pre_logits")
-    features = given[-1] if sown is None and given else sown
-    if isinstance(features, tuple):  # Linen's own sow keeps a tuple
-        features = features[-1]
+    features = new["intermediates"].get("pre_logits", given[-1] if given else None)
     if features is None or features.ndim != 2:
         found = "" if features is None else f", but of shape {features.shape}"
         raise UserError(
@@ -155,7 +160,8 @@ def check_module(
             _check_logits(name, logits, len(images), num_classes)
     except UserError:
         raise
-    except (ValueError, TypeError, FlaxError) as error:
+    # The user's code may fail in any way; ours in one.
+    except Exception as error:
         if not architecture.own:
             if isinstance(error, ValueError):
                 raise UserError(f"{name} cannot take these images: {error}") from error

@@ -144,15 +144,15 @@ def train(
     Returns and raises as `fit`.
     """
     job = job or Job()
-    architecture = job.architecture or find(config.model)
-    job = dataclasses.replace(job, architecture=architecture)
-    config = resolve(config, architecture)
+    config = resolve(config, job.architecture)
     path = Path(config.out)
     request_devices(config.device)
     hosts.check_same("settings", settings_to_keep(config), "Start all with the same flags.")
     saved = hosts.on_first(read_run, path) if config.run.resume else None
     # Before any work, so that an unknown name is said, and memory is shared as the model needs it.
-    model = build_model(config, 2, architecture=architecture)
+    named = saved.config if saved else config
+    architecture = job.architecture or find(named.model)
+    model = build_model(named, 2, architecture=architecture)
     if saved is None:
         hosts.on_first(refuse_existing, path)
     else:
@@ -167,7 +167,12 @@ def train(
         if job.own_process and not views and suits_one_thread(flops):
             compute_in_calling_thread()
         check_possible(config, spec, architecture)
-        return TrainingPrograms(config, make_parallel(config.device), spec, job)
+        return TrainingPrograms(
+            config,
+            make_parallel(config.device),
+            spec,
+            dataclasses.replace(job, architecture=architecture),
+        )
 
     if dataset is None:
         dataset, programs = load_and_compile(config, make_programs)
