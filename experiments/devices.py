@@ -83,10 +83,10 @@ def measure(arguments: argparse.Namespace, device: DeviceConfig) -> dict[str, An
             run=RunConfig(tensorboard=False),
             out=hosts.on_first(str, folder),
         ).resolved()
-        dataset = load_dataset(config.data)
+        dataset = load_dataset(config.data_name)
         losses = first_losses(config, dataset, arguments.steps)
         fit(config, dataset, console=Console(file=nowhere))
-        accuracy = evaluate_finished(config.out, config)["accuracy"]
+        accuracy = evaluate_finished(config.folder, config)["accuracy"]
     return {"losses": losses.tolist(), "accuracy": accuracy}
 
 

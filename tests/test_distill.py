@@ -100,7 +100,7 @@ def test_a_given_teacher_trains_one_student(teacher, tmp_path, quiet, as_data):
     result = distill(config, quiet)
     assert [row["role"] for row in result["rows"]] == ["teacher", "distilled"]
     assert "gain_points" not in result
-    extra = load_run(config.out).run.extra
+    extra = load_run(config.folder).run.extra
     assert extra["alpha"] == 0.5
     again = dataclasses.replace(config, run=RunConfig(tensorboard=False, resume=True))
     with pytest.raises(UserError, match=r"alpha is 0.5 in the run and 0.25 now"):
@@ -168,7 +168,7 @@ def test_features_with_their_projections(
     assert sum(LOSS_PARAMS in name for name in saved) == learned
     # They belong to the loss: what is evaluated is the student alone.
     for which in ("latest", "best"):
-        assert LOSS_PARAMS not in load_run(config.out, which).variables["params"]
+        assert LOSS_PARAMS not in load_run(config.folder, which).variables["params"]
     half = dataclasses.replace(config, epochs=1, out=str(tmp_path / "half"))
     distill(half, quiet)
     begun = params_of(tmp_path / "half")

@@ -75,7 +75,7 @@ def test_a_registered_module_teaches_another_by_its_stages(own, quiet, tmp_path)
     )
     rows = distill(config, quiet)["rows"]
     assert [row["model"] for row in rows] == ["patches", "patches"]
-    assert bmjax.load_run(config.out).model == Patches(3)
+    assert bmjax.load_run(config.folder).model == Patches(3)
 
 
 @pytest.mark.slow

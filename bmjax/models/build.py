@@ -23,7 +23,7 @@ def resolve(config: TrainConfig, architecture: Architecture | None = None) -> Tr
     Raises:
         UserError: an unknown name.
     """
-    if config.epochs:
+    if config.epochs is not None:
         return config.resolved()
     architecture = architecture or find(config.model)
     return dataclasses.replace(config, epochs=architecture.epochs).resolved()

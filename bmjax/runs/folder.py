@@ -152,6 +152,8 @@ def read_run(path: Path) -> Run:
         if unknown := content.keys() - _PARTS:  # such as sha256, damaged
             raise ValueError(f"it has {', '.join(map(repr, sorted(unknown)))}")
         config, data, extra = content["config"], content["data"], content["extra"]
+        # What 0 stood for before there was None for it.
+        extra |= {name: None for name in ("feature_weight", "cache_top") if extra.get(name) == 0}
         kind = content.get("kind") or _kind_before(extra)
         shape = tuple(int(side) for side in data["image_shape"])
         data = {

@@ -145,7 +145,7 @@ def train(
     """
     job = job or Job()
     config = resolve(config, job.architecture)
-    path = Path(config.out)
+    path = Path(config.folder)
     request_devices(config.device)
     hosts.check_same("settings", settings_to_keep(config), "Start all with the same flags.")
     saved = hosts.on_first(read_run, path) if config.run.resume else None

@@ -73,7 +73,7 @@ def make_phases(
         UserError: a rule of `job.start.freeze` that does not fit.
     """
     start = job.start
-    whole = (0, config.epochs, start.freeze if start else ())
+    whole = (0, config.num_epochs, start.freeze if start else ())
     plan = [whole]
     if start and start.head_epochs:
         plan = [(0, start.head_epochs, ("backbone",)), (start.head_epochs, *whole[1:])]

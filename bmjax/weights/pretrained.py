@@ -14,7 +14,7 @@ from bmjax.data import preprocess
 from bmjax.data.preprocess import Normalization
 from bmjax.errors import UserError
 from bmjax.machine.storage import write_atomically
-from bmjax.models import architectures, find, list_models
+from bmjax.models import Architecture, architectures, find, list_models
 from bmjax.runs import checkpoint
 from bmjax.runs.folder import Run, create_run
 from bmjax.runs.trained import load_run
@@ -58,11 +58,11 @@ class Pretrained:
 
 def read_pretrained(
     source: str,
-    model: str,
+    model: str | None,
     *,
     head: bool = True,
-    image_size: int = 0,
-    resize_size: int = 0,
+    image_size: int | None = None,
+    resize_size: int | None = None,
     class_names: tuple[str, ...] = (),
     console: Console | None = None,
 ) -> Pretrained:
@@ -74,9 +74,9 @@ def read_pretrained(
             file of that name goes first.
         model: name of the model; a run knows its own, and it may be empty then.
         head: whether the last layer is wanted; without it, it may be absent or of any size.
-        image_size: side of the images that the model takes; 0: the weights' own, or 224. A run
+        image_size: side of the images that the model takes; None: the weights' own, or 224. A run
             keeps its own.
-        resize_size: shorter side that images are resized to before the middle is cut out; 0: the
+        resize_size: shorter side that images are resized to before the middle is cut out; None: the
             weights' own, or 8/7 of the image size. A run keeps its own.
         class_names: of the weights' classes; none given: ImageNet's where there are 1000, numbers
             otherwise. A run keeps its own.
@@ -88,7 +88,8 @@ def read_pretrained(
     path = Path(source)
     if path.is_dir():
         return _from_run(path, model, head)
-    check_has_files(model, f"--model {model} is none" if model else "--model says which model")
+    said = f"--model {model} is none" if model else "--model says which model"
+    model = check_has_files(model, said).name
     state_dict = None
     name = source if source in _published_names() and not path.exists() else ""
     if path.suffix == FLAX_SUFFIX:
@@ -110,10 +111,10 @@ def read_pretrained(
     return Pretrained(model, variables, data, state_dict)
 
 
-def _from_run(path: Path, model: str, head: bool) -> Pretrained:
+def _from_run(path: Path, model: str | None, head: bool) -> Pretrained:
     trained = load_run(path)
     own = trained.run.config.model
-    if model not in ("", own):
+    if model not in (None, own):
         raise UserError(f"the run in {path} is of {own}, but --model is {model}.")
     settings, data = trained.run.config, trained.run.data
     variables = trained.variables if head else _without_head(trained.variables, own)
@@ -122,13 +123,19 @@ def _from_run(path: Path, model: str, head: bool) -> Pretrained:
     return Pretrained(own, variables, data, None, settings.norm, settings.hidden_sizes)
 
 
-def check_has_files(model: str, said: str) -> None:
-    """Raises UserError, which begins with `said`, where no file of torchvision is of the model."""
-    known = sorted(each.name for each in architectures() if each.torch)
-    if model not in list_models() or find(model).torch is None:
+def check_has_files(model: str | None, said: str) -> Architecture:
+    """Returns the record of a model that torchvision has.
+
+    Raises:
+        UserError: it is none; the message begins with `said`.
+    """
+    architecture = find(model) if model in list_models() else None
+    if architecture is None or architecture.torch is None:
+        known = sorted(each.name for each in architectures() if each.torch)
         raise UserError(
             f"{said}: a file of weights does not name its own. Known: {', '.join(known)}."
         )
+    return architecture
 
 
 def _published_names() -> set[str]:
@@ -168,14 +175,16 @@ def _names(variables: dict[str, Any], model: str, names: tuple[str, ...]) -> lis
     return list(names)
 
 
-def _images(model: str, name: str, image_size: int, resize_size: int) -> dict[str, Any]:
+def _images(
+    model: str, name: str | None, image_size: int | None, resize_size: int | None
+) -> dict[str, Any]:
     """Returns shape and transform of the images for weights that came without a run."""
-    size, resize, interpolation = find(model).image_shape[0], 0, "bilinear"
+    size, resize, interpolation = find(model).image_shape[0], None, "bilinear"
     if name:
         own = published(model, name)
         size, resize, interpolation = own.crop_size, own.resize_size, own.interpolation
     if image_size:
-        size, resize = image_size, 0
+        size, resize = image_size, None
     resize = resize_size or resize or round(size * 8 / 7)
     transform = preprocess.EvaluationTransform(resize, size, interpolation)
     return {"image_shape": (size, size, 3), "transform": transform.to_dict()}
