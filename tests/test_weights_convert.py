@@ -11,6 +11,7 @@ import bmjax
 from bmjax.errors import UserError
 from bmjax.models import ResNet, create_model, find, registry
 from bmjax.models.resnet import TORCH_NAMES
+from bmjax.weights import convert
 from bmjax.weights.convert import expected_arrays
 
 # Bottlenecks with groups, and with strides, in a few thousand params.
@@ -152,6 +153,26 @@ def test_every_difference_is_in_one_message():
     assert "1 unexpected: extra" in message
     assert "1 wrong shape: fc.weight is [5, 7] and should be [5, 64]" in message
     assert "not of a float type: conv1.weight (int32)" in message
+
+
+def test_of_a_wrong_model_only_what_may_fit_is_traced(monkeypatch):
+    traced, trace = [], convert._expected
+
+    def note(architecture, *options):
+        traced.append(architecture.name)
+        return trace(architecture, *options)
+
+    monkeypatch.setattr(convert, "_expected", note)
+    tiny = draw("resnet_tiny", 7)
+    with pytest.raises(UserError, match="It fits resnet_tiny: give --model resnet_tiny"):
+        bmjax.from_torchvision(tiny, "resnet18")
+    # No model that torchvision publishes has so few params.
+    assert set(traced) == {"resnet18", "resnet_tiny", "resnext_tiny"}
+    traced.clear()
+    backbone = {name: value for name, value in draw("resnet18", 7).items() if "fc." not in name}
+    with pytest.raises(UserError, match="It fits resnet18: give --model resnet18"):
+        bmjax.from_torchvision(backbone, "resnet_tiny", head=False)
+    assert set(traced) == {"resnet18", "resnet_tiny", "resnext_tiny"}
 
 
 def test_the_model_that_fits_is_named():

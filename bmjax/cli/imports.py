@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import re
 import sys
+import sysconfig
 import traceback
 from pathlib import Path
 from types import ModuleType
@@ -84,7 +85,8 @@ def _import_file(name: str, file: Path) -> ModuleType:
 def _module_name(file: Path) -> str:
     """Returns the file's own name, or where another module is known so, one that is free."""
     try:
-        taken = file.stem in sys.modules or importlib.util.find_spec(file.stem) is not None
+        found = importlib.util.find_spec(file.stem)
+        taken = found is not None and found.origin != str(file)
     except (ImportError, ValueError):  # such as of "a.b", in "a.b.py"
         taken = True
     digest = hashlib.sha256(str(file).encode()).hexdigest()[:8]
@@ -99,14 +101,18 @@ def _find_modules_in(folder: Path) -> None:
 def _failed(name: str, error: BaseException) -> UserError:
     """Returns what is said of the user's own code: its last line, and where it happened."""
     said = traceback.format_exception_only(error)[-1].strip()
+    if isinstance(error, UserError):
+        said = str(error).rstrip(".")
     if isinstance(error, SyntaxError):
         place = f"line {error.lineno} of {error.filename}"
     else:
         frames = traceback.extract_tb(error.__traceback__)
-        ours = {__file__, importlib.__file__, importlib.util.__file__}
-        own = [frame for frame in frames if frame.filename not in ours and frame.filename[0] != "<"]
-        last = next(
-            (frame for frame in reversed(own) if "site-packages" not in frame.filename), own[-1]
-        )
+        last = next((each for each in reversed(frames) if _is_users(each.filename)), frames[-1])
         place = f"line {last.lineno} of {last.filename}"
     return UserError(f"--import {name} failed: {said} ({place}).")
+
+
+def _is_users(file: str) -> bool:
+    """Whether a file is neither ours, nor Python's, nor of an installed package."""
+    others = (str(Path(__file__).parents[1]), sysconfig.get_path("stdlib"), "<frozen")
+    return not file.startswith(others) and "site-packages" not in file
