@@ -14,6 +14,8 @@ import optax
 import pytest
 
 import bmjax
+from bmjax.bench.jax_contenders import Bmjax
+from bmjax.bench.workload import Workload
 from bmjax.config import DeviceConfig, DistillConfig, EvaluateConfig, FinetuneConfig, OptimConfig
 from bmjax.distill import distill
 from bmjax.distill.loss import distillation_loss
@@ -229,6 +231,23 @@ def test_a_module_may_be_given_as_it_is(small, shapes, quiet):
         bmjax.load_run(config.out)
     bmjax.register_model("Patches", partial(Patches, width=4))
     assert bmjax.load_run(config.out).model == Patches(3, width=4)
+
+
+def test_a_module_that_is_made_by_its_name_needs_no_script_to_go_on(own, shapes, quiet):
+    config = dataclasses.replace(own, model="mlp", epochs=1)
+    bmjax.fit(config, shapes, model=Patches(3), console=quiet)
+    run = read_run(Path(own.out))
+    assert (run.config.model, run.extra) == ("patches", {})
+    assert bmjax.load_run(own.out).model == Patches(3)
+
+
+def test_a_module_of_ones_own_is_timed(patches):
+    workload = Workload("patches", image_size=12, batch_size=4)
+    contender = Bmjax(workload, 1)
+    assert np.isfinite(contender.train())
+    contender.infer()
+    with pytest.raises(UserError, match="needs a model with an attribute dtype"):
+        Bmjax(dataclasses.replace(workload, precision="bfloat16"), 1)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ def test_a_checkpoint_is_a_teacher(tmp_path, quiet):
     apply = jax.jit(model.apply)
     np.testing.assert_array_equal(apply(teacher.variables, images), apply(variables, images))
     assert teacher.model == model
-    with pytest.raises(UserError, match="--teacher-model says which model, but is ''"):
+    with pytest.raises(UserError, match="--teacher-model says which model: "):
         load_teacher(str(path))
 
 

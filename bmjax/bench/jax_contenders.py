@@ -24,12 +24,13 @@ from bmjax.bench.workload import (
     normalized,
     pixel_normalization,
 )
-from bmjax.config import AugmentConfig, OptimConfig
+from bmjax.config import AugmentConfig, OptimConfig, TrainConfig
 from bmjax.data import loader, preprocess
 from bmjax.data.preprocess import Normalization
 from bmjax.losses import logits as losses
 from bmjax.machine.parallel import Parallel
-from bmjax.models import create_model
+from bmjax.models import contract
+from bmjax.models.build import build_model
 from bmjax.train.apply import apply_train
 from bmjax.train.compiled import make_train_steps, zero_totals
 from bmjax.train.optim import make_optimizer
@@ -39,7 +40,8 @@ _DTYPES = {"float32": None, "bfloat16": jnp.bfloat16}
 
 
 def _model(name: str, precision: str) -> nn.Module:
-    return create_model(name, NUM_CLASSES, dtype=_DTYPES[precision])
+    precise: Any = precision
+    return build_model(TrainConfig(model=name, precision=precise), NUM_CLASSES)
 
 
 def _shape(workload: Workload) -> tuple[int, int, int]:
@@ -50,7 +52,7 @@ def initial_variables(workload: Workload, name: str = "") -> Any:
     """Returns the variables that all contenders which can be given any begin with."""
     name = name or workload.model
     images = jnp.zeros((1, *_shape(workload)))
-    return jax.jit(_model(name, "float32").init)(jax.random.key(0), images)
+    return jax.jit(partial(contract.init, _model(name, "float32")))(jax.random.key(0), images)
 
 
 class Bmjax:
@@ -88,7 +90,7 @@ class Bmjax:
         self._arrays, self._done = put(data), 0
         self._variables = put(variables)
         self._images = put(jnp.asarray(normalized(data["image"][: workload.batch_size])))
-        self._apply = jax.jit(model.apply)
+        self._apply = jax.jit(partial(contract.apply, model))
         flops = count_flops(self._apply, variables, self._images)
         self.flops = flops // workload.batch_size
 
@@ -121,7 +123,7 @@ def _distillation(
 ) -> tuple[Array, tuple[Any, dict[str, Array]]]:
     images = preprocess.normalize(batch["image"], normalization)
     logits, batch_stats = apply_train(model, params, batch_stats, images, batch["mask"], key)
-    taught = teacher.apply(held, images)
+    taught = contract.apply(teacher, held, images)
     return _mixed(logits, taught, batch["label"]), (batch_stats, {})
 
 

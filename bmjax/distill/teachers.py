@@ -76,7 +76,8 @@ def load_teacher(
     path = Path(source)
     if not path.suffix or hosts.on_first(path.is_dir):
         return load_run(path)
-    said = f"--teacher {source} is a file: --teacher-model says which model, but is {model!r}"
+    said = f"--teacher {source} is a file: --teacher-model says which model"
+    said += f", but is {model!r}" if model else ""
     model = check_has_files(model, said).name
     weights = read_pretrained(source, model, image_size=image_size, console=console)
     run = Run(path, TrainConfig(model=model, data="", out=source), weights.data, {})

@@ -102,7 +102,14 @@ def fit(
     if model is not None:
         architecture = architecture_of(model)
         config = dataclasses.replace(config, model=_name(config.model, architecture, model))
-    own = {"model": model, "loss": make_loss, "optimizer": optimizer, "schedule": schedule}
+    # One that is made by its name is no part that a file cannot keep.
+    named = config.model in list_models() and model is not None and makes(find(config.model), model)
+    own = {
+        "model": None if named else model,
+        "loss": make_loss,
+        "optimizer": optimizer,
+        "schedule": schedule,
+    }
     own |= {"view": view}
     names = [name for name, part in own.items() if part is not None]
     job = Job(
