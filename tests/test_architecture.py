@@ -46,6 +46,7 @@ def test_stages_are_ordered_by_their_numbers_as_numbers():
     architecture = find("resnet18")
     layers = ["pre_logits", "stage10", "stage9", "stem", "stage1_block1"]
     assert architecture.stages_among(layers) == ["stem", "stage9", "stage10"]
+    assert architecture.compared_stages(layers) == ["stage9", "stage10"]
 
 
 def test_every_family_says_what_it_has():

@@ -4,14 +4,16 @@ from functools import partial
 from importlib import metadata
 from typing import Any, cast
 
+import chex
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
 
 import bmjax
 from bmjax.errors import UserError
-from bmjax.models import MLP, architecture_of, find, registry
+from bmjax.models import MLP, TorchNames, architecture_of, find, registry
 from tests.own_models import PATCHES, Bridged, Patches, bridged
 
 pytestmark = pytest.mark.usefixtures("own_names")
@@ -30,7 +32,9 @@ def test_a_registered_model_is_made_by_name():
 
 
 CELL = """
+import chex
 import flax.linen as nn
+import jax
 class Net(nn.Module):
     num_classes: int
     def __call__(self, images):
@@ -72,6 +76,39 @@ def test_misuse_is_named(name, make, options, message):
     with pytest.raises(UserError, match=message):
         bmjax.register_model(name, make, **options)
     assert bmjax.list_models() == before
+
+
+def test_torch_names_of_ones_own_convert_both_ways():
+    names = TorchNames(
+        (("embed", "patch.proj"), (r"block(\d+)", "blocks.{}.fc"), ("classifier", "h"))
+    )
+    shape = (12, 12, 3)
+    bmjax.register_model("linear", Linear, head="classifier", torch=names, image_shape=shape)
+    model = bmjax.create_model("linear", 4)
+    params = model.init(jax.random.key(0), jnp.zeros((1, *shape)))["params"]
+    state_dict = bmjax.to_torchvision({"params": params}, "linear")
+    assert {name: value.shape for name, value in state_dict.items()} == {
+        "patch.proj.weight": (5, 3, 4, 4),
+        "patch.proj.bias": (5,),
+        "blocks.1.fc.weight": (6, 5),
+        "blocks.1.fc.bias": (6,),
+        "h.weight": (4, 6),
+        "h.bias": (4,),
+    }
+    back = bmjax.from_torchvision(state_dict, "linear")
+    chex.assert_trees_all_equal(back["params"], params)
+    headless = {name: value for name, value in state_dict.items() if name[:2] != "h."}
+    assert "classifier" not in bmjax.from_torchvision(headless, "linear", head=False)["params"]
+
+
+class Linear(nn.Module):
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, images):
+        hidden = nn.Conv(5, (4, 4), (4, 4), name="embed")(images).mean((1, 2))
+        hidden = nn.Dense(6, name="block1")(hidden)
+        return nn.Dense(self.num_classes, name="classifier")(hidden)
 
 
 def test_what_makes_no_linen_module_is_said_when_it_is_made():

@@ -170,8 +170,8 @@ def _usual(
 
 def _stages(model: str, shapes: Shapes) -> list[str]:
     """Returns the stages of a model behind its stem whose output has a height and a width."""
-    stages = find(model).stages_among(shapes)
-    return [stage for stage in stages if stage != "stem" and len(shapes[stage]) == 3]
+    stages = find(model).compared_stages(shapes)
+    return [stage for stage in stages if len(shapes[stage]) == 3]
 
 
 def _pair(

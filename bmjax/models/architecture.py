@@ -126,6 +126,10 @@ class Architecture:
             if (found := _place(row, re.fullmatch(_as_pattern(stage), name)))
         )
 
+    def compared_stages(self, names: Iterable[str]) -> list[str]:
+        """Returns the stages among some names of layers but for the stem, in order of depth."""
+        return [stage for stage in self.stages_among(names) if stage != "stem"]
+
     def stages_of(self, paths: Iterable[str]) -> list[str]:
         """Returns the names of the stages that some params belong to, in order of depth."""
         found = (self._stage(path) for path in paths)

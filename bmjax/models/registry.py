@@ -129,6 +129,7 @@ def register_model(
     head: str = "head",
     options: Sequence[str] | None = None,
     torch: TorchNames | None = None,
+    image_shape: tuple[int, int, int] = (224, 224, 3),
     epochs: int = 20,
 ) -> None:
     r"""Makes a module of one's own known by name, as ours are.
@@ -163,6 +164,7 @@ def register_model(
         options: those of `dtype`, `hidden_sizes`, `norm` and `remat` that `make` takes; by default
             those that its signature names.
         torch: the names that a state dict of PyTorch has for its variables.
+        image_shape: height, width and channels of the images that weights without a run are for.
         epochs: passes over the training split where none are asked for.
 
     Raises:
@@ -189,6 +191,7 @@ def register_model(
         head=head,
         options=tuple(options),
         torch=torch,
+        image_shape=image_shape,
         epochs=epochs,
         own=True,
     )

@@ -22,7 +22,7 @@ from bmjax.machine.parallel import make_parallel, request_devices
 from bmjax.machine.signals import noting_signals
 from bmjax.machine.threads import compute_in_calling_thread, suits_one_thread
 from bmjax.metrics import OwnMetric
-from bmjax.models import Architecture, architecture_of, list_models
+from bmjax.models import architecture_of, list_models
 from bmjax.models.build import build_model, resolve
 from bmjax.models.registry import find, makes
 from bmjax.runs.folder import (
@@ -98,19 +98,14 @@ def fit(
         DivergenceError: a loss that is not finite.
         StoppedError: SIGTERM or Ctrl-C, after a checkpoint.
     """
-    architecture = None
+    architecture, by_name = None, False
     if model is not None:
         architecture = architecture_of(model)
-        config = dataclasses.replace(config, model=_name(config.model, architecture, model))
-    # One that is made by its name is no part that a file cannot keep.
-    named = config.model in list_models() and model is not None and makes(find(config.model), model)
-    own = {
-        "model": None if named else model,
-        "loss": make_loss,
-        "optimizer": optimizer,
-        "schedule": schedule,
-    }
-    own |= {"view": view}
+        name, by_name = _named(config.model, model)
+        config = dataclasses.replace(config, model=name)
+    # A module that its name makes is no part that a file cannot keep.
+    own = {"model": None if by_name else model, "loss": make_loss, "optimizer": optimizer}
+    own |= {"schedule": schedule, "view": view}
     names = [name for name, part in own.items() if part is not None]
     job = Job(
         extra={"own_parts": names} if names else {},
@@ -127,11 +122,17 @@ def fit(
     return train(checked(config.resolved()), dataset, job, console)
 
 
-def _name(given: str, architecture: Architecture, model: nn.Module) -> str:
-    """Returns what a run calls a module: as it is given, unless another module is known so."""
-    if given in list_models() and not makes(find(given), model):
-        return architecture.name
-    return given
+def _named(given: str, model: nn.Module) -> tuple[str, bool]:
+    """Returns what a run calls a module, and whether it is made by that name.
+
+    It is called as it is given, unless it is registered by another name, or another module is
+    known by the given one.
+    """
+    of_module = architecture_of(model).name
+    for name in (given, of_module):
+        if name in list_models() and makes(find(name), model):
+            return name, True
+    return (of_module if given in list_models() else given), False
 
 
 def train(
