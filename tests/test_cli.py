@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -16,6 +17,7 @@ from bmjax.config import DistillConfig, EvaluateConfig, TrainConfig
 from bmjax.config.flat import flatten, unflatten
 from bmjax.errors import UserError
 from bmjax.ops import onednn
+from tests.folder_helpers import write, write_class
 
 
 def run(capsys, *argv):
@@ -32,7 +34,7 @@ def run(capsys, *argv):
 SHORT = ("--hidden-sizes", "16", "--epochs", "2", "--batch-size", "16", "--no-tensorboard")
 
 
-def test_train_evaluate_predict(capsys, tmp_path, shapes, shapes_npz):
+def test_train_evaluate_predict(capsys, tmp_path, monkeypatch, shapes, shapes_npz):
     out = tmp_path / "run"
     words = ("train", "--data", f"npz:{shapes_npz}", "--out", out, *SHORT)
     code, shown, err = run(capsys, *words)
@@ -62,7 +64,13 @@ def test_train_evaluate_predict(capsys, tmp_path, shapes, shapes_npz):
         assert word in shown
 
     Image.fromarray(shapes.test.images[0, :, :, 0]).save(tmp_path / "a.png")
+    # It needs no cache, where there is none.
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("BMJAX_CACHE", str(tmp_path / "file"))
+    used = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    jax.config.update("jax_compilation_cache_dir", None)
     code, shown, _ = run(capsys, "predict", out, tmp_path / "a.png", "--top", "2")
+    jax.config.update("jax_compilation_cache_dir", used)
     assert code == 0
     assert shown.startswith(f"{tmp_path}/a.png: ")
     assert shown.count("%") == 2
@@ -239,3 +247,28 @@ finally:
         counts.append(int(done.stdout.split()[-1]))
     assert counts[0] > 5
     assert counts[1] == 0
+
+
+def test_what_may_be_unreadable_is_asked_for_and_kept(capsys, tmp_path):
+    data, out = tmp_path / "data", tmp_path / "run"
+    for name in ("a", "b"):
+        write_class(data / "train" / name, 4)
+        write_class(data / "val" / name, 2)
+        for index in range(3):
+            write(data / "train" / name / f"bad{index}.jpg", b"bad")
+    words = ("--data", f"folder:{data}", "--image-size", "8")
+    code, _, err = run(capsys, "train", *words, "--out", out, *SHORT)
+    assert code == 2
+    assert "6 of 18 images (33.3%) cannot be decoded" in err
+    code, shown, err = run(capsys, "train", *words, "--out", out, *SHORT, "--max-unreadable", "0.4")
+    assert code == 0, err
+    assert shown.startswith("warning: 6 of 14 images of train cannot be decoded and are left out")
+    assert run(capsys, "evaluate", out, "--split", "train", "--json")[0] == 0
+    (tmp_path / "data").rename(tmp_path / "moved")
+    moved = ("evaluate", out, "--data", f"folder:{tmp_path / 'moved'}", "--split")
+    assert run(capsys, *moved, "validation")[0] == 0  # none of the six is in this split
+    code, _, err = run(capsys, *moved, "train")
+    assert (code, "6 of 18 images" in err) == (2, True)
+    assert run(capsys, *moved, "train", "--max-unreadable", "0.4")[0] == 0
+    code, _, err = run(capsys, *moved, "train", "--max-unreadable", "1.5")
+    assert (code, "--max-unreadable is 1.5, but it must be in [0, 1]" in err) == (2, True)

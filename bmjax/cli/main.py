@@ -28,6 +28,7 @@ from bmjax.config import (
     VerifyResumeConfig,
 )
 from bmjax.config.flat import settings_to_keep
+from bmjax.config.paths import with_user_paths
 from bmjax.errors import (
     DivergenceError,
     StoppedError,
@@ -167,13 +168,14 @@ def _parse(argv: list[str], defaults: dict[type, Any]) -> Any:
         for name, kind in commands.items()
     )
     commands_type: Any = Union[kinds]  # noqa: UP007
-    return tyro.cli(
+    asked = tyro.cli(
         commands_type,
         prog="bmjax",
         description="Train, fine-tune and distil image classifiers in JAX.",
         args=argv,
         config=(tyro.conf.OmitArgPrefixes,),
     )
+    return with_user_paths(asked)
 
 
 def _one_line(kind: type) -> str:

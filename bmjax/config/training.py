@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from bmjax.config.names import check_flat_names, unset
+from bmjax.config.paths import with_user_paths
 
 # Fields that say which of several processes this one is, and how they find each other.
 PROCESSES = ("coordinator", "num_processes", "process_id")
@@ -166,6 +167,8 @@ class BaseConfig:
         image_size: Side in pixels of the images that the model takes; none given: the dataset's
             own, or 224 where images have different sizes.
         split_seed: Seed by which a validation split is cut from train, where there is none.
+        max_unreadable: Share of all image files of the dataset that may be left out as they cannot
+            be decoded, in [0, 1]; unless it is 0, five may always be. They are named.
         hidden_sizes: Widths of the hidden layers where the model is mlp; none given: 128 64.
         norm: Normalisation of a ResNet: batch; frozen, by the running statistics in training
             too; or group, which sees one example at a time.
@@ -195,6 +198,7 @@ class BaseConfig:
     data: str | None = "mnist5k"
     image_size: int | None = None
     split_seed: int = 0
+    max_unreadable: float = 0.01
     hidden_sizes: tuple[int, ...] = ()
     norm: Literal["batch", "frozen", "group"] = "batch"
     epochs: int | None = None
@@ -266,4 +270,4 @@ class TrainConfig(BaseConfig):
         How many epochs the model takes by default its architecture says, which no config knows of:
         see `bmjax.models.build.resolve`.
         """
-        return dataclasses.replace(self, out=self.out or f"runs/{self.model}")
+        return dataclasses.replace(self, out=with_user_paths(self).out or f"runs/{self.model}")

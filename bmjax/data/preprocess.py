@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax import Array
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
+from bmjax.config.paths import user_path
+from bmjax.data import formats
 from bmjax.errors import UserError, unknown_name
 
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
@@ -238,8 +240,9 @@ def decode(file: str | Path | BinaryIO, channels: int = 3) -> Image.Image:
             or more pixels than Pillow takes for safe (`Image.MAX_IMAGE_PIXELS`, twice).
     """
     if isinstance(file, str | Path):
-        return _decode_path(Path(file), channels)
+        return _decode_path(user_path(file), channels)
     name = getattr(file, "name", "the file")
+    formats.register_heif()
     try:
         with Image.open(file) as opened:
             loaded = _load(opened, file)
@@ -248,6 +251,12 @@ def decode(file: str | Path | BinaryIO, channels: int = 3) -> Image.Image:
             return picture if turn is None else picture.transpose(turn)
     except UserError:
         raise
+    except UnidentifiedImageError as error:
+        if what := formats.what_else(file):
+            raise UserError(f"{name} is {what}.") from None
+        raise UserError(
+            f"{name} cannot be read as an image ({error}). It may be cut off or of another format."
+        ) from error
     except Image.DecompressionBombError as error:
         raise UserError(f"{name} has too many pixels ({error}). Make it smaller.") from error
     except Exception as error:  # Readers raise whatever they stumble over: struct.error, KeyError

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -12,6 +12,8 @@ from bmjax.data import preprocess
 from bmjax.errors import UserError, unknown_name
 
 SPLITS = ("train", "validation", "test")
+# What a run is measured on: the first of these that is not empty, or else what it was trained on.
+HELD_OUT: tuple[Literal["test", "validation"], ...] = ("test", "validation")
 
 
 class Source(Protocol):

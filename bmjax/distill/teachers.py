@@ -12,13 +12,16 @@ from jax import Array
 from rich.console import Console
 
 from bmjax.config import TrainConfig
+from bmjax.config.paths import user_path
 from bmjax.data.preprocess import Normalization
 from bmjax.errors import UserError
 from bmjax.machine import hosts
 from bmjax.models import create_model
+from bmjax.runs import checkpoint
 from bmjax.runs.folder import Run
 from bmjax.runs.trained import TrainedRun, load_run, same_classes
 from bmjax.train.apply import predict_logits
+from bmjax.weights.convert import refuse_not_finite
 from bmjax.weights.pretrained import check_has_files, read_pretrained
 
 
@@ -61,25 +64,35 @@ def load_teacher(
     model: str | None = None,
     image_size: int | None = None,
     console: Console | None = None,
+    *,
+    key: str | None = None,
 ) -> TrainedRun:
     """Reads a teacher.
 
     Args:
-        source: a run's folder, or a torchvision checkpoint.
+        source: a run's folder, or a torchvision checkpoint: any file is one, whatever its suffix.
         model: name of the model that a checkpoint is of.
         image_size: side of the images that a checkpoint is given; None: 224.
         console: where it is said what damage of a file cannot be seen.
+        key: which state dict of a checkpoint with several; a run has none.
 
     Raises:
         UserError: a source that is not there, cannot be read, or does not fit the model.
     """
-    path = Path(source)
-    if not path.suffix or hosts.on_first(path.is_dir):
-        return load_run(path)
+    path = user_path(source)
+    if hosts.on_first(path.is_dir):
+        trained = load_run(path)
+        refuse_not_finite(checkpoint.to_named(trained.variables), f"the run in {path}")
+        return trained
+    if not hosts.on_first(path.is_file):
+        raise UserError(
+            f"--teacher {source} is not there: neither a run's folder nor a file of weights. Check "
+            "the path."
+        )
     said = f"--teacher {source} is a file: --teacher-model says which model"
-    said += f", but is {model!r}" if model else ""
+    said += f", but is {model}" if model else ""
     model = check_has_files(model, said).name
-    weights = read_pretrained(source, model, image_size=image_size, console=console)
+    weights = read_pretrained(source, model, key=key, image_size=image_size, console=console)
     run = Run(path, TrainConfig(model=model, data="", out=source), weights.data, {})
     module = create_model(model, len(weights.data["class_names"]))
     return TrainedRun(run, module, weights.variables, 0, weights.fingerprint(), ())

@@ -14,9 +14,10 @@ from rich.console import Console
 from bmjax.config import DistillConfig, EvaluateConfig, TrainConfig
 from bmjax.config.checks import check_distill, checked
 from bmjax.config.flat import contradictions, flatten, settings_to_keep, unflatten
+from bmjax.config.paths import user_path
 from bmjax.data import Dataset, load_dataset, loader
 from bmjax.data.preprocess import Normalization
-from bmjax.data.sources import Source
+from bmjax.data.sources import HELD_OUT, Source
 from bmjax.data.statistics import loss_weights, pixel_statistics
 from bmjax.distill.feature_matching import Matching
 from bmjax.distill.loss import distillation_loss, match_features
@@ -44,6 +45,7 @@ _OF_BOTH = (
     "data",
     "image_size",
     "split_seed",
+    "max_unreadable",
     "batch_size",
     "seed",
     "precision",
@@ -113,7 +115,9 @@ def load_teachers(
 ) -> tuple[list[TrainedRun], TrainedRun | None]:
     """Reads the teachers that are named; returns them, and all of them as one, or None."""
     teachers = [
-        load_teacher(source, config.teacher_model, config.image_size, console)
+        load_teacher(
+            source, config.teacher_model, config.image_size, console, key=config.weights_key
+        )
         for source in ([] if config.follows_student else config.teacher)
     ]
     return teachers, combine(teachers, config.teacher_weights) if teachers else None
@@ -187,16 +191,16 @@ def _num_params(model: Any, shape: tuple[int, int, int]) -> int:
 
 def load_data(config: DistillConfig, teachers: list[TrainedRun]) -> Dataset:
     """Loads the data as the teachers take images; checks that they fit all of them."""
-    memory_gib, seed = config.device.memory_gib, config.split_seed
+    how: dict[str, Any] = {
+        "split_seed": config.split_seed,
+        "memory_gib": config.device.memory_gib,
+        "max_unreadable": config.max_unreadable,
+    }
     if not teachers:
-        return load_dataset(
-            config.data_name, config.image_size, split_seed=seed, memory_gib=memory_gib
-        )
+        return load_dataset(config.data_name, config.image_size, **how)
     for teacher in teachers:
         _check_split(config, teacher)
-    dataset = load_for(
-        teachers[0], config.data_name, config.image_size, memory_gib=memory_gib, split_seed=seed
-    )
+    dataset = load_for(teachers[0], config.data_name, config.image_size, **how)
     for teacher in teachers:
         check_fits(teacher, dataset)
     return dataset
@@ -232,7 +236,7 @@ def _settled(config: DistillConfig) -> DistillConfig:
 def folder_of(config: DistillConfig) -> Path:
     """Returns the folder; where none is given, a new one, or for a resumption the newest."""
     if config.out:
-        return Path(config.out)
+        return user_path(config.out)
     default = Path(DEFAULT_OUT)
     if not config.run.resume:
         return free_folder(default)
@@ -282,6 +286,7 @@ def train_student(
     extra = {
         "teacher": list(config.teacher) or [str(teacher.run.path) if teacher else ""],
         "teacher_model": config.teacher_model,
+        "weights_key": config.weights_key,
         "teacher_fingerprint": teacher.fingerprint if teacher else "",
         **config.loss_settings(),
     }
@@ -292,7 +297,7 @@ def train_student(
     if teacher is not None and matching is None:
         view_targets = NoCache(config.batch_size, dataset.num_classes)
     if teacher is not None and config.teacher_cache:
-        folder = Path(config.teacher_cache)
+        folder = user_path(config.teacher_cache)
         folder = folder / out.name if config.generations > 1 else folder
         mean = pixel_statistics(dataset).mean
         view_targets = cached_teacher(folder, teacher, dataset, config, mean, console)
@@ -327,9 +332,10 @@ def _finish(
 ) -> dict[str, Any]:
     """Measures teacher and students on the test split, which nothing before has looked at.
 
-    A folder without one is measured on its validation split; no params were chosen by it.
+    Data without one is measured on its validation split; no params were chosen by it. Where that
+    is empty too, it is the training split.
     """
-    split = "test" if len(dataset.test) else "validation"
+    split = next((name for name in HELD_OUT if len(dataset.split(name))), "train")
     which = "best" if config.patience else "latest"
     source = dataset.split(split)
     students = [load_run(path, which) for path in plan.students]

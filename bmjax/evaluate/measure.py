@@ -1,5 +1,6 @@
 """A trained run: reading it, measuring it, predicting with it."""
 
+import contextlib
 import dataclasses
 import statistics as stats
 import time
@@ -16,7 +17,7 @@ from bmjax.config import BaseConfig, EvaluateConfig, PredictConfig
 from bmjax.config.checks import check_evaluate
 from bmjax.data import loader, preprocess
 from bmjax.data.preprocess import Normalization
-from bmjax.data.sources import SPLITS, Source
+from bmjax.data.sources import HELD_OUT, SPLITS, Source
 from bmjax.errors import UserError
 from bmjax.machine import hosts
 from bmjax.machine.cache import use_compilation_cache
@@ -54,7 +55,14 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     if not name:
         raise UserError(f"the weights in {config.path} came without data. Name some by --data.")
     splits = SPLITS if config.split == "all" else (config.split,)
-    dataset = load_for(trained, name, config.image_size, splits, config.device.memory_gib)
+    dataset = load_for(
+        trained,
+        name,
+        config.image_size,
+        splits,
+        config.device.memory_gib,
+        max_unreadable=config.max_unreadable,
+    )
     check_fits(trained, dataset)
     warnings = [*trained.warnings, *dataset.warnings]
     if not config.data and dataset.fingerprint() != trained.run.data["fingerprint"]:
@@ -77,7 +85,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def evaluate_finished(out: str, config: BaseConfig) -> dict[str, Any]:
-    """Measures a run at its end: on its test split, or where there is none that for validation.
+    """Measures a run at its end: on test, or where that is empty on validation, or else on train.
 
     Args:
         out: the run's folder.
@@ -88,13 +96,16 @@ def evaluate_finished(out: str, config: BaseConfig) -> dict[str, Any]:
     """
     which: Literal["latest", "best"] = "best" if config.patience else "latest"
     asked = EvaluateConfig(
-        out, checkpoint=which, device=config.device, batch_size=config.batch_size
+        out,
+        checkpoint=which,
+        max_unreadable=config.max_unreadable,
+        device=config.device,
+        batch_size=config.batch_size,
     )
-    try:
-        result = evaluate(asked)
-    except NoSplitError:
-        result = evaluate(dataclasses.replace(asked, split="validation"))
-    return {**result, "checkpoint": which}
+    for split in HELD_OUT:
+        with contextlib.suppress(NoSplitError):
+            return {**evaluate(dataclasses.replace(asked, split=split)), "checkpoint": which}
+    return {**evaluate(dataclasses.replace(asked, split="train")), "checkpoint": which}
 
 
 def measure(trained: TrainedRun, source: Source, config: EvaluateConfig) -> dict[str, Any]:
@@ -149,7 +160,7 @@ def predict(config: PredictConfig) -> list[dict[str, Any]]:
         raise UserError(f"--top is {config.top}, but it must be at least 1.")
     if not config.images:
         raise UserError("there is no image to classify. Name at least one file.")
-    use_compilation_cache()
+    use_compilation_cache(needed=False)
     trained = load_run(config.path, config.checkpoint)
     channels = trained.run.data["image_shape"][2]
     pictures = (preprocess.decode(name, channels) for name in config.images)

@@ -38,7 +38,7 @@ from bmjax.train.programs import check_possible
 from bmjax.weights.pretrained import Pretrained, read_pretrained, write_run
 
 # Settings beyond those of training; `weights_fingerprint` stands beside them in a run's config.
-_OWN = ("weights", "head", "head_epochs", "freeze", "layer_decay", "probe_only")
+_OWN = ("weights", "weights_key", "head", "head_epochs", "freeze", "layer_decay", "probe_only")
 
 
 def finetune(config: FinetuneConfig, console: Console | None = None) -> dict[str, Any]:
@@ -101,10 +101,8 @@ def _begin(
     check_possible(train_config, dataset)
     start, probe = _make_start(config, train_config, weights, dataset)
     if probe is not None:
-        console.print(
-            f"linear probe on {len(dataset.train):,} images: validation {probe.accuracy:.2%}",
-            highlight=False,
-        )
+        reached = "no validation" if probe.accuracy is None else f"validation {probe.accuracy:.2%}"
+        console.print(f"linear probe on {len(dataset.train):,} images: {reached}", highlight=False)
     result: dict[str, Any] = {"out": train_config.out, "probe": probe, "finding": None}
     extra = {name: _plain(getattr(config, name)) for name in _OWN}
     extra["weights_fingerprint"] = weights.fingerprint()
@@ -115,9 +113,12 @@ def _begin(
         assert probe is not None
         data = describe(dataset, start.normalization)
         run = Run(Path(train_config.folder), train_config, data, extra, "finetune")
-        record = {"step": 0, "epoch": 0, "split": "validation", "accuracy": probe.accuracy}
-        hosts.on_first(write_run, run, start.variables, probe.accuracy, [record])
-        return {**result, "history": [record]}
+        place = {"step": 0, "epoch": 0, "split": "validation"}
+        known = probe.accuracy is not None
+        records = [{**place, "accuracy": probe.accuracy}] if known else []
+        accuracy = -1.0 if probe.accuracy is None else probe.accuracy
+        hosts.on_first(write_run, run, start.variables, accuracy, records)
+        return {**result, "history": records}
     _, history = train(train_config, dataset, Job("finetune", extra, start=start), console)
     return {**result, "history": history}
 
@@ -128,6 +129,7 @@ def _read_weights(config: FinetuneConfig, console: Console | None = None) -> Pre
         config.weights,
         config.model,
         head=config.head == "keep",
+        key=config.weights_key,
         image_size=config.image_size,
         console=console,
     )
@@ -137,7 +139,8 @@ def _go_on(config: FinetuneConfig, saved: Run, console: Console) -> dict[str, An
     """Goes on from a checkpoint, for which the weights need not be there any more."""
     extra = {name: _plain(getattr(config, name)) for name in _OWN}
     extra["weights_fingerprint"] = saved.extra["weights_fingerprint"]
-    if config.weights != saved.extra["weights"]:
+    before = saved.extra["weights"], saved.extra.get("weights_key")
+    if (config.weights, config.weights_key) != before:
         extra["weights_fingerprint"] = hosts.on_first(_read_weights, config).fingerprint()
     settled = ("model", "norm", "hidden_sizes", "image_size")
     train_config = config.train_config()
@@ -211,6 +214,7 @@ def _load(config: TrainConfig, like: dict[str, Any]) -> Dataset:
         transform=transform,
         split_seed=config.split_seed,
         memory_gib=config.device.memory_gib,
+        max_unreadable=config.max_unreadable,
         channels=shape[2],
     )
     return with_channels(dataset, shape[2])

@@ -31,6 +31,8 @@ MANIFEST = "manifest.json"
 DAMAGED = "damaged"
 # Before and after a checkpoint has its name; a killed process leaves such folders behind.
 SAVING, REMOVING = ".saving-", ".removing-"
+# In one message.
+_MAX_NAMES = 10
 
 Named = dict[str, np.ndarray]
 
@@ -48,7 +50,7 @@ def from_named(named: Named, like: Any, where: str) -> Any:
     """Rebuilds a tree like `like` from its arrays by name, strictly.
 
     Raises:
-        UserError: a name is missing or unexpected, or a shape or type differs; all are listed.
+        UserError: a name is missing or unexpected, or a shape or type differs; ten are listed.
     """
     template = to_named(like)
     problems = [f"missing {name}" for name in template if name not in named]
@@ -60,8 +62,10 @@ def from_named(named: Named, like: Any, where: str) -> Any:
                 f"{name} is {new.dtype}{list(new.shape)}, needed {old.dtype}{list(old.shape)}"
             )
     if problems:
+        shown = "; ".join(sorted(problems)[:_MAX_NAMES])
+        more = f" and {len(problems) - _MAX_NAMES} more" if len(problems) > _MAX_NAMES else ""
         raise UserError(
-            f"{where} does not fit the run's settings: {'; '.join(sorted(problems))}. "
+            f"{where} does not fit the run's settings: {shown}{more}. "
             "It was saved by another model, optimizer or version."
         )
     leaves, structure = jax.tree.flatten(like)

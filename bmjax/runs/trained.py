@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bmjax.config.paths import user_path
 from bmjax.data import Dataset, load_dataset, preprocess
 from bmjax.data.load import with_channels
 from bmjax.data.sources import SPLITS
@@ -74,7 +75,7 @@ def load_run(path: str | Path, which: str = "latest") -> TrainedRun:
     Raises:
         UserError: there is no run, no sound checkpoint of it, or no best params yet.
     """
-    run, step, warnings, named = hosts.on_first(_read, Path(path), which)
+    run, step, warnings, named = hosts.on_first(_read, user_path(path), which)
     try:
         model = build_model(run.config, len(run.data["class_names"]))
     except UnknownModelError as error:
@@ -132,6 +133,7 @@ def load_for(
     splits: Sequence[str] = SPLITS,
     memory_gib: float = 4.0,
     split_seed: int | None = None,
+    max_unreadable: float = 0.01,
 ) -> Dataset:
     """Loads a dataset as a run takes images.
 
@@ -142,9 +144,12 @@ def load_for(
         splits: those that are needed; of a folder, no other is read.
         memory_gib: see `load_dataset`.
         split_seed: see `load_dataset`; None: the run's.
+        max_unreadable: see `load_dataset`; of the run's own data at least what it was trained with.
     """
     own, data = trained.run.config, trained.run.data
     height, width, channels = data["image_shape"]
+    if name == own.data:
+        max_unreadable = max(max_unreadable, own.max_unreadable)
     fitting = image_size or (height if height == width else None)
     dataset = load_dataset(
         name,
@@ -152,6 +157,7 @@ def load_for(
         transform=trained.transform if image_size in (None, height) else None,
         split_seed=own.split_seed if split_seed is None else split_seed,
         memory_gib=memory_gib,
+        max_unreadable=max_unreadable,
         splits=splits,
         channels=channels,
     )

@@ -43,7 +43,7 @@ from bmjax.train.job import (
     as_callbacks,
     as_make_optimizer,
 )
-from bmjax.train.programs import TrainingPrograms, check_possible, load_and_compile
+from bmjax.train.programs import TrainingPrograms, check_possible, check_splits, load_and_compile
 from bmjax.train.session import Session
 from bmjax.train.step import TrainState
 
@@ -184,7 +184,9 @@ def train(
 
     if dataset is None:
         dataset, programs = load_and_compile(config, make_programs)
+        check_splits(config, dataset)
     else:
+        check_splits(config, dataset)
         programs = make_programs(DatasetSpec.of(dataset))
     normalization = job.start.normalization if job.start else None
     if saved is not None:
@@ -194,7 +196,11 @@ def train(
         check_same_data(saved, run.data["fingerprint"])
     hosts.check_same("data", run.data, "Give every machine a copy of the same.")
     console = console or Console()
-    for line in dataset.warnings:
+    unvalidated = (
+        f"{dataset.name} has no validation split: the last epoch counts as the best. To have "
+        "one, give it a validation split, or at least two images per class to cut it from"
+    )
+    for line in [*dataset.warnings, *([] if len(dataset.validation) else [unvalidated])]:
         console.print(f"warning: {line}", highlight=False, markup=False, soft_wrap=True)
     session = Session(run, dataset, programs, console, job)
     with noting_signals() as stop, lock_folder(path):

@@ -14,6 +14,7 @@ from bmjax.data import Dataset, load_dataset, loader
 from bmjax.data.preprocess import Normalization
 from bmjax.data.sources import DatasetSpec
 from bmjax.data.statistics import loss_weights
+from bmjax.errors import UserError
 from bmjax.machine.parallel import Parallel, check_divides, make_parallel
 from bmjax.models.architecture import Architecture
 from bmjax.models.build import build_model
@@ -134,15 +135,28 @@ def check_possible(
         architecture: of the model; None: that of the name.
 
     Raises:
-        UserError: a batch that does not divide, or a model that cannot take the images or
-            does not keep the contract of `bmjax.register_model`.
+        UserError: a batch that does not divide, a model that cannot take the images or does not
+            keep the contract of `bmjax.register_model`, or see `check_splits`.
     """
+    if isinstance(data, Dataset):
+        check_splits(config, data)
     parallel = make_parallel(config.device)
     check_divides(parallel, config.batch_size, config.accumulate)
     architecture = architecture or find(config.model)
     model = build_model(config, data.num_classes, architecture=architecture)
     alone = parallel.axis_name is not None and len(parallel.devices) > 1
     check_module(architecture, model, data.num_classes, data.image_shape, alone)
+
+
+def check_splits(config: TrainConfig, dataset: Dataset) -> None:
+    """Raises UserError where a split is empty that the settings cannot do without."""
+    if not len(dataset.train):
+        raise UserError(f"{dataset.name} has no example to train on. Give it some.")
+    if config.patience is not None and not len(dataset.validation):
+        raise UserError(
+            f"--patience waits for a better validation accuracy, but {dataset.name} has no "
+            "validation split. Leave it out, or give the data a validation split."
+        )
 
 
 def load_and_compile(
@@ -168,6 +182,7 @@ def load_and_compile(
         config.image_size,
         split_seed=config.split_seed,
         memory_gib=config.device.memory_gib,
+        max_unreadable=config.max_unreadable,
         meanwhile=compile_ahead,
     )
     spec = DatasetSpec.of(dataset)

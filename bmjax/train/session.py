@@ -266,6 +266,15 @@ class Session:
             figures = {**figures, "learning_rate": phase.learning_rate(step - 1)}
         place = {"step": step, "epoch": epoch}
         self._record({**place, "split": "train", **figures})
+        values = self._validate(state, step, phase) if self._validation.num_batches else {}
+        if values:
+            self._record({**place, "split": "validation", **values})
+        self._keep_if_best(state, epoch, values.get("accuracy"))
+        shown = {"validation_accuracy": values["accuracy"]} if values else {}
+        self._display.epoch(epoch, {**figures, **shown})
+        self._call_back(state, epoch, figures, values)
+
+    def _validate(self, state: Any, step: int, phase: Phase) -> dict[str, float]:
         sums = evaluate_split(self._evaluate, state.variables, self._validation)
         metrics = summarize(self._parallel.get(sums))
         kept = ("loss", "accuracy", "top5_accuracy", "expected_calibration_error")
@@ -273,14 +282,19 @@ class Session:
         values = {name: metrics[name] for name in names}
         if not math.isfinite(values["loss"]):
             self._diverged(step - 1, phase)
-        self._record({**place, "split": "validation", **values})
-        # Of equals the later one: it has seen more.
-        if values["accuracy"] >= self._best.accuracy:
-            improved = epoch if values["accuracy"] > self._best.accuracy else self._best.improved
+        return values
+
+    def _keep_if_best(self, state: Any, epoch: int, accuracy: float | None) -> None:
+        """Keeps the params of an epoch that is the best so far; without validation, of the last.
+
+        Of equals the later one: it has seen more.
+        """
+        best = self._best
+        accuracy = best.accuracy if accuracy is None else accuracy
+        if accuracy >= best.accuracy:
+            improved = epoch if accuracy > best.accuracy else best.improved
             variables = checkpoint.to_named(self._parallel.get(state.variables))
-            self._best = _Best(values["accuracy"], epoch, improved, variables)
-        self._display.epoch(epoch, {**figures, "validation_accuracy": values["accuracy"]})
-        self._call_back(state, epoch, figures, values)
+            self._best = _Best(accuracy, epoch, improved, variables)
 
     def _call_back(
         self, state: Any, epoch: int, train: dict[str, float], validation: dict[str, float]

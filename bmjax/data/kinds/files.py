@@ -146,7 +146,8 @@ def _reason(error: UserError) -> str:
     """Says in a few words why `preprocess.decode` or a transform failed."""
     cause = error.__cause__
     if cause is None:
-        return str(error).partition(". ")[0].removeprefix("the file ").removeprefix("a ")
+        reason = str(error).partition(". ")[0].removesuffix(".")
+        return reason.removeprefix("the file ").removeprefix("is ").removeprefix("a ")
     if isinstance(cause, UnidentifiedImageError):
         return "not an image"
     if isinstance(cause, Image.DecompressionBombError):

@@ -7,6 +7,7 @@ decoded, so that only the first start has to find out.
 import contextlib
 import functools
 import hashlib
+import math
 import os
 import shutil
 import time
@@ -20,14 +21,15 @@ from warnings import filterwarnings
 import numpy as np
 from PIL import Image
 
+from bmjax.data import formats
 from bmjax.data.kinds.files import DecodingError, Encoded, FileSource, View
 from bmjax.data.preprocess import EvaluationTransform, margin_transform
 from bmjax.data.sources import SPLITS, ArraySource, Dataset, DatasetSpec, NotLoaded, Source
-from bmjax.errors import UserError, unknown_name
+from bmjax.errors import UserError, some_of, unknown_name
 from bmjax.machine.cache import cache_folder, prepare_once
 from bmjax.machine.storage import read_settings, write_settings
 
-MOST_LEFT_OUT = 0.01
+_ALWAYS_LEFT_OUT = 5
 _LARGEST_AS_IT_IS = 512
 _PROGRESS_AFTER_SECONDS = 2.0
 _CHUNK = 32
@@ -49,6 +51,7 @@ class Options:
     memory_gib: float = 4.0
     splits: tuple[str, ...] = SPLITS
     channels: int = 3
+    max_unreadable: float = 0.01
     meanwhile: Callable[[DatasetSpec], None] | None = None
 
     def __post_init__(self) -> None:
@@ -61,6 +64,8 @@ class Options:
             raise UserError(f"image_size is {self.image_size}, but must be at least 1.")
         if self.memory_gib < 0:
             raise UserError(f"memory_gib is {self.memory_gib}, but must be at least 0.")
+        if not 0 <= self.max_unreadable <= 1:
+            raise UserError(f"max_unreadable is {self.max_unreadable}, but must be in [0, 1].")
 
 
 def make_dataset(
@@ -82,7 +87,7 @@ def make_dataset(
         warnings: that there already are.
 
     Raises:
-        UserError: more than 1% of the images of a split cannot be decoded, or all of a class.
+        UserError: more files than `options.max_unreadable` cannot be decoded, or none of a class.
     """
     _quiet_pillow()
     view = View(options.transform or _usual_transform(parts, options.image_size), options.channels)
@@ -90,6 +95,7 @@ def make_dataset(
     in_memory = number * int(np.prod(view.wide_shape)) <= options.memory_gib * 2**30
     sources: dict[str, Source] = {}
     messages = list(warnings)
+    unreadable: list[str] = []
     meanwhile = None
     if options.meanwhile is not None:
         spec = DatasetSpec(
@@ -105,9 +111,14 @@ def make_dataset(
         sources[split], problems = load(
             split, parts[split], view, meanwhile if split == "train" else None
         )
-        messages += _tell(split, parts[split], problems)
+        named = _left_out(parts[split], problems)
+        unreadable += named
+        _check_share(unreadable, parts, options.max_unreadable)
+        if named:
+            messages.append(_tell(split, parts[split], named))
     if "train" in options.splits:
-        _check_classes(parts["train"].labels, sources["train"].labels, class_names)
+        before, after = parts["train"].labels, sources["train"].labels
+        _check_classes(before, after, class_names, unreadable)
     return Dataset(
         name,
         sources["train"],
@@ -183,6 +194,7 @@ def _load_checked(
 
     # Whether a picture becomes too large depends on what its shorter side is resized to.
     known_by = f"{encoded.identity} {len(encoded)} {view.transform.resize_size}"
+    known_by += " heif" if formats.register_heif() else ""
     problems = {int(index): str(why) for index, why in remembered(known_by, check_all).items()}
     left = encoded.without(list(problems)) if problems else encoded
     return FileSource(left, view), problems
@@ -207,29 +219,45 @@ def remembered(key: str, compute: Callable[[], Any]) -> Any:
         return read_settings(prepare_once(folder, prepare) / _KEPT)["kept"]
 
 
-def _tell(split: str, encoded: Encoded, problems: Mapping[int, str]) -> list[str]:
-    """Returns the warning about files left out, if any; raises UserError where they are many."""
+def _left_out(encoded: Encoded, problems: Mapping[int, str]) -> list[str]:
+    """Returns the names of a split's files that are left out, each with the reason."""
     named = [f"{encoded.reader.name(encoded.keys[i])} ({problems[i]})" for i in sorted(problems)]
-    named += [f"{name} (not named like an image)" for name in encoded.refused]
-    total = len(encoded) + len(encoded.refused)
-    if not named:
-        return []
-    more = f", and {len(named) - _NAMED:,} more" if len(named) > _NAMED else ""
-    files = ", ".join(named[:_NAMED]) + more
-    what = f"{len(named):,} of {total:,} images of {split}"
-    if len(named) > MOST_LEFT_OUT * total:
+    return named + [f"{name} (not named like an image)" for name in encoded.refused]
+
+
+def _check_share(unreadable: Sequence[str], parts: Mapping[str, Encoded], most: float) -> None:
+    """Raises UserError where more files of the dataset are left out than may be.
+
+    The share is of all splits, whichever are loaded, so that a run can be measured on the data
+    that it could be trained on.
+    """
+    total = sum(len(part) + len(part.refused) for part in parts.values())
+    allowed = max(_ALWAYS_LEFT_OUT, math.floor(most * total)) if most else 0
+    if len(unreadable) > allowed:
+        share = len(unreadable) / total
         raise UserError(
-            f"{what} ({len(named) / total:.1%}) cannot be decoded, and only {MOST_LEFT_OUT:.0%} "
-            f"may be left out: {files}. Mend or remove them."
+            f"{len(unreadable):,} of {total:,} images ({share:.1%}) cannot be decoded, and only "
+            f"{allowed:,} may be left out: {some_of(unreadable, _NAMED)}. Mend or remove them, or "
+            f"set --max-unreadable (now {most:g}) to what may be missing."
         )
-    return [f"{what} cannot be decoded and {'is' if len(named) == 1 else 'are'} left out: {files}"]
 
 
-def _check_classes(before: np.ndarray, after: np.ndarray, class_names: Sequence[str]) -> None:
+def _tell(split: str, encoded: Encoded, named: Sequence[str]) -> str:
+    total = len(encoded) + len(encoded.refused)
+    are = "is" if len(named) == 1 else "are"
+    return (
+        f"{len(named):,} of {total:,} images of {split} cannot be decoded and {are} left out: "
+        f"{some_of(named, _NAMED)}"
+    )
+
+
+def _check_classes(
+    before: np.ndarray, after: np.ndarray, class_names: Sequence[str], unreadable: Sequence[str]
+) -> None:
     if lost := [class_names[label] for label in np.setdiff1d(before, after)]:
         raise UserError(
             f"train has no image that can be decoded of the class(es) {', '.join(lost)}. "
-            "Add images or remove the class."
+            f"Left out were {some_of(unreadable, _NAMED)}. Mend them, or remove the class."
         )
 
 

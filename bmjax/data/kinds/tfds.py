@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from bmjax.config.paths import user_path
 from bmjax.data.kinds.files import Encoded
 from bmjax.data.kinds.prepare import Options, in_threads, make_dataset, remembered
 from bmjax.data.sources import SPLITS, Dataset
@@ -141,7 +142,7 @@ def _quiet() -> Iterator[None]:
 
 def _open(name: str) -> Any:
     """Returns the builder of a dataset that can be read here."""
-    folder = Path(name).expanduser()
+    folder = user_path(name)
     is_folder = name.startswith(("/", "~", ".")) or (folder / _INFO).is_file()
     builder = _open_folder(folder) if is_folder else _open_named(name)
     how = (
@@ -165,7 +166,7 @@ def _open_named(name: str) -> Any:
     import tensorflow_datasets as tfds
 
     # TFDS itself looks at the variable only when it is imported.
-    data_dir = Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    data_dir = user_path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
     try:
         return tfds.builder(name, data_dir=str(data_dir))
     except tfds.core.DatasetNotFoundError as error:
