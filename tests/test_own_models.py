@@ -5,6 +5,7 @@ import os
 import signal
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -17,14 +18,17 @@ import bmjax
 from bmjax.bench.jax_contenders import Bmjax
 from bmjax.bench.workload import Workload
 from bmjax.config import DeviceConfig, DistillConfig, EvaluateConfig, FinetuneConfig, OptimConfig
+from bmjax.data.preprocess import Normalization
 from bmjax.distill import distill
 from bmjax.distill.loss import distillation_loss
+from bmjax.distill.teachers import OutputsOf
 from bmjax.errors import StoppedError, UserError
-from bmjax.evaluate.measure import evaluate, predict_probabilities
+from bmjax.evaluate.measure import evaluate
 from bmjax.finetune.tune import finetune
 from bmjax.models import contract, create_model
 from bmjax.runs import checkpoint
 from bmjax.runs.folder import read_run
+from bmjax.runs.inference import predict_features
 from bmjax.train.gradients import accumulated, whole_batch
 from bmjax.train.optim import decay_mask
 from bmjax.train.step import create_state, train_step
@@ -56,7 +60,7 @@ def test_a_registered_module_is_trained_read_again_and_measured(own, shapes, qui
     assert run.model == Patches(3)
     assert evaluate(EvaluateConfig(own.out, batch_size=16))["accuracy"] > 0.6
     images = np.stack([shapes.test[index]["image"] for index in range(5)])
-    first, second = (predict_probabilities(run, images) for _ in range(2))
+    first, second = (run.predict(images) for _ in range(2))
     np.testing.assert_array_equal(first, second)  # without dropout
 
 
@@ -213,6 +217,18 @@ def test_a_student_drops_and_its_teacher_does_not(own, shapes, quiet):
     np.testing.assert_allclose(
         still(teacher.variables["params"], {}, batch, keys[0])[0], 0, atol=1e-10
     )
+
+
+def test_a_teacher_of_other_classes_is_told_the_mode():
+    images, columns = jnp.ones((2, 12, 12, 1)), (2, 0)
+    model = OutputsOf(Patches(3), columns)
+    variables = model.init(jax.random.key(0), images)
+    logits = contract.apply(Patches(3), variables, images)
+    chosen, sown = predict_features(
+        cast(Any, model), Normalization.none(1), variables, images, ("stage1",)
+    )
+    np.testing.assert_array_equal(chosen, logits[:, np.array(columns)])
+    assert sown["stage1"].shape == (2, 3, 3, 8)
 
 
 def test_weight_decay_falls_on_kernels_alone_whatever_else_there_is():

@@ -172,12 +172,12 @@ def test_of_a_wrong_model_only_what_may_fit_is_traced(monkeypatch):
     with pytest.raises(UserError, match="It fits resnet_tiny: give --model resnet_tiny"):
         bmjax.from_torchvision(tiny, "resnet18")
     # No model that torchvision publishes has so few params.
-    assert set(traced) == {"resnet18", "resnet_tiny", "resnext_tiny"}
+    assert set(traced) == {"resnet18", "resnet_tiny"}
     traced.clear()
     backbone = {name: value for name, value in draw("resnet18", 7).items() if "fc." not in name}
     with pytest.raises(UserError, match="It fits resnet18: give --model resnet18"):
         bmjax.from_torchvision(backbone, "resnet_tiny", head=False)
-    assert set(traced) == {"resnet18", "resnet_tiny", "resnext_tiny"}
+    assert set(traced) <= {"resnet18", "resnet_tiny", "resnext_tiny"}
 
 
 def test_the_model_that_fits_is_named():

@@ -16,6 +16,7 @@ from bmjax.data.sources import DatasetSpec
 from bmjax.data.statistics import loss_weights
 from bmjax.errors import UserError
 from bmjax.machine.parallel import Parallel, check_divides, make_parallel
+from bmjax.machine.progress import stage
 from bmjax.models.architecture import Architecture
 from bmjax.models.build import build_model
 from bmjax.models.contract import check_module
@@ -25,6 +26,8 @@ from bmjax.train.gradients import accumulated
 from bmjax.train.job import Job, MakeLoss
 from bmjax.train.phases import Phase, make_phases
 from bmjax.train.step import Batch, classification_loss
+
+COMPILING = "compiling the training step"
 
 
 class TrainingPrograms:
@@ -45,6 +48,7 @@ class TrainingPrograms:
         num_batches: updates in an epoch.
         model: the Linen module.
         phases: of the run, in order.
+        compiled_ahead: whether `compile_ahead` compiled the first phase's steps.
 
     Raises:
         UserError: a rule of `start.freeze` that does not fit.
@@ -69,6 +73,7 @@ class TrainingPrograms:
         self._view = loader.make_view(
             config.views, size, [0.0] * channels, parallel.axis_name, job.view
         )
+        self.compiled_ahead = False
         self._steps: dict[int, Callable[..., Any]] = {}
 
     def steps(self, phase: Phase) -> Callable[..., Any]:
@@ -121,7 +126,9 @@ class TrainingPrograms:
             self.functions(phase, any_normalization),
             loader.shapes_of_train(self.spec, self._config.batch_size, self.parallel),
         )
-        self.parallel.compile_ahead(self.steps(phase), held, np.int32(1))
+        with stage(COMPILING):
+            self.parallel.compile_ahead(self.steps(phase), held, np.int32(1))
+        self.compiled_ahead = True
 
 
 def check_possible(
