@@ -212,7 +212,7 @@ def test_every_flag_has_a_help_text(capsys, monkeypatch, command):
     names = unflatten_names(kind)
     assert len(names) >= 1
     for name in names:
-        flag = f"--{name.replace('_', '-')}"
+        flag = "--import" if name == "imports" else f"--{name.replace('_', '-')}"
         line = next((line for line in shown.splitlines() if flag in line), None)
         assert line is not None or name in ("path", "images"), f"{flag} is not shown"
         assert f"{name}:" in documentation(kind), f"{flag} has no help text"

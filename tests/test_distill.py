@@ -320,7 +320,7 @@ def test_flags_that_contradict_each_other_are_named(teacher, tmp_path, quiet, as
         ({"cache_top": 3}, "give its folder"),
         ({"cache_top": 3, "teacher_cache": "cache", "method": "mse"}, "leave out --cache-top"),
         ({"cache_top": 9, "teacher_cache": str(tmp_path / "c")}, "there are 3 classes"),
-        ({"teacher": (str(file),)}, "--teacher-model says which ResNet, but is 'cnn_tiny'"),
+        ({"teacher": (str(file),)}, "--teacher-model says which model, but is 'cnn_tiny'"),
         ({"teacher": ("no.pth",), "teacher_model": "resnet18"}, "no.pth"),
         ({"teacher": (), "explain_loss": True}, "give --teacher"),
     ]

@@ -57,18 +57,24 @@ class Keras:
 
 
 def _network(name: str, values: Any) -> Any:
+    own = {"mlp": _mlp, "cnn": _cnn}
+    return own[name](values) if name in own else _resnet(name, values)
+
+
+def _mlp(values: Any) -> Any:
     layers = keras.layers
-    if name == "mlp":
-        values = layers.Flatten()(values)
-        for features in (128, 64):
-            values = layers.Dense(features, activation="relu")(values)
-        return layers.Dense(NUM_CLASSES)(values)
-    if name == "cnn":
-        for features in (64, 128):
-            values = layers.Conv2D(features, 3, padding="same", activation="relu")(values)
-            values = layers.MaxPooling2D()(values)
-        return layers.Dense(NUM_CLASSES)(layers.Flatten()(values))
-    return _resnet(name, values)
+    values = layers.Flatten()(values)
+    for features in (128, 64):
+        values = layers.Dense(features, activation="relu")(values)
+    return layers.Dense(NUM_CLASSES)(values)
+
+
+def _cnn(values: Any) -> Any:
+    layers = keras.layers
+    for features in (64, 128):
+        values = layers.Conv2D(features, 3, padding="same", activation="relu")(values)
+        values = layers.MaxPooling2D()(values)
+    return layers.Dense(NUM_CLASSES)(layers.Flatten()(values))
 
 
 def _resnet(name: str, values: Any) -> Any:

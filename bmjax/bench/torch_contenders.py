@@ -32,25 +32,31 @@ class _Flat(torch.nn.Module):
         return values.permute(0, 2, 3, 1).flatten(1)
 
 
+def _mlp(workload: Workload) -> torch.nn.Module:
+    nn, inputs = torch.nn, workload.image_size**2 * workload.channels
+    return nn.Sequential(
+        _Flat(),
+        *(nn.Linear(inputs, 128), nn.ReLU()),
+        *(nn.Linear(128, 64), nn.ReLU()),
+        nn.Linear(64, NUM_CLASSES),
+    )
+
+
+def _cnn(workload: Workload) -> torch.nn.Module:
+    nn, side = torch.nn, workload.image_size // 4
+    return nn.Sequential(
+        *(nn.Conv2d(workload.channels, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(64, 128, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        _Flat(),
+        nn.Linear(128 * side * side, NUM_CLASSES),
+    )
+
+
 def torch_model(workload: Workload, name: str) -> torch.nn.Module:
     """Returns the network `name` as PyTorch and torchvision have it."""
-    nn = torch.nn
-    if name == "mlp":
-        inputs = workload.image_size**2 * workload.channels
-        return nn.Sequential(
-            _Flat(),
-            *(nn.Linear(inputs, 128), nn.ReLU()),
-            *(nn.Linear(128, 64), nn.ReLU()),
-            nn.Linear(64, NUM_CLASSES),
-        )
-    if name == "cnn":
-        side = workload.image_size // 4
-        return nn.Sequential(
-            *(nn.Conv2d(workload.channels, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
-            *(nn.Conv2d(64, 128, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
-            _Flat(),
-            nn.Linear(128 * side * side, NUM_CLASSES),
-        )
+    own = {"mlp": _mlp, "cnn": _cnn}
+    if name in own:
+        return own[name](workload)
     return getattr(torchvision.models, name)(num_classes=NUM_CLASSES)
 
 

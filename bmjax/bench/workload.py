@@ -9,6 +9,7 @@ import optax
 from jax.tree_util import Partial
 
 from bmjax.data.preprocess import Normalization
+from bmjax.models import find
 
 NUM_CLASSES = 10
 LEARNING_RATE = 0.01
@@ -38,8 +39,8 @@ class Workload:
 
     @property
     def channels(self) -> int:
-        """Channels of the images: digits are grey, all others have colours."""
-        return 1 if self.model == "mlp" else 3
+        """Channels of the images that the model is meant for."""
+        return find(self.model).image_shape[2]
 
     @property
     def name(self) -> str:

@@ -1,15 +1,25 @@
 """Settings of training: what all commands that train have in common, and `train` itself."""
 
 import dataclasses
+import shlex
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from bmjax.config.names import check_flat_names, unset
 from bmjax.config.paths import with_user_paths
 
 # Fields that say which of several processes this one is, and how they find each other.
 PROCESSES = ("coordinator", "num_processes", "process_id")
-DEFAULT_EPOCHS = {"mlp": 100}
+
+
+# A flag that is given once for each.
+Imports = Annotated[
+    tuple[str, ...],
+    tyro.conf.UseAppendAction,
+    tyro.conf.arg(name="import", metavar="FILE"),
+]
 
 
 @dataclass(frozen=True)
@@ -182,6 +192,9 @@ class BaseConfig:
             evaluated instead; none at 0.
         seed: Seed of the initial params, the order of the data and the views.
         out: Folder of the run; none given: runs/MODEL, or runs/distill for distillation.
+        imports: A file of Python, or a module, that registers models of your own by
+            bmjax.register_model; give the flag once for each. It is given anew to every command,
+            --resume too: a run never says what is imported.
     """
 
     data: str | None = "mnist5k"
@@ -201,6 +214,7 @@ class BaseConfig:
     ema_decay: float = 0.0
     seed: int = 0
     out: str | None = None
+    imports: Imports = ()
     optim: OptimConfig = field(default_factory=OptimConfig)
     views: AugmentConfig = field(default_factory=AugmentConfig)
     device: DeviceConfig = field(default_factory=DeviceConfig)
@@ -209,6 +223,11 @@ class BaseConfig:
     def __post_init__(self) -> None:
         """Reads 0 and an empty word as not given."""
         unset(self, data="", image_size=0, epochs=0, patience=0, out="")
+
+    @property
+    def import_flags(self) -> str:
+        """What a command that goes on needs for the user's own models, with a space before it."""
+        return "".join(f" --import {shlex.quote(name)}" for name in self.imports)
 
     @property
     def data_name(self) -> str:
@@ -241,15 +260,16 @@ class TrainConfig(BaseConfig):
         model: Name of the model: mlp, cnn, cnn_tiny, resnet18, resnet34, resnet50, resnet101,
             resnet152, resnext50_32x4d, resnext101_32x8d, resnext101_64x4d, wide_resnet50_2,
             wide_resnet101_2 or resnet_tiny; or for images of about 32 pixels resnet8, 14, 20, 32,
-            44, 56 and 110, and each of them four times as wide, such as resnet8x4.
+            44, 56 and 110, and each of them four times as wide, such as resnet8x4; or one of
+            your own, see --import.
     """
 
     model: str = "mlp"
 
     def resolved(self) -> "TrainConfig":
-        """Returns the config with the defaults that depend on the model filled in."""
-        return dataclasses.replace(
-            self,
-            epochs=self.epochs or DEFAULT_EPOCHS.get(self.model, 20),
-            out=with_user_paths(self).out or f"runs/{self.model}",
-        )
+        """Returns the config with the folder filled in.
+
+        How many epochs the model takes by default its architecture says, which no config knows of:
+        see `bmjax.models.build.resolve`.
+        """
+        return dataclasses.replace(self, out=with_user_paths(self).out or f"runs/{self.model}")

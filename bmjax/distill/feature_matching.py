@@ -5,7 +5,6 @@ as possible; where widths have to be equal and are not, the student's features p
 projection, a 1x1 convolution. Projections are params of the run, but no part of the student.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ from jax import Array
 
 from bmjax.errors import UserError
 from bmjax.losses.table import DISTILLATION_LOSSES, DistillationLoss
+from bmjax.models import contract, find
 
 # Width that the contrastive loss compares in (Tian et al. 2020).
 _EMBEDDING = 128
@@ -162,10 +162,7 @@ def _usual(
     name: str, loss: DistillationLoss, student: tuple[str, Shapes], teacher: tuple[str, Shapes]
 ) -> list[tuple[str, str]]:
     """Pairs stages from the last one backwards; without stages on both sides, `pre_logits`."""
-    ours, theirs = (
-        [layer for layer in shapes if re.fullmatch(r"stage\d+", layer)]
-        for _, shapes in (student, teacher)
-    )
+    ours, theirs = (_stages(model, shapes) for model, shapes in (student, teacher))
     number = min(len(ours), len(theirs))
     stages = list(zip(ours[-number:], theirs[-number:], strict=True)) if number else []
     if stages and loss.layers != "pre_logits":
@@ -177,6 +174,12 @@ def _usual(
             "Take another loss, or another model."
         )
     return [("pre_logits", "pre_logits")]
+
+
+def _stages(model: str, shapes: Shapes) -> list[str]:
+    """Returns the stages of a model behind its stem whose output has a height and a width."""
+    stages = find(model).compared_stages(shapes)
+    return [stage for stage in stages if len(shapes[stage]) == 3]
 
 
 def _pair(
@@ -262,9 +265,9 @@ def feature_shapes(model: nn.Module, image_shape: tuple[int, ...]) -> Shapes:
     images = jnp.zeros((1, *image_shape))
 
     def capture(key: Array) -> Any:
-        variables = model.init(key, images)
-        variables = {name: tree for name, tree in variables.items() if name != "intermediates"}
-        return model.apply(variables, images, mutable=["intermediates"])[1]["intermediates"]
+        variables = contract.init(model, key, images)
+        _, new = contract.apply(model, variables, images, mutable=["intermediates"])
+        return new["intermediates"]
 
     shapes = jax.eval_shape(capture, jax.random.key(0))
     return {name: leaf.shape[1:] for name, leaf in shapes.items() if hasattr(leaf, "shape")}

@@ -134,12 +134,17 @@ def distillation_loss(
     alpha = config.alpha
 
     def compare(
-        teacher_logits: Array, known: dict[str, Array], params: Any, batch_stats: Any, batch: Batch
+        teacher_logits: Array,
+        known: dict[str, Array],
+        params: Any,
+        batch_stats: Any,
+        batch: Batch,
+        key: Array,
     ) -> tuple[Array, tuple[Any, dict[str, Array]]]:
         teacher_logits = lax.stop_gradient(teacher_logits)
         images = preprocess.normalize(batch["image"], normalization, dtype)
         logits, batch_stats, features = apply_with_features(
-            model, params, batch_stats, images, batch["mask"], ours
+            model, params, batch_stats, images, batch["mask"], ours, key
         )
         between = logit_loss(config, logits, teacher_logits, batch, axis_name)
         entropy = label_loss(logits, batch, config.label_smoothing, weights)
@@ -166,10 +171,9 @@ def distillation_loss(
         ema_params: Any,
         ema_batch_stats: Any,
     ) -> tuple[Array, tuple[Any, dict[str, Array]]]:
-        del key  # nothing is random beyond the view
         variables = {"params": ema_params, "batch_stats": ema_batch_stats}
         asked = predict_features(model, normalization, variables, batch["image"], theirs)
-        return compare(*asked, params, batch_stats, batch)
+        return compare(*asked, params, batch_stats, batch, key)
 
     if teacher is None:
         return cast(LossFn, following_loss)
@@ -177,7 +181,6 @@ def distillation_loss(
     def loss_fn(
         variables: Any, read: Array, params: Any, batch_stats: Any, batch: Batch, key: Array
     ) -> tuple[Array, tuple[Any, dict[str, Array]]]:
-        del key
         known: dict[str, Array]
         if TEACHER_LOGITS in batch:
             ask = partial(predict_logits, teacher.model, teacher.normalization, variables)
@@ -186,7 +189,7 @@ def distillation_loss(
             logits, known = predict_features(
                 teacher.model, teacher.normalization, variables, batch["image"], theirs
             )
-        return compare(logits, known, params, batch_stats, batch)
+        return compare(logits, known, params, batch_stats, batch, key)
 
     # Where the largest logits alone are kept, the teacher is not asked at all.
     variables = {} if config.cache_top else teacher.variables

@@ -78,7 +78,7 @@ def explain(config: DistillConfig, console: Console | None = None) -> dict[str, 
     own = (model, normalization, variables)
     asked = (teacher.model, teacher.normalization, teacher.variables) if teacher else own
     weights = loss_weights(config, dataset.train.labels, dataset.num_classes)
-    measure = partial(_measure, config, own[:2], asked[:2], matching, weights)
+    measure = partial(_measure, config, own[:2], asked[:2], matching, weights, key)
     measured = jax.device_get(
         jax.jit(in_precision(measure, config.precision))(variables, asked[2], batch)
     )
@@ -124,6 +124,7 @@ def _measure(
     teacher: tuple[nn.Module, Normalization],
     matching: Matching | None,
     weights: Any,
+    key: Array,
     variables: Any,
     teacher_variables: Any,
     batch: Batch,
@@ -146,7 +147,9 @@ def _measure(
 
     def apply(params: Any) -> tuple[Array, dict[str, Array]]:
         stats = variables.get("batch_stats", {})
-        logits, _, features = apply_with_features(model, params, stats, images, batch["mask"], ours)
+        logits, _, features = apply_with_features(
+            model, params, stats, images, batch["mask"], ours, key
+        )
         return logits, features
 
     def on_params(name: str, params: Any) -> Array:

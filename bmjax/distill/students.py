@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 from rich.console import Console
 
 from bmjax.config import DistillConfig
@@ -17,11 +16,11 @@ from bmjax.data.preprocess import Normalization
 from bmjax.data.statistics import pixel_statistics
 from bmjax.errors import UserError
 from bmjax.machine import hosts
-from bmjax.models import RESNETS
+from bmjax.models import architectures, find
 from bmjax.runs import checkpoint
 from bmjax.runs.folder import CONFIG, Run, read_run
 from bmjax.runs.trained import load_run
-from bmjax.weights.pretrained import NAMES, Pretrained, read_pretrained
+from bmjax.weights.pretrained import Pretrained, read_pretrained
 
 _FINGERPRINT = "student_weights_fingerprint"
 
@@ -124,11 +123,11 @@ def _read(config: DistillConfig, source: str, console: Console | None) -> Pretra
                 f"--student-weights {source} is a run of {own}, but --student is {model}. Give "
                 f"--student {own}."
             )
-    elif model not in RESNETS:
-        kind = "names published weights" if source in NAMES else "is a file"
+    elif not find(model).torch:
+        known = sorted(each.name for each in architectures() if each.torch)
         raise UserError(
-            f"--student-weights {source} {kind}, which belong to a ResNet: --student says which, "
-            f"but is {model}. Known: {', '.join(sorted(RESNETS))}."
+            f"--student-weights {source} is a file or a name, with torchvision's names of layers, "
+            f"but --student is {model}, which has none. Known: {', '.join(known)}."
         )
     try:
         return read_pretrained(source, model, image_size=config.image_size, console=console)
@@ -194,14 +193,13 @@ def with_weights(
     drawn = {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
     if weights is None or weights.pretrained is None:
         return drawn
-    given = weights.pretrained.variables
-    params = dict(given["params"])
-    places = _places(dataset, weights.pretrained)
-    if places is None:
-        params.pop("head", None)
-    elif "head" in params:
-        params["head"] = jax.tree.map(lambda leaf: leaf[..., list(places)], params["head"])
-    params = {"head": drawn["params"]["head"], **params}
+    given, model = weights.pretrained.variables, find(weights.pretrained.model)
+    params = model.without_head(given["params"])
+    places, head = _places(dataset, weights.pretrained), model.head_of(drawn["params"])
+    if places is not None:
+        kept = model.head_of(given["params"])
+        head = {name: leaf[..., list(places)] for name, leaf in kept.items()}
+    params = model.with_head(params, head)
     named = checkpoint.to_named({"params": params, "batch_stats": given.get("batch_stats", {})})
     where = f"--student-weights {weights.source}"
     restored: dict[str, Any] = checkpoint.from_named(named, drawn, where)

@@ -20,13 +20,13 @@ from bmjax.data.preprocess import Normalization
 from bmjax.distill.resized import as_seen
 from bmjax.errors import UserError
 from bmjax.machine import hosts
-from bmjax.models import RESNETS, create_model
+from bmjax.models import contract, create_model
 from bmjax.runs import checkpoint
 from bmjax.runs.folder import Run
 from bmjax.runs.inference import predict_logits
 from bmjax.runs.trained import TrainedRun, load_run
 from bmjax.weights.convert import refuse_not_finite
-from bmjax.weights.pretrained import read_pretrained
+from bmjax.weights.pretrained import check_has_files, read_pretrained
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,11 +82,12 @@ class OutputsOf:
 
     def init(self, key: Array, images: Array) -> Any:
         """Returns random variables of the model."""
-        return self.model.init(key, images)
+        return contract.init(self.model, key, images)
 
     def apply(self, variables: Any, images: Array, **options: Any) -> Any:
-        """Applies the model as `model.apply`, and takes these columns of its logits."""
-        result, columns = self.model.apply(variables, images, **options), np.array(self.columns)
+        """Applies the model as `contract.apply`, and takes these columns of its logits."""
+        result = contract.apply(self.model, variables, images, **options)
+        columns = np.array(self.columns)
         if isinstance(result, tuple):  # what it was asked to keep comes beside
             return result[0][:, columns], *result[1:]
         return result[:, columns]
@@ -136,7 +137,7 @@ def load_teacher(
 
     Args:
         source: a run's folder, or a torchvision checkpoint: any file is one, whatever its suffix.
-        model: name of the ResNet that a checkpoint is of.
+        model: name of the model that a checkpoint is of.
         image_size: side of the images that a checkpoint is given; None: 224.
         console: where it is said what damage of a file cannot be seen.
         key: which state dict of a checkpoint with several; a run has none.
@@ -154,12 +155,9 @@ def load_teacher(
             f"--teacher {source} is not there: neither a run's folder nor a file of weights. Check "
             "the path."
         )
-    if model not in RESNETS:
-        raise UserError(
-            f"--teacher {source} is a file, which does not name its own model: --teacher-model "
-            f"says which ResNet{f', but is {model!r}' if model else ''}. Known: "
-            f"{', '.join(sorted(RESNETS))}."
-        )
+    said = f"--teacher {source} is a file: --teacher-model says which model"
+    said += f", but is {model!r}" if model else ""
+    model = check_has_files(model, said).name
     weights = read_pretrained(source, model, key=key, image_size=image_size, console=console)
     run = Run(path, TrainConfig(model=model, data="", out=source), weights.data, {})
     module = create_model(model, len(weights.data["class_names"]))

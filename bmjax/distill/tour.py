@@ -1,6 +1,7 @@
 """Distillation: teachers, students, generations; and the tour that shows what it is worth."""
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from bmjax.machine.parallel import make_parallel, request_devices
 from bmjax.machine.progress import shown_on, stage
 from bmjax.machine.storage import make_folder, write_settings
 from bmjax.machine.terminal import forgiving_console
-from bmjax.models import num_params
+from bmjax.models import contract, num_params
 from bmjax.models.build import build_model
 from bmjax.runs.folder import CONFIG, TOUR
 from bmjax.runs.trained import TrainedRun, load_for, load_run, match_data
@@ -97,7 +98,7 @@ def run(config: DistillConfig, console: Console) -> dict[str, Any]:
         with shown_on(console):
             return _distill(config, out, console)
     except StoppedError as error:
-        go_on = f"bmjax distill --resume --out {out}"
+        go_on = f"bmjax distill --resume --out {out}{config.import_flags}"
         raise StoppedError(error.progress, go_on, error.exit_code) from None
 
 
@@ -210,7 +211,7 @@ class _Plan:
 
 
 def _num_params(model: Any, shape: tuple[int, int, int]) -> int:
-    init = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *shape)))
+    init = jax.eval_shape(partial(contract.init, model), jax.random.key(0), jnp.zeros((1, *shape)))
     return num_params(init["params"])
 
 
@@ -325,7 +326,8 @@ def initial_variables(
 ) -> dict[str, Any]:
     """Returns the student's variables, as alone, with the params of the loss beside them."""
     init_key, _ = run_keys(config.seed)
-    drawn = jax.jit(model.init)(init_key, jnp.zeros((1, *dataset.image_shape)))
+    images = jnp.zeros((1, *dataset.image_shape))
+    drawn = jax.jit(partial(contract.init, model))(init_key, images)
     variables = with_weights(drawn, dataset, weights)
     of_loss = matching.init(jax.random.fold_in(init_key, 1)) if matching else {}
     if not of_loss:

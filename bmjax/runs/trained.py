@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,15 @@ from bmjax.data.classes import ClassMatch, match_classes, relabelled
 from bmjax.data.load import with_channels
 from bmjax.data.own import as_split
 from bmjax.data.sources import SPLITS, Source
-from bmjax.errors import UserError
+from bmjax.errors import UserError, printable
 from bmjax.losses.table import LOSS_PARAMS
 from bmjax.machine import hosts
 from bmjax.machine.parallel import make_parallel
 from bmjax.machine.precision import in_precision
 from bmjax.metrics import summarize
+from bmjax.models import contract
 from bmjax.models.build import build_model
+from bmjax.models.registry import UnknownModelError
 from bmjax.runs import checkpoint
 from bmjax.runs.folder import Run, read_run
 from bmjax.runs.history import by_epoch, read_metrics
@@ -219,8 +222,17 @@ def load_run(path: str | Path, which: str = "latest") -> TrainedRun:
         UserError: there is no run, no sound checkpoint of it, or no best params yet.
     """
     run, step, warnings, named = hosts.on_first(_read, user_path(path), which)
-    model = build_model(run.config, len(run.data["class_names"]))
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *run.data["image_shape"])))
+    try:
+        model = build_model(run.config, len(run.data["class_names"]))
+    except UnknownModelError as error:
+        raise UserError(
+            f"the run in {path} is of a model that is not known: {printable(run.config.model)!r}. "
+            "Where it is one of your own, name the file that calls bmjax.register_model by "
+            "--import FILE; in Python, import that file first. Nothing is imported because a run "
+            "says so."
+        ) from error
+    init = partial(contract.init, model)
+    shapes = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, *run.data["image_shape"])))
     like = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
     where = f"checkpoint {run.checkpoints / str(step)}"
     variables = {"batch_stats": {}, **checkpoint.from_named(named, like, where)}

@@ -7,7 +7,9 @@ from typing import Any
 import flax.linen as nn
 from jax.tree_util import Partial
 
-from bmjax.config import BaseConfig
+from bmjax.config import TrainConfig
+from bmjax.models.contract import has_field
+from bmjax.models.registry import find
 from bmjax.train.job import Job, MakeOptimizer
 from bmjax.train.optim import (
     depth_scales,
@@ -52,7 +54,7 @@ class Phase:
 
 
 def make_phases(
-    config: BaseConfig,
+    config: TrainConfig,
     model: nn.Module,
     image_shape: tuple[int, int, int],
     steps_per_epoch: int,
@@ -83,7 +85,7 @@ def make_phases(
 
 
 def _phase(
-    config: BaseConfig,
+    config: TrainConfig,
     model: nn.Module,
     image_shape: tuple[int, int, int],
     steps_per_epoch: int,
@@ -97,14 +99,15 @@ def _phase(
     if job.schedule is not None:
         schedule = Partial(job.schedule)
     trained, scales, start = None, None, job.start
+    architecture = job.architecture or find(config.model)
     if start is not None:
         params = start.variables["params"]
         if freeze:
-            trained = trainable_mask(params, freeze)
-            if hasattr(model, "frozen_layers"):
+            trained = trainable_mask(params, freeze, architecture)
+            if has_field(model, "frozen_layers"):
                 model = model.clone(frozen_layers=frozen_layers(trained))
         if start.layer_decay != 1:
-            scales = depth_scales(params, start.layer_decay)
+            scales = depth_scales(params, start.layer_decay, architecture)
             scales = scales if trained is None else select(scales, trained)
     make = job.make_optimizer or partial(make_optimizer, config.optim, scales=scales)
     # The structure of the state is the same for every schedule.

@@ -234,7 +234,7 @@ class Session:
         hosts.on_first(self._writer.wait)
         raise StoppedError(
             f"stopped by {stop.name} at step {step} of {self._total}; a checkpoint is saved",
-            f"bmjax train --resume --out {self._run.path}",
+            f"bmjax train --resume --out {self._run.path}{self._config.import_flags}",
             128 + stop.signum,
         )
 

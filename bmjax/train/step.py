@@ -16,6 +16,7 @@ from jax import Array, lax
 from bmjax.data import preprocess
 from bmjax.data.preprocess import Normalization
 from bmjax.losses import logits as losses
+from bmjax.models import contract
 from bmjax.train.apply import apply_train
 from bmjax.train.gradients import Batch, Gradient, whole_batch
 from bmjax.train.optim import merge, select
@@ -102,7 +103,7 @@ def create_state(
     @jax.jit
     def create(init_key: Array, run_key: Array, variables: Any) -> TrainState:
         if variables is None:
-            variables = model.init(init_key, jnp.zeros((1, *image_shape)))
+            variables = contract.init(model, init_key, jnp.zeros((1, *image_shape)))
         params, batch_stats = variables["params"], variables.get("batch_stats", {})
         return TrainState(
             step=jnp.zeros((), jnp.int32),
@@ -179,9 +180,8 @@ def classification_loss(
     def loss_fn(
         params: Any, batch_stats: Any, batch: Batch, key: Array
     ) -> tuple[Array, tuple[Any, dict[str, Array]]]:
-        del key  # nothing is random beyond the view
         images = preprocess.normalize(batch["image"], normalization, dtype)
-        logits, batch_stats = apply_train(model, params, batch_stats, images, batch["mask"])
+        logits, batch_stats = apply_train(model, params, batch_stats, images, batch["mask"], key)
         loss = label_loss(logits, batch, label_smoothing, class_weights)
         hit = (jnp.argmax(logits, axis=-1) == batch["label"]).astype(jnp.float32)
         return loss, (batch_stats, {"accuracy": hit})
@@ -221,6 +221,8 @@ def train_step(
         function, and `count`.
     """
     key = jax.random.fold_in(jax.random.split(state.key, 3)[2], state.step)
+    if axis_name is not None:  # each device draws for its own part of the batch
+        key = jax.random.fold_in(key, lax.axis_index(axis_name))
 
     def summed_loss(
         moving: Any, batch_stats: Any, batch: Batch, key: Array
