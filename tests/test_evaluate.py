@@ -77,6 +77,27 @@ def test_other_data_must_fit(run, tmp_path):
         evaluate(EvaluateConfig(config.out, data=f"npz:{tmp_path / 'four.npz'}", batch_size=8))
 
 
+def test_own_data_in_any_form(run, shapes):
+    config, _ = run
+    trained = load_run(config.out)
+    expected = evaluate(EvaluateConfig(config.out))
+    images, labels = shapes.test.images, shapes.test.labels
+    pictures = [
+        (Image.fromarray(image[..., 0]), int(label))
+        for image, label in zip(images, labels, strict=True)
+    ]
+    # Of the run's classes and the shapes', only these have names.
+    for data in (shapes, (images, labels), {"test": pictures}):
+        got = trained.evaluate(data)
+        assert got["accuracy"] == expected["accuracy"]
+        assert got["examples"] == 50
+        assert ["go by number" in line for line in got["warnings"]] == [True] * (data is shapes)
+    enlarged = (images.repeat(2, axis=1).repeat(2, axis=2), labels)
+    assert trained.evaluate(enlarged)["accuracy"] >= 0.6
+    with pytest.raises(UserError, match="labels from 1 to 3, but there are 3 classes"):
+        trained.evaluate((images, labels + 1))
+
+
 def test_real_image_files_are_classified(run, shapes, tmp_path):
     config, _ = run
     files = []

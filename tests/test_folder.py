@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from bmjax.data.kinds import folder
+from bmjax.data.kinds import content, folder
 from bmjax.data.kinds.files import View
 from bmjax.data.preprocess import EvaluationTransform, decode
 from bmjax.data.sources import SPLITS, ArraySource
@@ -376,7 +376,7 @@ def test_the_fingerprint_is_of_content(split, tmp_path, monkeypatch):
     write(path.parent.parent / "bee" / "999.jpg", data=data)
     assert differs()
     # Where it would take too long to read them, sizes stand for bytes.
-    monkeypatch.setattr(folder, "_READ_BYTES", 100)
+    monkeypatch.setattr(content, "_READ_BYTES", 100)
     assert differs()
     write(split / "train" / "bee" / "999.jpg", seed=5)
     same_size = len(encode(seed=5)) == len(data)

@@ -79,8 +79,10 @@ def _show_classes(result: dict[str, Any], console: Console) -> None:
     table = Table(title="by class", box=box.SIMPLE)
     for heading in ("class", "precision", "recall", "F1"):
         table.add_column(heading, justify="left" if heading == "class" else "right")
+    absent = set(result["absent_classes"])
     for index, name in enumerate(names):
-        table.add_row(name, *(f"{result[key][index]:.3f}" for key in ("precision", "recall", "f1")))
+        ratios = [f"{result[key][index]:.3f}" for key in ("precision", "recall", "f1")]
+        table.add_row(name, *(["-"] * 3 if result["class_names"][index] in absent else ratios))
     console.print(table)
     if len(names) > _LARGEST_MATRIX:
         console.print(f"the confusion matrix of {len(names)} classes is in --json")

@@ -21,7 +21,7 @@ from bmjax.data.statistics import loss_weights, pixel_statistics
 from bmjax.distill.feature_matching import Matching
 from bmjax.distill.loss import distillation_loss, match_features
 from bmjax.distill.teacher_cache import NoCache, cached_teacher
-from bmjax.distill.teachers import combine, load_teacher
+from bmjax.distill.teachers import check_together, combine, load_teacher, with_classes
 from bmjax.errors import StoppedError, UserError
 from bmjax.evaluate.measure import measure
 from bmjax.losses.table import LOSS_PARAMS
@@ -34,7 +34,7 @@ from bmjax.machine.terminal import forgiving_console
 from bmjax.models import num_params
 from bmjax.models.build import build_model
 from bmjax.runs.folder import CONFIG, TOUR, check_kind, read_run, refuse_existing
-from bmjax.runs.trained import TrainedRun, check_fits, load_for, load_run
+from bmjax.runs.trained import TrainedRun, load_for, load_run, match_data
 from bmjax.train.job import Job, StartingPoint
 from bmjax.train.loop import train
 from bmjax.train.programs import check_possible
@@ -94,8 +94,9 @@ def run(config: DistillConfig, console: Console) -> dict[str, Any]:
 
 
 def _distill(config: DistillConfig, out: Path, console: Console) -> dict[str, Any]:
-    teachers, teacher = load_teachers(config, console)
+    teachers = load_teachers(config, console)
     dataset = load_data(config, teachers)
+    teacher = as_one(config, teachers, dataset, console)
     plan = _Plan(config, out, dataset, console)
     plan.check(teacher)
     if len(plan.folders) > 1 and not config.run.resume:
@@ -112,10 +113,8 @@ def _distill(config: DistillConfig, out: Path, console: Console) -> dict[str, An
     return _finish(config, dataset, plan, teacher)
 
 
-def load_teachers(
-    config: DistillConfig, console: Console | None = None
-) -> tuple[list[TrainedRun], TrainedRun | None]:
-    """Reads the teachers that are named; returns them, and all of them as one, or None."""
+def load_teachers(config: DistillConfig, console: Console | None = None) -> list[TrainedRun]:
+    """Reads the teachers that are named, as they are, and checks that they fit each other."""
     teachers = []
     for source in () if config.follows_student else config.teacher:
         with stage(f"reading the teacher {source}"):
@@ -124,7 +123,35 @@ def load_teachers(
                     source, config.teacher_model, config.image_size, console, key=config.weights_key
                 )
             )
-    return teachers, combine(teachers, config.teacher_weights) if teachers else None
+    if teachers:
+        check_together(teachers, config.teacher_weights)
+    return teachers
+
+
+def as_one(
+    config: DistillConfig, teachers: list[TrainedRun], dataset: Dataset, console: Console | None
+) -> TrainedRun | None:
+    """Returns all teachers as one with logits for the classes of the data; None: there are none.
+
+    Args:
+        config: `teacher_weights`.
+        teachers: from `load_teachers`.
+        dataset: from `load_data`.
+        console: where warnings are shown.
+
+    Raises:
+        UserError: the data have classes that a teacher does not know.
+    """
+    if not teachers:
+        return None
+    teacher = combine(
+        [with_classes(each, dataset.class_names, dataset.name) for each in teachers],
+        config.teacher_weights,
+    )
+    for line in dict.fromkeys(teacher.warnings):
+        if console is not None:
+            console.print(f"warning: {line}", highlight=False, markup=False, soft_wrap=True)
+    return teacher
 
 
 def match_with(
@@ -206,7 +233,7 @@ def load_data(config: DistillConfig, teachers: list[TrainedRun]) -> Dataset:
         _check_split(config, teacher)
     dataset = load_for(teachers[0], config.data_name, config.image_size, **how)
     for teacher in teachers:
-        check_fits(teacher, dataset)
+        match_data(teacher, dataset)
     return dataset
 
 
@@ -287,6 +314,8 @@ def train_student(
 ) -> None:
     """Trains one student; without a teacher it follows the running average of its own params."""
     student = config.train_config(config.student, str(out))
+    if teacher is not None:
+        teacher = with_classes(teacher, dataset.class_names, dataset.name)
     extra = {
         "teacher": list(config.teacher) or [str(teacher.run.path) if teacher else ""],
         "teacher_model": config.teacher_model,

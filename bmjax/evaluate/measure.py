@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import statistics as stats
 import time
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from bmjax.machine.cache import use_compilation_cache
 from bmjax.machine.parallel import request_devices
 from bmjax.models import num_params
 from bmjax.runs.inference import logits_of_pixels
-from bmjax.runs.trained import NoSplitError, TrainedRun, check_fits, load_for, load_run
+from bmjax.runs.trained import Fitting, NoSplitError, TrainedRun, load_for, load_run
 
 _SPEED_SECONDS = 0.5
 
@@ -32,8 +33,9 @@ def evaluate(config: EvaluateConfig, speed: bool = True) -> dict[str, Any]:
 
     Returns:
         The metrics of `metrics.summarize`, with `inference_images_per_second` (median, batches
-        already on the device), `parameters`, `model`, `data`, `split`, `class_names`,
-        `checkpoint_step` and `warnings`.
+        already on the device), `parameters`, `model`, `data`, `split`, `class_names`
+        (the run's), `absent_classes` (those of them that the data do not have: `macro_f1` leaves
+        them out), `checkpoint_step` and `warnings`.
 
     Raises:
         UserError: no such run or dataset, or a dataset that does not fit the run.
@@ -42,8 +44,7 @@ def evaluate(config: EvaluateConfig, speed: bool = True) -> dict[str, Any]:
     request_devices(config.device)
     use_compilation_cache()
     trained = load_run(config.path, config.checkpoint)
-    own = trained.run.config
-    name = config.data or own.data
+    name = config.data or trained.run.config.data
     if not name:
         raise UserError(f"the weights in {config.path} came without data. Name some by --data.")
     splits = SPLITS if config.split == "all" else (config.split,)
@@ -55,21 +56,19 @@ def evaluate(config: EvaluateConfig, speed: bool = True) -> dict[str, Any]:
         config.device.memory_gib,
         max_unreadable=config.max_unreadable,
     )
-    check_fits(trained, dataset)
-    warnings = [*trained.warnings, *dataset.warnings]
+    fitting = Fitting.of(trained, dataset, config.split)
+    warnings = [*trained.warnings, *fitting.warnings]
     if not config.data and dataset.fingerprint() != trained.run.data["fingerprint"]:
         warnings.append(f"{name} is not what the run was trained on: its content has changed")
-    source = dataset.split(config.split)
-    if not len(source):
-        raise NoSplitError(name, config.split)
     return {
-        "model": own.model,
+        "model": trained.run.config.model,
         "parameters": num_params(trained.variables["params"]),
         "data": name,
         "split": config.split,
         "checkpoint_step": trained.step,
-        **measure(trained, source, config, speed),
-        "class_names": list(dataset.class_names),
+        **measure(trained, fitting.source, config, speed, fitting.match.places),
+        "class_names": list(trained.class_names),
+        "absent_classes": list(fitting.match.absent),
         "warnings": warnings,
     }
 
@@ -102,10 +101,22 @@ def evaluate_finished(out: str, config: BaseConfig) -> dict[str, Any]:
 
 
 def measure(
-    trained: TrainedRun, source: Source, config: EvaluateConfig, speed: bool = True
+    trained: TrainedRun,
+    source: Source,
+    config: EvaluateConfig,
+    speed: bool = True,
+    classes: Sequence[int] | None = None,
 ) -> dict[str, Any]:
-    """Returns the metrics over a split and, where asked for, the speed of inference."""
-    metrics = trained.measure(source, config.device, config.batch_size)
+    """Returns the metrics over a split and, where asked for, the speed of inference.
+
+    Args:
+        trained: the run.
+        source: the split, with the run's labels.
+        config: devices and batch size.
+        speed: whether the speed is measured.
+        classes: those that the data have, see `metrics.summarize`.
+    """
+    metrics = trained.measure(source, config.device, config.batch_size, classes)
     if speed:
         rate = inference_speed(trained, source, config.batch_size)
         metrics["inference_images_per_second"] = rate

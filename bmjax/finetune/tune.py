@@ -14,6 +14,7 @@ from bmjax.config import FinetuneConfig, TrainConfig
 from bmjax.config.checks import checked
 from bmjax.config.flat import flatten, unflatten
 from bmjax.data import Dataset, load_dataset, preprocess
+from bmjax.data.classes import match_classes
 from bmjax.data.load import with_channels
 from bmjax.data.statistics import describe, loss_weights
 from bmjax.errors import StoppedError, UserError
@@ -27,7 +28,6 @@ from bmjax.models.build import build_model
 from bmjax.ops.memory import share_memory
 from bmjax.runs import checkpoint
 from bmjax.runs.folder import CONFIG, Run, check_kind, read_run, refuse_existing
-from bmjax.runs.trained import same_classes
 from bmjax.train.finder import find_learning_rate
 from bmjax.train.job import Job, StartingPoint
 from bmjax.train.loop import train
@@ -95,10 +95,9 @@ def _begin(
     weights = hosts.on_first(_read_weights, config, console)
     train_config = _settle(train_config, weights)
     dataset = _load(train_config, saved.data if saved else weights.data)
-    if config.head == "keep":
-        _check_kept(weights, dataset)
+    fitting = _with_head_for(weights, dataset, console) if config.head == "keep" else weights
     check_possible(train_config, dataset)
-    start, probe = _make_start(config, train_config, weights, dataset)
+    start, probe = _make_start(config, train_config, fitting, dataset)
     if probe is not None:
         reached = "no validation" if probe.accuracy is None else f"validation {probe.accuracy:.2%}"
         console.print(f"linear probe on {len(dataset.train):,} images: {reached}", highlight=False)
@@ -220,18 +219,24 @@ def _load(config: TrainConfig, like: dict[str, Any]) -> Dataset:
     return with_channels(dataset, shape[2])
 
 
-def _check_kept(weights: Pretrained, dataset: Dataset) -> None:
-    own, theirs = tuple(weights.data["class_names"]), dataset.class_names
-    if len(own) != len(theirs):
-        raise UserError(
-            f"--head keep: the weights tell {len(own)} classes apart, but {dataset.name} has "
-            f"{len(theirs)}. Leave --head out for a new one."
-        )
-    if not same_classes(own, theirs):
-        raise UserError(
-            f"--head keep: the weights know the classes {', '.join(own)}, but {dataset.name} has "
-            f"{', '.join(theirs)}, in this order. Leave --head out for a new one."
-        )
+def _with_head_for(weights: Pretrained, dataset: Dataset, console: Console) -> Pretrained:
+    """Returns weights with outputs for the classes of the data alone, in their order."""
+    match = match_classes(
+        weights.data["class_names"],
+        dataset.class_names,
+        "--head keep: the head of the weights",
+        dataset.name,
+        "Leave --head out for a new one.",
+    )
+    for line in match.warnings:
+        console.print(f"warning: {line}", highlight=False, markup=False, soft_wrap=True)
+    params = weights.variables["params"]
+    head = jax.tree.map(lambda leaf: leaf[..., list(match.places)], params["head"])
+    return dataclasses.replace(
+        weights,
+        variables={**weights.variables, "params": {**params, "head": head}},
+        data={**weights.data, "class_names": list(dataset.class_names)},
+    )
 
 
 def _make_start(

@@ -15,7 +15,9 @@ from jax import Array
 from bmjax.config import DeviceConfig
 from bmjax.config.paths import user_path
 from bmjax.data import Dataset, load_dataset, loader, preprocess
+from bmjax.data.classes import ClassMatch, match_classes, relabelled
 from bmjax.data.load import with_channels
+from bmjax.data.own import as_split
 from bmjax.data.sources import SPLITS, Source
 from bmjax.errors import UserError
 from bmjax.losses.table import LOSS_PARAMS
@@ -75,9 +77,14 @@ class TrainedRun:
         return preprocess.EvaluationTransform.from_dict(settings)
 
     @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes it tells apart, in order of its outputs."""
+        return tuple(self.run.data["class_names"])
+
+    @property
     def num_classes(self) -> int:
         """Number of classes it tells apart."""
-        return len(self.run.data["class_names"])
+        return len(self.class_names)
 
     @property
     def history(self) -> list[dict[str, Any]]:
@@ -146,27 +153,34 @@ class TrainedRun:
 
         return functools.partial(probabilities, variables)
 
-    def evaluate(self, dataset: Dataset, split: str = "test") -> dict[str, Any]:
+    def evaluate(self, dataset: Any, split: str = "test") -> dict[str, Any]:
         """Measures the run on a split of a dataset.
 
+        >>> bmjax.load_run("runs/mlp").evaluate((images, labels))  # doctest: +SKIP
+
         Args:
-            dataset: with the run's classes, and images of its shape.
+            dataset: a `bmjax.Dataset`; or a pair (images, labels) of arrays or anything else that
+                `data.own.as_dataset` takes, which is the split as a whole where it has none, and
+                is resized to what the run takes. Classes are matched by name.
             split: train, validation, test or all.
 
         Returns:
-            The metrics of `metrics.summarize` by name: `accuracy`, `loss` (nats), ...
+            The metrics of `metrics.summarize` by name: `accuracy`, `loss` (nats), ..., by class in
+            the order of `class_names`; and `warnings`, such as of classes that the data lack.
 
         Raises:
             UserError: a dataset that does not fit, or a split without examples.
         """
-        check_fits(self, dataset)
-        source = dataset.split(split)
-        if not len(source):
-            raise NoSplitError(dataset.name, split)
-        return self.measure(source)
+        fitting = Fitting.of(self, dataset, split)
+        metrics = self.measure(fitting.source, classes=fitting.match.places)
+        return {**metrics, "warnings": list(fitting.warnings)}
 
     def measure(
-        self, source: Source, device: DeviceConfig | None = None, batch_size: int = 256
+        self,
+        source: Source,
+        device: DeviceConfig | None = None,
+        batch_size: int = 256,
+        classes: Sequence[int] | None = None,
     ) -> dict[str, Any]:
         """Returns the metrics of `metrics.summarize` over a split.
 
@@ -174,6 +188,7 @@ class TrainedRun:
             source: the split, which fits.
             device: what is computed on.
             batch_size: images at once, rounded up to what divides over the devices.
+            classes: those that the data have, see `metrics.summarize`.
         """
         parallel = make_parallel(device or DeviceConfig())
         # Padding is masked, so the batch may grow.
@@ -183,7 +198,7 @@ class TrainedRun:
         )
         feed = loader.Feed(source, parallel, batch_size, share=hosts.share())
         sums = evaluate_split(run_evaluate, parallel.put(self.variables), feed)
-        return summarize(parallel.get(sums))
+        return summarize(parallel.get(sums), classes)
 
 
 def batch_size_for(number: int) -> int:
@@ -282,29 +297,52 @@ def load_for(
     return with_channels(dataset, channels)
 
 
-def check_fits(trained: TrainedRun, dataset: Dataset) -> None:
-    """Raises UserError where a dataset has other classes or other images than a run learned."""
+def match_data(trained: TrainedRun, dataset: Dataset) -> ClassMatch:
+    """Finds the classes of a dataset among those that a run knows.
+
+    Raises:
+        UserError: the dataset has classes that the run does not know, or images of another shape.
+    """
     path, shape = trained.run.path, tuple(trained.run.data["image_shape"])
-    if dataset.num_classes != trained.num_classes:
-        raise UserError(
-            f"the run in {path} tells {trained.num_classes} classes apart, but {dataset.name} has "
-            f"{dataset.num_classes}. Choose data with the same classes."
-        )
-    ours, theirs = tuple(trained.run.data["class_names"]), dataset.class_names
-    if not same_classes(ours, theirs):
-        raise UserError(
-            f"the run in {path} knows the classes {', '.join(ours)}, but {dataset.name} has "
-            f"{', '.join(theirs)}, in this order. Number the classes alike."
-        )
+    match = match_classes(
+        trained.class_names,
+        dataset.class_names,
+        f"the run in {path}",
+        dataset.name,
+        "Choose data of classes that it knows.",
+    )
     if dataset.image_shape != shape:
         raise UserError(
             f"the run in {path} takes images of shape {shape}, but those of {dataset.name} have "
             f"{dataset.image_shape} (height, width, channels). Choose data of that shape, or "
             "--image-size where only the size differs."
         )
+    return match
 
 
-def same_classes(ours: tuple[str, ...], theirs: tuple[str, ...]) -> bool:
-    """Whether as many names of classes may mean the same: equal, or one side knows numbers only."""
-    numbers = tuple(map(str, range(len(ours))))
-    return ours == theirs or numbers in (ours, theirs)
+@dataclass(frozen=True, eq=False)
+class Fitting:
+    """A split of data as a run takes it.
+
+    Attributes:
+        source: the images, with the run's labels.
+        match: the data's classes among those of the run.
+        warnings: of the data, and of the match.
+    """
+
+    source: Source
+    match: ClassMatch
+    warnings: tuple[str, ...]
+
+    @classmethod
+    def of(cls, trained: TrainedRun, data: Any, split: str) -> "Fitting":
+        """Returns that of data in any form, see `TrainedRun.evaluate`."""
+        height, width, channels = trained.run.data["image_shape"]
+        size = height if height == width else None
+        dataset = as_split(data, split, trained.class_names, image_size=size)
+        dataset = with_channels(dataset, channels)
+        match = match_data(trained, dataset)
+        source = relabelled(dataset, match).split(split)
+        if not len(source):
+            raise NoSplitError(dataset.name, split)
+        return cls(source, match, (*dataset.warnings, *match.warnings))

@@ -10,6 +10,7 @@ from jax import Array, lax
 from jax.tree_util import Partial
 
 from bmjax.data import loader
+from bmjax.errors import UserError
 from bmjax.machine.parallel import AXIS, Parallel
 from bmjax.train.gradients import Batch, Gradient, whole_batch
 from bmjax.train.step import LossFn, TrainState, train_step, with_average
@@ -156,6 +157,36 @@ def zero_totals(
     # Batch statistics add up along the devices' axis, which has to be there.
     loss_fn = with_average(loss_fn, state.ema_params)
     on_one = jax.vmap(loss_fn, (None, None, None, None), axis_name=AXIS, axis_size=1)
-    _, (_, metrics) = jax.eval_shape(on_one, state.params, state.batch_stats, batch, state.key)
+    result = jax.eval_shape(on_one, state.params, state.batch_stats, batch, state.key)
+    metrics = _metrics_of(result)
     totals = {name: jnp.zeros(()) for name in ("count", "loss", *metrics)}
     return {**totals, "bad_step": jnp.full((), -1, jnp.int32)}
+
+
+def _metrics_of(result: Any) -> dict[str, Any]:
+    """Returns the metrics of what a loss function gave for one example on one device.
+
+    Raises:
+        UserError: the loss function does not keep to `step.LossFn`.
+    """
+    match result:
+        case (loss, (_, dict() as metrics)):
+            pass
+        case _:
+            raise UserError(
+                "the loss function must return (loss, (batch_stats, metrics)), with metrics as a "
+                "dict, such as (loss, (batch_stats, {}))."
+            )
+    for name, value in {"loss": loss, **metrics}.items():
+        shape = getattr(value, "shape", (None,))[1:]
+        if shape != (1,):
+            raise UserError(
+                f"the loss function gives {name!r} of shape {shape} for 1 example, but it must "
+                "give one number for each: [batch]. The mean is taken afterwards."
+            )
+    if taken := {"count", "loss", "bad_step"} & metrics.keys():
+        raise UserError(
+            f"the loss function has a metric called {', '.join(sorted(taken))}, a name that is "
+            "taken. Choose another."
+        )
+    return metrics

@@ -174,6 +174,7 @@ def _try_rates(
         epoch_orders(phase.fresh.key, dataset, config),
         True,
         share=hosts.share(),
+        until=_STEPS,
     )
     state, totals = parallel.put(phase.fresh), parallel.put(programs.zeros(normalization))
     losses: list[float] = []

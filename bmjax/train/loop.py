@@ -13,6 +13,7 @@ from bmjax.config import TrainConfig
 from bmjax.config.checks import checked
 from bmjax.config.flat import settings_to_keep
 from bmjax.data import Dataset, loader
+from bmjax.data.own import NAME, as_dataset
 from bmjax.data.sources import DatasetSpec
 from bmjax.data.statistics import describe
 from bmjax.errors import StoppedError
@@ -43,6 +44,7 @@ from bmjax.train.job import (
     OnEpoch,
     as_callbacks,
     as_make_optimizer,
+    check_own_parts,
 )
 from bmjax.train.programs import TrainingPrograms, check_possible, check_splits, load_and_compile
 from bmjax.train.session import Session
@@ -51,7 +53,7 @@ from bmjax.train.step import TrainState
 
 def fit(
     config: TrainConfig,
-    dataset: Dataset | None = None,
+    dataset: Any = None,
     *,
     model: nn.Module | None = None,
     make_loss: MakeLoss | None = None,
@@ -70,7 +72,9 @@ def fit(
 
     Args:
         config: everything else that the run depends on.
-        dataset: used instead of `config.data`, which then only names it.
+        dataset: used instead of `config.data`, which then only names it: a `bmjax.Dataset`, a
+            pair (images, labels) of arrays, any object with `len()` and `[i]`, or a dict of
+            splits, see `data.own.as_dataset`.
         model: a Linen module, used instead of `config.model`, which then only names it: it maps
             images [batch, height, width, channels] to logits [batch, classes], and takes
             `train=True` in training. `bmjax.register_model` makes it known to all commands.
@@ -112,7 +116,15 @@ def fit(
         metrics=dict(metrics or {}),
         on_epoch=as_callbacks(on_epoch),
     )
-    return train(checked(config.resolved()), dataset, job, console)
+    config = checked(config.resolved())
+    if dataset is not None:
+        dataset = as_dataset(
+            dataset,
+            name=NAME if config.data in (None, TrainConfig.data) else config.data,
+            image_size=config.image_size,
+            memory_gib=config.device.memory_gib,
+        )
+    return train(config, dataset, job, console)
 
 
 def train(
@@ -146,6 +158,7 @@ def train(
     use_compilation_cache()
 
     def make_programs(spec: DatasetSpec) -> TrainingPrograms:
+        check_own_parts(job, spec.num_classes, spec.image_shape)
         model = job.model or build_model(config, spec.num_classes)
         flops = config.batch_size * forward_flops(model, spec.image_shape)
         # Random views are several times the work of a small model, and gain by a second thread.

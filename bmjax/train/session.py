@@ -72,6 +72,7 @@ class Session:
             True,
             job.view_targets,
             hosts.share(),
+            self._total,
         )
         self._validation = loader.Feed(
             dataset.validation, parallel, config.batch_size, share=hosts.share()

@@ -1,19 +1,16 @@
 """From encoded images to a dataset: every image is decoded once before it is used.
 
-What fits into memory stays there. Of the rest it is kept in the cache folder which files can be
-decoded, so that only the first start has to find out.
+What fits into memory stays there. The cache folder keeps the pixels of that, and of the rest which
+files can be decoded, so that only the first start has to find out.
 """
 
 import functools
-import hashlib
 import math
 import os
-import shutil
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 from warnings import filterwarnings
 
 import numpy as np
@@ -21,18 +18,19 @@ from PIL import Image
 
 from bmjax.data import formats
 from bmjax.data.kinds.files import DecodingError, Encoded, FileSource, View
+from bmjax.data.kinds.kept import keep_pixels, read_pixels, remembered, remembered_of
 from bmjax.data.preprocess import EvaluationTransform, margin_transform
 from bmjax.data.sources import SPLITS, ArraySource, Dataset, DatasetSpec, NotLoaded, Source
 from bmjax.errors import UserError, some_of, unknown_name
-from bmjax.machine.cache import cache_folder, prepare_once
+from bmjax.machine.arrays import empty_images
 from bmjax.machine.progress import stage
-from bmjax.machine.storage import read_settings, write_settings
 
 _ALWAYS_LEFT_OUT = 5
 _LARGEST_AS_IT_IS = 512
 _CHUNK = 32
 _NAMED = 5
-_KEPT = "kept.json"
+# Decoding that took longer is not done again where the cache has room.
+_KEEP_AFTER_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -139,9 +137,12 @@ def quiet_pillow() -> None:
 
 
 def _usual_transform(parts: Mapping[str, Encoded], image_size: int | None) -> EvaluationTransform:
-    size = None if image_size else _common_size(parts.values())
-    if size is not None:
-        return EvaluationTransform(0, (size[1], size[0]))
+    if not image_size:
+        each = list(parts.values())
+        what = f"size {_LARGEST_AS_IT_IS} {formats.register_heif()}"
+        size = remembered_of(each, what, lambda: _common_size(each))
+        if size is not None:
+            return EvaluationTransform(0, (size[1], size[0]))
     return margin_transform(image_size or 224)
 
 
@@ -165,7 +166,20 @@ def _common_size(parts: Iterable[Encoded]) -> tuple[int, int] | None:
 def _load_into_memory(
     split: str, encoded: Encoded, view: View, meanwhile: Callable[[], None] | None
 ) -> tuple[ArraySource, dict[int, str]]:
-    wide = np.empty((len(encoded), *view.wide_shape), np.uint8)
+    found = read_pixels(encoded, view)
+    if found is None:
+        found = _decode(split, encoded, view, meanwhile)
+    wide, problems = found
+    labels = encoded.without(list(problems)).labels
+    if not view.margin:
+        return ArraySource(wide, labels), problems
+    return ArraySource(view.middle(wide), labels, wide), problems
+
+
+def _decode(
+    split: str, encoded: Encoded, view: View, meanwhile: Callable[[], None] | None
+) -> tuple[np.ndarray, dict[int, str]]:
+    wide, begin = empty_images((len(encoded), *view.wide_shape)), time.monotonic()
 
     def decode(index: int) -> None:
         wide[index] = encoded.wide(index, view)
@@ -175,10 +189,10 @@ def _load_into_memory(
         keep = np.delete(np.arange(len(encoded)), list(problems))
         for place, index in enumerate(keep):  # one by one: there may be no room for a copy
             wide[place] = wide[index]
-        wide, encoded = wide[: len(keep)], encoded.without(list(problems))
-    if not view.margin:
-        return ArraySource(wide, encoded.labels), problems
-    return ArraySource(view.middle(wide), encoded.labels, wide), problems
+        wide = wide[: len(keep)]
+    if time.monotonic() - begin > _KEEP_AFTER_SECONDS:
+        keep_pixels(encoded, view, wide, problems)
+    return wide, problems
 
 
 def _load_checked(
@@ -194,27 +208,7 @@ def _load_checked(
     known_by = f"{encoded.identity} {len(encoded)} {view.transform.resize_size}"
     known_by += " heif" if formats.register_heif() else ""
     problems = {int(index): str(why) for index, why in remembered(known_by, check_all).items()}
-    left = encoded.without(list(problems)) if problems else encoded
-    return FileSource(left, view), problems
-
-
-def remembered(key: str, compute: Callable[[], Any]) -> Any:
-    """Returns what `compute` once returned for a key, kept as JSON in the cache folder.
-
-    Raises:
-        UserError: the cache folder cannot be written.
-    """
-
-    def prepare(folder: Path) -> None:
-        write_settings(folder / _KEPT, {"kept": compute()})
-
-    folder = cache_folder() / "checked" / hashlib.sha256(key.encode()).hexdigest()
-    path = prepare_once(folder, prepare) / _KEPT
-    try:
-        return read_settings(path)["kept"]
-    except (OSError, ValueError, KeyError):  # damaged in the cache, or of an older version
-        shutil.rmtree(folder, ignore_errors=True)
-        return read_settings(prepare_once(folder, prepare) / _KEPT)["kept"]
+    return FileSource(encoded.without(list(problems)), view), problems
 
 
 def _left_out(encoded: Encoded, problems: Mapping[int, str]) -> list[str]:
@@ -270,10 +264,12 @@ def in_threads(
     Pillow lets other threads run while it reads pixels. `meanwhile` is called in this one, and
     ends the work where it raises. `text` says what is done; `{}` in it stands for the count.
     """
+    # Of few files, which may be large, fewer at a time: what is read stays near their order.
+    size = min(_CHUNK, max(1, count // 512))
 
     def do_chunk(first: int) -> dict[int, str]:
         problems = {}
-        chunk = range(first, min(first + _CHUNK, count))
+        chunk = range(first, min(first + size, count))
         for index in chunk:
             try:
                 work(index)
@@ -286,10 +282,10 @@ def in_threads(
     executor = ThreadPoolExecutor(num_threads())
     with stage(text.replace("{}", f"{count:,}"), count, line=count > 0) as advance:
         try:
-            futures = [executor.submit(do_chunk, first) for first in range(0, count, _CHUNK)]
+            futures = [executor.submit(do_chunk, first) for first in range(0, count, size)]
             if meanwhile is not None:
                 meanwhile()
-            for future in as_completed(futures):
+            for future in futures:  # in order: of several errors, it is the first that is raised
                 problems.update(future.result())
         finally:
             executor.shutdown(cancel_futures=True)
