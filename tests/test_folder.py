@@ -1,20 +1,24 @@
 """Folders of images: splits and classes, sizes, memory, and the fingerprint of the content."""
 
 import copy
+import io
 import os
 import pickle
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
-from bmjax.data.kinds import folder, prepare
+from bmjax.data.kinds import content, folder
 from bmjax.data.kinds.files import View
 from bmjax.data.preprocess import EvaluationTransform, decode
 from bmjax.data.sources import SPLITS, ArraySource
 from bmjax.errors import UserError
+from bmjax.machine import progress
 from tests.folder_helpers import (
     counts,
     encode,
@@ -372,7 +376,7 @@ def test_the_fingerprint_is_of_content(split, tmp_path, monkeypatch):
     write(path.parent.parent / "bee" / "999.jpg", data=data)
     assert differs()
     # Where it would take too long to read them, sizes stand for bytes.
-    monkeypatch.setattr(folder, "_READ_BYTES", 100)
+    monkeypatch.setattr(content, "_READ_BYTES", 100)
     assert differs()
     write(split / "train" / "bee" / "999.jpg", seed=5)
     same_size = len(encode(seed=5)) == len(data)
@@ -388,18 +392,27 @@ def test_another_cut_is_another_fingerprint(plain):
 
 
 def test_nothing_is_printed_where_nobody_watches(split, capfd, monkeypatch):
-    monkeypatch.setattr(prepare, "_PROGRESS_AFTER_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "_PATIENT_SECONDS", 0.0)
     load(split)
     assert capfd.readouterr() == ("", "")
 
 
 def test_progress_is_shown_on_a_terminal(split, capfd, monkeypatch):
-    monkeypatch.setattr(prepare, "_PROGRESS_AFTER_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "_PATIENT_SECONDS", 0.0)
     monkeypatch.setenv("FORCE_COLOR", "1")
     load(split)
     out, err = capfd.readouterr()
     assert out == ""
-    assert "decoding train" in err
-    monkeypatch.setattr(prepare, "_PROGRESS_AFTER_SECONDS", 60.0)
+    assert "images of train" in err
+    monkeypatch.setattr(progress, "_PATIENT_SECONDS", 60.0)
     load(split)
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_command_says_how_many_images_it_reads(split, capfd):
+    console: Any = Console(file=io.StringIO(), width=80)
+    with progress.shown_on(console):
+        dataset = load(split)
+    parts = ("train", "validation", "test")
+    lines = [f"reading {len(dataset.split(part)):,} images of {part}\n" for part in parts]
+    assert console.file.getvalue() == "".join(lines)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bmjax.cli.main import parse
+from bmjax.cli import parse
 from bmjax.config import TrainConfig, paths
 from bmjax.config.paths import user_path, with_user_paths
 from bmjax.errors import UserError

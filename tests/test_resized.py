@@ -12,13 +12,15 @@ import pytest
 from PIL import Image
 
 from bmjax.config import EvaluateConfig, RunConfig
+from bmjax.data import Dataset
 from bmjax.distill.resized import as_seen, resize_views
 from bmjax.distill.teachers import as_one
 from bmjax.distill.tour import distill
 from bmjax.errors import UserError
 from bmjax.evaluate.measure import evaluate
+from bmjax.runs.inference import predict_logits
 from bmjax.runs.trained import load_run
-from bmjax.train.apply import predict_logits
+from tests.conftest import draw_shapes
 from tests.test_distill import config_of, params_of
 
 
@@ -58,7 +60,7 @@ def logits_of(run, images):
     return np.asarray(ask(run.variables, images))
 
 
-def test_each_of_several_teachers_sees_the_view_at_its_size(teacher):
+def test_each_of_several_teachers_sees_the_view_at_its_size(teacher, tmp_path):
     """The view of the student itself, not what another teacher's size has left of it."""
     drawn = jax.jit(teacher.model.init)(jax.random.key(1), jnp.zeros((1, 20, 20, 1)))
     large = dataclasses.replace(
@@ -67,7 +69,10 @@ def test_each_of_several_teachers_sees_the_view_at_its_size(teacher):
         variables={**teacher.variables, **drawn},
     )
     views = np.random.default_rng(0).uniform(0, 1, (4, 9, 9, 1)).astype(np.float32)
-    both = as_one([teacher, large], (1.0, 3.0), (9, 9, 1))
+    source = draw_shapes(6, 1, size=9)
+    dataset = Dataset("nine", source, source, source, ("left", "top", "mid"))
+    config = config_of(tmp_path, teacher_weights=(1.0, 3.0))
+    both = as_one(config, [teacher, large], dataset, None)
     assert both is not None
     assert both.run.data["image_shape"] == (9, 9, 1)
     each = [

@@ -45,7 +45,7 @@ def test_any_file_is_a_checkpoint_whatever_its_suffix(tmp_path):
         write_state_dict(tmp_path / "made.pth", draw("resnet_tiny"))
         (tmp_path / "made.pth").rename(path)
         assert load_teacher(str(path), "resnet_tiny", image_size=32).num_classes == 5
-        with pytest.raises(UserError, match=rf"{name} is a file, .* which ResNet, but is cnn\."):
+        with pytest.raises(UserError, match=rf"{name} is a file, .* which ResNet, but is 'cnn'\."):
             load_teacher(str(path), "cnn")
 
 
@@ -115,7 +115,7 @@ def test_teachers_that_do_not_fit_are_named(teacher):
             combine([teacher, teacher], weights)
     with pytest.raises(UserError, match="1 weights"):
         combine([teacher, teacher], (1.0,))
-    with pytest.raises(UserError, match="know different classes: left, top, mid; and a, b, c"):
+    with pytest.raises(UserError, match=r"know different classes: .* does not know 3"):
         combine([teacher, with_data(teacher, class_names=["a", "b", "c"])])
     with pytest.raises(UserError, match="images of different shapes"):
         combine([teacher, with_data(teacher, image_shape=(8, 8, 1))])

@@ -125,7 +125,9 @@ def matmul_peak(precision: str = "float32", size: int = 2048, turns: int = 10) -
 def peak_elsewhere(precision: str = "float32") -> float:
     """Returns `matmul_peak` as a new process finds it, which has all threads."""
     code = f"from bmjax.bench import timing; print(timing.matmul_peak({precision!r}))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True
+    )
     return float(done.stdout)
 
 
@@ -134,7 +136,9 @@ def describe_machine() -> str:
     processor = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
-        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line for line in info.read_text("utf-8").splitlines() if line.startswith("model name")
+        ]
         processor = names[0].partition(":")[2].strip() if names else processor
     return (
         f"{processor}, {os.cpu_count()} cores, {jax.devices()[0].device_kind}, Python "

@@ -44,14 +44,19 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class PredictConfig:
-    """Classify image files with a run.
+    """Classify images with a run.
+
+    A file that is no image is named, the others are classified, and the exit code is 2.
 
     Attributes:
         path: Folder of the run.
-        images: Image files of any format that Pillow reads.
+        images: Image files of any format that Pillow reads; folders, for the images in them and
+            below; or -, for one image from standard input.
         top: Classes shown per image, the likeliest first (at least 1).
         checkpoint: Params of the latest checkpoint, or those with the best validation accuracy.
-        json: Print one JSON object per image, with the probabilities of all classes.
+        json: Print one JSON object per image and line, with the probabilities of all classes.
+        csv: Print a table in CSV: file, class, label (its number), probability, and the probability
+            of each class.
     """
 
     path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
@@ -59,6 +64,7 @@ class PredictConfig:
     top: int = 3
     checkpoint: Literal["latest", "best"] = "latest"
     json: bool = False
+    csv: bool = False
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,15 @@ import numpy as np
 
 from bmjax.config.paths import user_path
 from bmjax.data import hints, preprocess
-from bmjax.data.sources import SPLITS, ArraySource, Dataset, DatasetSpec, Source, all_images
+from bmjax.data.sources import (
+    SPLITS,
+    ArraySource,
+    Dataset,
+    DatasetSpec,
+    NotLoaded,
+    Source,
+    all_images,
+)
 
 
 def load_dataset(
@@ -99,7 +107,9 @@ def with_channels(dataset: Dataset, channels: int) -> Dataset:
     if dataset.image_shape[2] != 1 or channels != 3:
         return dataset
 
-    def repeat(source: Source) -> ArraySource:
+    def repeat(source: Source) -> Source:
+        if isinstance(source, NotLoaded):
+            return replace(source, image_shape=(*source.image_shape[:2], 3))
         return ArraySource(np.repeat(all_images(source), 3, axis=-1), source.labels)
 
     train, validation, test = (repeat(dataset.split(name)) for name in SPLITS)

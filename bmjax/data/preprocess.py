@@ -16,6 +16,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from bmjax.config.paths import user_path
 from bmjax.data import formats
 from bmjax.errors import UserError, unknown_name
+from bmjax.machine.arrays import in_parts
 
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 # A resized picture takes 4 bytes for each, 1 GiB in all.
@@ -75,7 +76,24 @@ def pixel_statistics(images: np.ndarray) -> Normalization:
     Args:
         images: [examples, height, width, channels] uint8.
     """
-    counts = [np.bincount(images[..., c].ravel(), minlength=256) for c in range(images.shape[3])]
+    return statistics_of_counts(count_values(images))
+
+
+def count_values(images: np.ndarray) -> np.ndarray:
+    """Returns how often each channel has each value: [channels, 256] integers.
+
+    Args:
+        images: [examples, height, width, channels] uint8.
+    """
+    counts = np.zeros((images.shape[-1], 256), np.int64)
+    for part in in_parts(images):  # NumPy makes numbers of 8 bytes of the pixels
+        for channel, count in enumerate(counts):
+            count += np.bincount(part[..., channel].ravel(), minlength=256)
+    return counts
+
+
+def statistics_of_counts(counts: np.ndarray) -> Normalization:
+    """Returns what `pixel_statistics` does, of the images that `count_values` was given."""
     values = np.arange(256) / 255
     means = [float(count @ values / count.sum()) for count in counts]
     variances = [

@@ -27,7 +27,8 @@ from bmjax.machine.cache import use_compilation_cache
 from bmjax.machine.parallel import Parallel, request_devices
 from bmjax.machine.precision import in_precision
 from bmjax.models.build import build_model
-from bmjax.train.apply import apply_with_features, predict_features
+from bmjax.runs.inference import predict_features
+from bmjax.train.apply import apply_with_features
 from bmjax.train.compiled import draw_batches
 from bmjax.train.step import Batch, label_loss, run_keys
 
@@ -55,7 +56,7 @@ def explain(config: DistillConfig, console: Console | None = None) -> dict[str, 
     student_weights = read_student_weights(config, (), console)
     config = settle(config, student_weights)
     dataset = load_data(config, teachers, student_weights)
-    teacher = as_one(teachers, config.teacher_weights, dataset.image_shape)
+    teacher = as_one(config, teachers, dataset, console)
     train = config.train_config(config.student, "none")
     model = build_model(train, dataset.num_classes)
     normalization = normalization_of(dataset, student_weights)

@@ -1,24 +1,28 @@
 """A student that begins with pretrained weights."""
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 from rich.console import Console
 
 from bmjax.config import DistillConfig
 from bmjax.config.paths import user_path
 from bmjax.data import Dataset
+from bmjax.data.classes import match_classes
 from bmjax.data.preprocess import Normalization
 from bmjax.data.statistics import pixel_statistics
 from bmjax.errors import UserError
 from bmjax.machine import hosts
+from bmjax.machine.progress import stage
 from bmjax.models import RESNETS
 from bmjax.runs import checkpoint
 from bmjax.runs.folder import CONFIG, Run, read_run
-from bmjax.runs.trained import load_run, same_classes
+from bmjax.runs.trained import load_run
 from bmjax.weights.pretrained import NAMES, Pretrained, read_pretrained
 
 _FINGERPRINT = "student_weights_fingerprint"
@@ -76,7 +80,8 @@ def read_student_weights(
         runs = hosts.on_first(_begun, folders)
         if len(runs) == len(folders) and runs[0].extra.get("student_weights") == source:
             return _of_run(source, runs[0])
-    return _of_pretrained(source, hosts.on_first(_read, config, source, console))
+    with stage(f"reading the student's weights {source}"):
+        return _of_pretrained(source, hosts.on_first(_read, config, source, console))
 
 
 def _begun(folders: Sequence[Path]) -> list[Run]:
@@ -161,10 +166,14 @@ def normalization_of(dataset: Dataset, weights: StudentWeights | None) -> Normal
     return weights.normalization if weights else pixel_statistics(dataset)
 
 
-def keeps_head(dataset: Dataset, weights: Pretrained) -> bool:
-    """Returns whether the weights' last layer knows the classes of a dataset."""
-    own, theirs = tuple(weights.data["class_names"]), dataset.class_names
-    return len(own) == len(theirs) and same_classes(own, theirs)
+def head_places(dataset: Dataset, weights: Pretrained) -> list[int] | None:
+    """Returns where each class of a dataset is in the weights' last layer; None: it has others."""
+    own = weights.data["class_names"]
+    if len(own) != dataset.num_classes:
+        return None
+    with contextlib.suppress(UserError):
+        return list(match_classes(own, dataset.class_names, "", "", "").places)
+    return None
 
 
 def with_weights(
@@ -185,9 +194,11 @@ def with_weights(
         return drawn
     given = weights.pretrained.variables
     params = dict(given["params"])
-    if not keeps_head(dataset, weights.pretrained):
-        params.pop("head", None)
-    params = {"head": drawn["params"]["head"], **params}
+    places = head_places(dataset, weights.pretrained)
+    if places is None:
+        params["head"] = drawn["params"]["head"]
+    else:
+        params["head"] = jax.tree.map(lambda leaf: leaf[..., places], params["head"])
     named = checkpoint.to_named({"params": params, "batch_stats": given.get("batch_stats", {})})
     where = f"--student-weights {weights.source}"
     restored: dict[str, Any] = checkpoint.from_named(named, drawn, where)

@@ -24,23 +24,25 @@ from bmjax.distill.results import Folders, finish
 from bmjax.distill.settings import settled
 from bmjax.distill.students import (
     StudentWeights,
-    keeps_head,
+    head_places,
     normalization_of,
     read_student_weights,
     settle,
     with_weights,
 )
 from bmjax.distill.teacher_cache import NoCache, cached_teacher
-from bmjax.distill.teachers import as_one, load_teacher
+from bmjax.distill.teachers import as_one, load_teacher, shares_of, with_classes
 from bmjax.errors import StoppedError, UserError
 from bmjax.losses.table import LOSS_PARAMS
 from bmjax.machine import hosts
 from bmjax.machine.parallel import make_parallel, request_devices
+from bmjax.machine.progress import shown_on, stage
 from bmjax.machine.storage import make_folder, write_settings
+from bmjax.machine.terminal import forgiving_console
 from bmjax.models import num_params
 from bmjax.models.build import build_model
 from bmjax.runs.folder import CONFIG, TOUR
-from bmjax.runs.trained import TrainedRun, check_fits, load_for, load_run
+from bmjax.runs.trained import TrainedRun, load_for, load_run, match_data
 from bmjax.train.job import Job, StartingPoint
 from bmjax.train.loop import train
 from bmjax.train.programs import check_possible
@@ -82,7 +84,7 @@ def distill(config: DistillConfig, console: Console | None = None) -> dict[str, 
     config = checked(config)
     if config.explain_loss:
         raise ValueError("explain_loss trains nothing: call bmjax.distill.loss_terms.explain.")
-    return run(config, console or Console())
+    return run(config, forgiving_console(console))
 
 
 def run(config: DistillConfig, console: Console) -> dict[str, Any]:
@@ -92,7 +94,8 @@ def run(config: DistillConfig, console: Console) -> dict[str, Any]:
     config = hosts.on_first(settled, config)
     out = Path(config.folder)
     try:
-        return _distill(config, out, console)
+        with shown_on(console):
+            return _distill(config, out, console)
     except StoppedError as error:
         go_on = f"bmjax distill --resume --out {out}"
         raise StoppedError(error.progress, go_on, error.exit_code) from None
@@ -104,7 +107,7 @@ def _distill(config: DistillConfig, out: Path, console: Console) -> dict[str, An
     weights = read_student_weights(config, folders.of_student, console)
     config = settle(config, weights)
     dataset = load_data(config, teachers, weights)
-    teacher = as_one(teachers, config.teacher_weights, dataset.image_shape)
+    teacher = as_one(config, teachers, dataset, console)
     plan = _Plan(config, folders, dataset, console)
     plan.check(teacher, weights)
     if len(plan.folders) > 1 and not config.run.resume:
@@ -128,13 +131,18 @@ def _distill(config: DistillConfig, out: Path, console: Console) -> dict[str, An
 
 
 def load_teachers(config: DistillConfig, console: Console | None = None) -> list[TrainedRun]:
-    """Reads the teachers that are named."""
-    return [
-        load_teacher(
-            source, config.teacher_model, config.image_size, console, key=config.weights_key
-        )
-        for source in ([] if config.follows_student else config.teacher)
-    ]
+    """Reads the teachers that are named, as they are, and checks that their weights fit."""
+    teachers = []
+    for source in () if config.follows_student else config.teacher:
+        with stage(f"reading the teacher {source}"):
+            teachers.append(
+                load_teacher(
+                    source, config.teacher_model, config.image_size, console, key=config.weights_key
+                )
+            )
+    if teachers:
+        shares_of(len(teachers), config.teacher_weights)
+    return teachers
 
 
 def match_with(
@@ -185,7 +193,8 @@ class _Plan:
         match_features(config, student, (name, model), shape)
         if weights and weights.pretrained:
             initial_variables(student, config, None, self._dataset, weights)
-            head = "its own" if keeps_head(self._dataset, weights.pretrained) else "a new"
+            kept = head_places(self._dataset, weights.pretrained) is not None
+            head = "its own" if kept else "a new"
             self._console.print(
                 f"the student begins with {weights.source} and {head} head",
                 highlight=False,
@@ -229,7 +238,7 @@ def load_data(
         _check_split(config, teacher)
     dataset = load_for(teachers[0], config.data_name, size, **given)
     for teacher in teachers:
-        check_fits(as_seen(teacher, dataset.image_shape), dataset)
+        match_data(as_seen(teacher, dataset.image_shape), dataset)
     return dataset
 
 
@@ -259,6 +268,9 @@ def train_student(
 ) -> None:
     """Trains one student; without a teacher it follows the running average of its own params."""
     student = config.train_config(config.student, str(out))
+    if teacher is not None:
+        teacher = as_seen(teacher, dataset.image_shape)
+        teacher = with_classes(teacher, dataset.class_names, dataset.name)
     extra = {
         "teacher": list(config.teacher) or [str(teacher.run.path) if teacher else ""],
         "teacher_model": config.teacher_model,

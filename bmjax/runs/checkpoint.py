@@ -296,7 +296,7 @@ def read_newest(
 def _write_manifest(path: Path) -> None:
     hashes = {name: _sha256(path / name) for name in _files(path)}
     content = {"sha256": hashes, "own_sha256": _own_sha256(hashes)}
-    (path / MANIFEST).write_text(json.dumps(content, indent=1))
+    (path / MANIFEST).write_text(json.dumps(content, indent=1), "utf-8")
     for each in (path, *path.rglob("*")):
         _sync(each)
 

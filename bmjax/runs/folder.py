@@ -247,10 +247,11 @@ def _check_form(config: Any, data: dict[str, Any], extra: Any) -> None:
 
 def check_same_settings(saved: Run, config: TrainConfig, extra: dict[str, Any]) -> None:
     """Raises UserError where a resumption contradicts the run, with each field and both values."""
+    _check_same_parts(saved, extra)
     differing = contradictions(saved.config, config)
     # Where the teacher or the weights lie may change; their fingerprint says if they are the same.
-    ways = {"teacher", "weights", "weights_key", "student_weights"}
-    for name in sorted({*saved.extra, *extra} - ways):
+    elsewhere = {"teacher", "weights", "weights_key", "student_weights", "own_parts"}
+    for name in sorted({*saved.extra, *extra} - elsewhere):
         before, after = saved.extra.get(name, _EXTRA.get(name)), extra.get(name)
         if before != after:
             differing.append(f"{name} is {before!r} in the run and {after!r} now")
@@ -259,6 +260,29 @@ def check_same_settings(saved: Run, config: TrainConfig, extra: dict[str, Any]) 
             f"--resume contradicts the run in {saved.path}: {'; '.join(differing)}. "
             "Leave these flags out, or start another run in another --out."
         )
+
+
+def _check_same_parts(saved: Run, extra: dict[str, Any]) -> None:
+    """Raises UserError where a run was trained with other own parts than it is to go on with."""
+    before, now = saved.extra.get("own_parts", []), extra.get("own_parts", [])
+    if before == now:
+        return
+    if not before:
+        raise UserError(
+            f"the run in {saved.path} was trained without an own {_both(now)}. Leave them out, or "
+            "start another run in another --out."
+        )
+    script = f"the run in {saved.path} was trained by a script with its own {_both(before)}"
+    raise UserError(
+        f"{script}, which no file can keep"
+        + (f", and not with an own {_both(now)}" if now else "")
+        + ". Go on with it by that script, with run=bmjax.config.RunConfig(resume=True) in its "
+        "config."
+    )
+
+
+def _both(names: list[str]) -> str:
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 def check_same_data(saved: Run, fingerprint: str) -> None:

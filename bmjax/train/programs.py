@@ -17,12 +17,15 @@ from bmjax.data.sources import DatasetSpec
 from bmjax.data.statistics import loss_weights
 from bmjax.errors import UserError
 from bmjax.machine.parallel import Parallel, check_divides, make_parallel
+from bmjax.machine.progress import stage
 from bmjax.models.build import build_model, has_axis
 from bmjax.train.compiled import make_train_steps, zero_totals
 from bmjax.train.gradients import accumulated
 from bmjax.train.job import Job, MakeLoss
 from bmjax.train.phases import Phase, make_phases
 from bmjax.train.step import Batch, classification_loss
+
+COMPILING = "compiling the training step"
 
 
 class TrainingPrograms:
@@ -43,6 +46,7 @@ class TrainingPrograms:
         num_batches: updates in an epoch.
         model: the Linen module.
         phases: of the run, in order.
+        compiled_ahead: whether `compile_ahead` compiled the first phase's steps.
 
     Raises:
         UserError: a rule of `start.freeze` that does not fit.
@@ -68,6 +72,7 @@ class TrainingPrograms:
         self._view = loader.make_view(
             config.views, size, [0.0] * channels, parallel.axis_name, job.view
         )
+        self.compiled_ahead = False
         self._steps: dict[int, Callable[..., Any]] = {}
 
     def steps(self, phase: Phase) -> Callable[..., Any]:
@@ -120,7 +125,9 @@ class TrainingPrograms:
             self.functions(phase, any_normalization),
             loader.shapes_of_train(self.spec, self._config.batch_size, self.parallel),
         )
-        self.parallel.compile_ahead(self.steps(phase), held, np.int32(1))
+        with stage(COMPILING):
+            self.parallel.compile_ahead(self.steps(phase), held, np.int32(1))
+        self.compiled_ahead = True
 
 
 def check_possible(

@@ -19,13 +19,13 @@ from bmjax.runs import checkpoint
 from bmjax.runs.folder import (
     Run,
 )
-from bmjax.train.compiled import evaluate_split, make_evaluate
+from bmjax.runs.inference import evaluate_split, make_evaluate
 from bmjax.train.job import (
     Epoch,
     Job,
 )
 from bmjax.train.phases import Phase
-from bmjax.train.programs import TrainingPrograms
+from bmjax.train.programs import COMPILING, TrainingPrograms
 from bmjax.train.step import TrainState
 from bmjax.train.tracking import Display, EventFiles, MetricsFile, Profile
 
@@ -72,6 +72,7 @@ class Session:
             True,
             job.view_targets,
             hosts.share(),
+            self._total,
         )
         self._validation = loader.Feed(
             dataset.validation, parallel, config.batch_size, share=hosts.share()
@@ -178,6 +179,8 @@ class Session:
         functions = self._parallel.put(self._programs.functions(phase, self._normalization))
         calls = _Calls()
         fitting = calls.steps_that_fit()
+        if phase.first or not self._programs.compiled_ahead:
+            self._display.say_stage(COMPILING)
         while step < phase.last and not self._gave_up(step):
             arrays, end = self._train.at(step)
             until = min(end, step + fitting)
@@ -193,6 +196,7 @@ class Session:
             self._display.advance(step, figures)
             if step % self._num_batches == 0:
                 self._end_epoch(state, step, figures, phase)
+                calls.begin_epoch()
             late = time.monotonic() - self._saved_at > 60 * config.run.save_minutes
             # All processes do the same: what one was told, or found, is true of all. The signal is
             # read once, as it may come between two readings.
@@ -348,22 +352,27 @@ def _with_averages(named: checkpoint.Named, like: Any) -> checkpoint.Named:
 
 
 class _Calls:
-    """How fast the steps go, and how many of them fill a call.
+    """How fast the steps of an epoch go, and how many of them fill a call.
 
     The first call is one step, which may be compiled first; it is not counted in the speed.
     """
 
     def __init__(self) -> None:
-        self._steps, self._seconds, self._number = 0, 0.0, 0
+        self._number, self._speed = 0, 0.0
+        self.begin_epoch()
+
+    def begin_epoch(self) -> None:
+        self._steps, self._seconds = 0, 0.0
 
     def add(self, steps: int, seconds: float) -> None:
         self._number += 1
         if self._number > 1:
             self._steps += steps
             self._seconds += seconds
+            self._speed = self.steps_per_second()
 
     def steps_per_second(self) -> float:
         return self._steps / self._seconds if self._seconds else 0.0
 
     def steps_that_fit(self) -> int:
-        return max(1, int(self.steps_per_second() * _CALL_SECONDS))
+        return max(1, int(self._speed * _CALL_SECONDS))

@@ -1,11 +1,11 @@
 """`folder:PATH`: images sorted into folders by split and class, or by class alone."""
 
-import functools
 import hashlib
 import os
+import time
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +13,8 @@ import numpy as np
 
 from bmjax.config.paths import user_path
 from bmjax.data import formats, hints
-from bmjax.data.kinds.files import Encoded
+from bmjax.data.kinds.content import Content
+from bmjax.data.kinds.files import TICK_NS, Encoded
 from bmjax.data.kinds.prepare import Options, make_dataset
 from bmjax.data.sources import SPLITS, Dataset
 from bmjax.errors import UserError, printable
@@ -30,19 +31,21 @@ _SKIPPED = {
     *("@eadir", "#recycle", "@recycle", "@__thumb", "@recently-snapshot"),
 }
 _SKIPPED_ENDING = ":zone.identifier"
-# Files of more in all are told apart by their sizes, as reading them takes too long.
-_READ_BYTES = 2**30
 # File names need not be valid text.
 _ANY_NAME = ("utf-8", "surrogateescape")
 _SORTED = "PATH/train/CLASS/IMAGE and PATH/test/CLASS/IMAGE, or just PATH/CLASS/IMAGE"
 
 
 class _File(NamedTuple):
-    """A file by its path below the root, with slashes; size in bytes, and time of change in ns."""
+    """A file by its path below the root, with slashes; size in bytes, and times of change in ns.
+
+    The first can be set to anything, as copying does; the second is the system's own.
+    """
 
     name: str
     size: int
     changed: int
+    changed_really: int
 
 
 @dataclass
@@ -69,47 +72,6 @@ class PathReader:
         return _printable(key)
 
 
-@dataclass(eq=False)
-class Content:
-    """Computes a digest of image files when it is first called.
-
-    It is over split, name, label and bytes of every image; where they take more than 1 GiB in
-    all, over their sizes in place of their bytes.
-    """
-
-    parts: Mapping[str, Encoded]
-    sizes: Mapping[str, Sequence[int]]
-
-    def __call__(self) -> str:
-        """Returns 64 hexadecimal digits.
-
-        Raises:
-            UserError: a file can no longer be read.
-        """
-        return self._digest
-
-    @functools.cached_property
-    def _digest(self) -> str:
-        read = sum(map(sum, self.sizes.values())) <= _READ_BYTES
-        digest = hashlib.sha256()
-        for split, part in self.parts.items():
-            for key, label, size in zip(part.keys, part.labels, self.sizes[split], strict=True):
-                data = _bytes_of(part, key) if read else b""
-                length = len(data) if read else size
-                digest.update(f"{split}\0{key}\0{label}\0{length}\0".encode(*_ANY_NAME))
-                digest.update(data)
-        return digest.hexdigest()
-
-
-def _bytes_of(part: Encoded, key: str) -> bytes:
-    try:
-        return part.reader.read(key)
-    except PermissionError as error:
-        raise _unreadable(error) from error
-    except OSError:  # a broken link, which is left out of the dataset
-        return b""
-
-
 def load(path: str, options: Options) -> Dataset:
     """Loads the images below a folder.
 
@@ -127,7 +89,7 @@ def load(path: str, options: Options) -> Dataset:
         UserError: no such folder, images that are not sorted into at least two classes, a class
             without images, or more files than `options.max_unreadable` that cannot be decoded.
     """
-    root = user_path(path)
+    begin, root = time.time_ns(), user_path(path)
     if not root.is_dir():
         raise hints.no_folder(root)
     try:
@@ -152,7 +114,7 @@ def load(path: str, options: Options) -> Dataset:
     else:
         cut = {}
     listed |= cut
-    return _make(root, f"folder:{path}", listed, class_names, options, warnings)
+    return _make(root, f"folder:{path}", listed, class_names, options, warnings, begin - TICK_NS)
 
 
 def _make(
@@ -162,8 +124,10 @@ def _make(
     class_names: Sequence[str],
     options: Options,
     warnings: Sequence[str],
+    settled_before: int,
 ) -> Dataset:
-    parts, sizes = {}, {}
+    parts, sizes, newest = {}, {}, 0
+    where = os.path.realpath(root)
     for split in SPLITS:
         classes = listed.get(split, {})
         files = [
@@ -171,16 +135,22 @@ def _make(
             for label, class_name in enumerate(class_names)
             for file in classes.get(class_name, _Class([], [])).images
         ]
-        lines = "".join(f"{file.name}\0{file.size}\0{file.changed}\n" for file, _ in files)
+        identity = hashlib.sha256(f"{where}\n".encode(*_ANY_NAME))
+        for file, _ in files:
+            identity.update("\0".join(map(str, file)).encode(*_ANY_NAME) + b"\n")
+            newest = max(newest, file.changed, file.changed_really)
         parts[split] = Encoded(
             PathReader(str(root)),
             [file.name for file, _ in files],
             np.array([label for _, label in files], np.int32),
-            hashlib.sha256(lines.encode(*_ANY_NAME)).hexdigest(),
+            identity.hexdigest(),
             tuple(_printable(other) for each in classes.values() for other in each.others),
         )
         sizes[split] = [file.size for file, _ in files]
-    return make_dataset(name, parts, class_names, options, Content(parts, sizes), warnings)
+    settled = newest < settled_before
+    parts = {split: replace(part, settled=settled) for split, part in parts.items()}
+    content = Content(parts, sizes)
+    return make_dataset(name, content.listening(), class_names, options, content, warnings)
 
 
 def _find_splits(root: Path) -> dict[str, str]:
@@ -290,9 +260,28 @@ def _files_below(
             continue
         try:
             status = entry.stat()
-            yield _File(below, status.st_size, status.st_mtime_ns), entry.path
+            times = status.st_mtime_ns, status.st_ctime_ns
+            yield _File(below, status.st_size, *times), entry.path
         except FileNotFoundError:  # a broken link, which decoding will report
-            yield _File(below, 0, 0), entry.path
+            yield _File(below, 0, 0, 0), entry.path
+
+
+def images_below(folder: str) -> list[str]:
+    """Returns the paths of the images in a folder and all folders in it, sorted.
+
+    Raises:
+        UserError: a folder that cannot be read.
+    """
+    paths: list[str] = []
+    try:
+        for entry in _entries(folder):
+            if entry.is_dir():
+                paths += [path for _, path in _files_below(entry, entry.name, ())]
+            else:
+                paths.append(entry.path)
+    except OSError as error:
+        raise _unreadable(error) from error
+    return sorted(path for path in paths if formats.is_image(path))
 
 
 def _check_classes(

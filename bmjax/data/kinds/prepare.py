@@ -1,21 +1,16 @@
 """From encoded images to a dataset: every image is decoded once before it is used.
 
-What fits into memory stays there. Of the rest it is kept in the cache folder which files can be
-decoded, so that only the first start has to find out.
+What fits into memory stays there. The cache folder keeps the pixels of that, and of the rest which
+files can be decoded, so that only the first start has to find out.
 """
 
-import contextlib
 import functools
-import hashlib
 import math
 import os
-import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 from warnings import filterwarnings
 
 import numpy as np
@@ -23,18 +18,19 @@ from PIL import Image
 
 from bmjax.data import formats
 from bmjax.data.kinds.files import DecodingError, Encoded, FileSource, View
+from bmjax.data.kinds.kept import keep_pixels, read_pixels, remembered, remembered_of
 from bmjax.data.preprocess import EvaluationTransform, margin_transform
 from bmjax.data.sources import SPLITS, ArraySource, Dataset, DatasetSpec, NotLoaded, Source
 from bmjax.errors import UserError, some_of, unknown_name
-from bmjax.machine.cache import cache_folder, prepare_once
-from bmjax.machine.storage import read_settings, write_settings
+from bmjax.machine.arrays import empty_images
+from bmjax.machine.progress import stage
 
 _ALWAYS_LEFT_OUT = 5
 _LARGEST_AS_IT_IS = 512
-_PROGRESS_AFTER_SECONDS = 2.0
 _CHUNK = 32
 _NAMED = 5
-_KEPT = "kept.json"
+# Decoding that took longer is not done again where the cache has room.
+_KEEP_AFTER_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -89,7 +85,7 @@ def make_dataset(
     Raises:
         UserError: more files than `options.max_unreadable` cannot be decoded, or none of a class.
     """
-    _quiet_pillow()
+    quiet_pillow()
     view = View(options.transform or _usual_transform(parts, options.image_size), options.channels)
     number = sum(len(parts[split]) for split in SPLITS if split in options.splits)
     in_memory = number * int(np.prod(view.wide_shape)) <= options.memory_gib * 2**30
@@ -131,7 +127,7 @@ def make_dataset(
     )
 
 
-def _quiet_pillow() -> None:
+def quiet_pillow() -> None:
     """Hides what Pillow warns of while it decodes, for good: also later, in other threads.
 
     It is of damaged notes beside a picture and of large pictures, and says not of which file.
@@ -141,9 +137,12 @@ def _quiet_pillow() -> None:
 
 
 def _usual_transform(parts: Mapping[str, Encoded], image_size: int | None) -> EvaluationTransform:
-    size = None if image_size else _common_size(parts.values())
-    if size is not None:
-        return EvaluationTransform(0, (size[1], size[0]))
+    if not image_size:
+        each = list(parts.values())
+        what = f"size {_LARGEST_AS_IT_IS} {formats.register_heif()}"
+        size = remembered_of(each, what, lambda: _common_size(each))
+        if size is not None:
+            return EvaluationTransform(0, (size[1], size[0]))
     return margin_transform(image_size or 224)
 
 
@@ -167,20 +166,33 @@ def _common_size(parts: Iterable[Encoded]) -> tuple[int, int] | None:
 def _load_into_memory(
     split: str, encoded: Encoded, view: View, meanwhile: Callable[[], None] | None
 ) -> tuple[ArraySource, dict[int, str]]:
-    wide = np.empty((len(encoded), *view.wide_shape), np.uint8)
+    found = read_pixels(encoded, view)
+    if found is None:
+        found = _decode(split, encoded, view, meanwhile)
+    wide, problems = found
+    labels = encoded.without(list(problems)).labels
+    if not view.margin:
+        return ArraySource(wide, labels), problems
+    return ArraySource(view.middle(wide), labels, wide), problems
+
+
+def _decode(
+    split: str, encoded: Encoded, view: View, meanwhile: Callable[[], None] | None
+) -> tuple[np.ndarray, dict[int, str]]:
+    wide, begin = empty_images((len(encoded), *view.wide_shape)), time.monotonic()
 
     def decode(index: int) -> None:
         wide[index] = encoded.wide(index, view)
 
-    problems = in_threads(decode, len(encoded), f"decoding {split}", meanwhile)
+    problems = in_threads(decode, len(encoded), "reading {} images of " + split, meanwhile)
     if problems:
         keep = np.delete(np.arange(len(encoded)), list(problems))
         for place, index in enumerate(keep):  # one by one: there may be no room for a copy
             wide[place] = wide[index]
-        wide, encoded = wide[: len(keep)], encoded.without(list(problems))
-    if not view.margin:
-        return ArraySource(wide, encoded.labels), problems
-    return ArraySource(view.middle(wide), encoded.labels, wide), problems
+        wide = wide[: len(keep)]
+    if time.monotonic() - begin > _KEEP_AFTER_SECONDS:
+        keep_pixels(encoded, view, wide, problems)
+    return wide, problems
 
 
 def _load_checked(
@@ -190,33 +202,13 @@ def _load_checked(
         encoded.check(index, view)
 
     def check_all() -> dict[int, str]:
-        return in_threads(check, len(encoded), f"checking {split}", meanwhile)
+        return in_threads(check, len(encoded), "checking {} images of " + split, meanwhile)
 
     # Whether a picture becomes too large depends on what its shorter side is resized to.
     known_by = f"{encoded.identity} {len(encoded)} {view.transform.resize_size}"
     known_by += " heif" if formats.register_heif() else ""
     problems = {int(index): str(why) for index, why in remembered(known_by, check_all).items()}
-    left = encoded.without(list(problems)) if problems else encoded
-    return FileSource(left, view), problems
-
-
-def remembered(key: str, compute: Callable[[], Any]) -> Any:
-    """Returns what `compute` once returned for a key, kept as JSON in the cache folder.
-
-    Raises:
-        UserError: the cache folder cannot be written.
-    """
-
-    def prepare(folder: Path) -> None:
-        write_settings(folder / _KEPT, {"kept": compute()})
-
-    folder = cache_folder() / "checked" / hashlib.sha256(key.encode()).hexdigest()
-    path = prepare_once(folder, prepare) / _KEPT
-    try:
-        return read_settings(path)["kept"]
-    except (OSError, ValueError, KeyError):  # damaged in the cache, or of an older version
-        shutil.rmtree(folder, ignore_errors=True)
-        return read_settings(prepare_once(folder, prepare) / _KEPT)["kept"]
+    return FileSource(encoded.without(list(problems)), view), problems
 
 
 def _left_out(encoded: Encoded, problems: Mapping[int, str]) -> list[str]:
@@ -270,32 +262,33 @@ def in_threads(
     """Does `work(index)` for all of `count`; returns the reasons of those that cannot be decoded.
 
     Pillow lets other threads run while it reads pixels. `meanwhile` is called in this one, and
-    ends the work where it raises.
+    ends the work where it raises. `text` says what is done; `{}` in it stands for the count.
     """
+    # Of few files, which may be large, fewer at a time: what is read stays near their order.
+    size = min(_CHUNK, max(1, count // 512))
 
-    def do_chunk(first: int) -> tuple[int, dict[int, str]]:
+    def do_chunk(first: int) -> dict[int, str]:
         problems = {}
-        chunk = range(first, min(first + _CHUNK, count))
+        chunk = range(first, min(first + size, count))
         for index in chunk:
             try:
                 work(index)
             except DecodingError as error:
                 problems[index] = error.reason
-        return len(chunk), problems
+        advance(len(chunk))
+        return problems
 
     problems: dict[int, str] = {}
     executor = ThreadPoolExecutor(num_threads())
-    try:
-        futures = [executor.submit(do_chunk, first) for first in range(0, count, _CHUNK)]
-        if meanwhile is not None:
-            meanwhile()
-        with _progress(text, count) as advance:
-            for future in as_completed(futures):
-                done, found = future.result()
-                problems.update(found)
-                advance(done)
-    finally:
-        executor.shutdown(cancel_futures=True)
+    with stage(text.replace("{}", f"{count:,}"), count, line=count > 0) as advance:
+        try:
+            futures = [executor.submit(do_chunk, first) for first in range(0, count, size)]
+            if meanwhile is not None:
+                meanwhile()
+            for future in futures:  # in order: of several errors, it is the first that is raised
+                problems.update(future.result())
+        finally:
+            executor.shutdown(cancel_futures=True)
     return dict(sorted(problems.items()))
 
 
@@ -304,27 +297,3 @@ def num_threads() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-@contextlib.contextmanager
-def _progress(text: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Shows a bar on a terminal, on standard error, once there was time to wonder."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    bar = Progress(console=console, transient=True)
-    task = bar.add_task(text, total=total)
-    begin = time.monotonic()
-
-    def advance(number: int) -> None:
-        bar.advance(task, number)
-        waited = time.monotonic() - begin > _PROGRESS_AFTER_SECONDS
-        if waited and console.is_terminal and not bar.live.is_started:
-            bar.start()
-
-    try:
-        yield advance
-    finally:
-        if bar.live.is_started:
-            bar.stop()
