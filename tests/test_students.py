@@ -18,6 +18,7 @@ from bmjax.errors import UserError
 from bmjax.models import create_model
 from bmjax.runs.trained import load_run
 from bmjax.train.loop import fit
+from bmjax.weights.pretrained import write_run
 from tests.test_distill import as_data, config_of  # noqa: F401
 
 # So small that the params stay what they began as.
@@ -58,7 +59,9 @@ def test_it_begins_with_them_and_goes_on_without_them(teacher, begun, tmp_path, 
     # From another place they are compared.
     moved = dataclasses.replace(again, student_weights=str(elsewhere))
     assert distill(moved, quiet)["rows"][1]["loss"] == result["rows"][1]["loss"]
-    other = dataclasses.replace(again, student_weights=str(tmp_path / "tour"))
+    half = jax.tree.map(lambda leaf: 0.5 * leaf, begun.variables)
+    write_run(dataclasses.replace(begun.run, path=tmp_path / "half"), half)
+    other = dataclasses.replace(again, student_weights=str(tmp_path / "half"))
     with pytest.raises(UserError, match="student_weights_fingerprint is"):
         distill(other, quiet)
     plain = dataclasses.replace(again, student_weights=None)

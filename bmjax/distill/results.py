@@ -12,6 +12,7 @@ from bmjax.data.sources import HELD_OUT, Source
 from bmjax.distill.teachers import as_one
 from bmjax.evaluate.measure import measure
 from bmjax.machine import hosts
+from bmjax.machine.progress import stage
 from bmjax.machine.storage import write_atomically
 from bmjax.models import num_params
 from bmjax.runs.trained import TrainedRun, load_for, load_run
@@ -63,9 +64,10 @@ def finish(
     trained = list(zip(roles, students, strict=True))
     if not config.teacher:
         trained.insert(0, ("alone", load_run(folders.alone, which)))
-    rows = [_row(role, run, source, config) for role, run in trained]
-    if teachers:
-        rows.insert(0, _row("teacher", *_at_its_size(teachers, dataset, split, config), config))
+    with stage(f"measuring {len(trained) + bool(teachers)} models"):
+        rows = [_row(role, run, source, config) for role, run in trained]
+        if teachers:
+            rows.insert(0, _row("teacher", *_at_its_size(teachers, dataset, split, config), config))
     result: dict[str, Any] = {
         "rows": rows,
         "split": split,

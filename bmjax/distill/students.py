@@ -16,6 +16,7 @@ from bmjax.data.preprocess import Normalization
 from bmjax.data.statistics import pixel_statistics
 from bmjax.errors import UserError
 from bmjax.machine import hosts
+from bmjax.machine.progress import stage
 from bmjax.models import architectures, find
 from bmjax.runs import checkpoint
 from bmjax.runs.folder import CONFIG, Run, read_run
@@ -77,7 +78,8 @@ def read_student_weights(
         runs = hosts.on_first(_begun, folders)
         if len(runs) == len(folders) and runs[0].extra.get("student_weights") == source:
             return _of_run(source, runs[0])
-    return _of_pretrained(source, hosts.on_first(_read, config, source, console))
+    with stage(f"reading the student's weights {source}"):
+        return _of_pretrained(source, hosts.on_first(_read, config, source, console))
 
 
 def _begun(folders: Sequence[Path]) -> list[Run]:

@@ -268,6 +268,7 @@ def train_student(
     """Trains one student; without a teacher it follows the running average of its own params."""
     student = config.train_config(config.student, str(out))
     if teacher is not None:
+        teacher = as_seen(teacher, dataset.image_shape)
         teacher = with_classes(teacher, dataset.class_names, dataset.name)
     extra = {
         "teacher": list(config.teacher) or [str(teacher.run.path) if teacher else ""],
