@@ -121,7 +121,7 @@ def test_misuse_is_named_and_nothing_is_written(teacher, tmp_path, quiet, shapes
         (dataclasses.replace(base, temperature=float("nan")), "must be positive"),
         (dataclasses.replace(base, alpha=1.5), r"--alpha is 1.5, but it must be in \[0, 1\]"),
         (dataclasses.replace(base, student="mpl"), "Did you mean mlp"),
-        (dataclasses.replace(base, teacher=("nowhere",)), "there is no run in nowhere"),
+        (dataclasses.replace(base, teacher=("nowhere",)), "--teacher nowhere is not there"),
         (dataclasses.replace(base, teacher=(str(teacher.run.path),)), "tells 3 classes apart"),
         (dataclasses.replace(base, run=RunConfig(resume=True)), "there is no run"),
         (dataclasses.replace(base, student="cnn_tiny"), "--hidden-sizes belongs to mlp"),
