@@ -7,9 +7,10 @@ from bmjax.config import PROCESSES
 from bmjax.errors import UserError
 
 # Fields that may differ between a run and its resumption: they change where and how it is
-# computed or shown, never what is computed.
+# computed or shown, never what is computed. Data may have moved: their fingerprint is compared.
 FREE_FIELDS = frozenset(
     [
+        "data",
         "out",
         "teacher",
         "teacher_cache",
@@ -25,6 +26,8 @@ FREE_FIELDS = frozenset(
         "profile",
     ]
 )
+# Fields that a resumption may change, from the step on at which the run goes on: `runs.changes`.
+CHANGEABLE = ("epochs", "learning_rate", "schedule", "warmup_epochs", "clip_norm")
 
 
 def flatten(config: Any) -> dict[str, Any]:
@@ -99,7 +102,7 @@ def contradictions(saved: Any, asked: Any) -> list[str]:
     return [
         f"{name} is {before[name]!r} in the run and {after[name]!r} now"
         for name in before
-        if name not in FREE_FIELDS and before[name] != after[name]
+        if name not in FREE_FIELDS | {*CHANGEABLE} and before[name] != after[name]
     ]
 
 

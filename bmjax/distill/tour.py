@@ -19,9 +19,17 @@ from bmjax.data.sources import Source
 from bmjax.data.statistics import loss_weights, pixel_statistics
 from bmjax.distill.feature_matching import Matching
 from bmjax.distill.loss import distillation_loss, match_features
+from bmjax.distill.resumption import (
+    check_generations,
+    go_on_with_student,
+    go_on_with_teacher,
+    settings_of_teacher,
+    settings_to_go_on,
+    update_settings,
+)
 from bmjax.distill.teacher_cache import NoCache, cached_teacher
 from bmjax.distill.teachers import combine, load_teacher
-from bmjax.errors import StoppedError, UserError
+from bmjax.errors import DivergenceError, StoppedError, UserError
 from bmjax.evaluate.measure import measure
 from bmjax.losses.table import LOSS_PARAMS
 from bmjax.machine import hosts
@@ -96,14 +104,24 @@ def _distill(config: DistillConfig, out: Path, console: Console) -> dict[str, An
     if len(plan.folders) > 1 and not config.run.resume:
         hosts.on_first(make_folder, out)
         hosts.on_first(write_settings, out / TOUR, settings_to_keep(config))
+    elif len(plan.folders) > 1:
+        hosts.on_first(update_settings, config, out)
     if not config.teacher:
-        of_teacher, alone = Job(title=f"teacher {config.teacher_model}"), f"{config.student} alone"
-        _train_or_go_on(plan.teacher, dataset, of_teacher, console)
-        _train_or_go_on(plan.alone, dataset, Job(title=alone), console)
-        teacher = load_run(plan.teacher.out)
-    for number, folder in enumerate(plan.students):
-        before = load_run(plan.students[number - 1]) if number else teacher
-        train_student(config, before, folder, dataset, console)
+        of_teacher = Job(title=f"teacher {config.teacher_model}")
+        try:
+            _train_or_go_on(settings_of_teacher(plan.teacher), dataset, of_teacher, console)
+        except DivergenceError as error:
+            raise go_on_with_teacher(error, config) from None
+    try:
+        if not config.teacher:
+            alone = Job(title=f"{config.student} alone")
+            _train_or_go_on(plan.alone, dataset, alone, console)
+            teacher = load_run(plan.teacher.out)
+        for number, folder in enumerate(plan.students):
+            before = load_run(plan.students[number - 1]) if number else teacher
+            train_student(config, before, folder, dataset, console)
+    except DivergenceError as error:
+        raise go_on_with_student(error, config) from None
     return _finish(config, dataset, plan, teacher)
 
 
@@ -221,6 +239,7 @@ def _settled(config: DistillConfig) -> DistillConfig:
                 f"--resume contradicts the run in {out}: {'; '.join(differing)}. Leave these "
                 "flags out, or start another run in another --out."
             )
+        check_generations(config, saved, out)
     else:
         refuse_existing(out)
     return dataclasses.replace(config, out=str(out))
@@ -262,9 +281,7 @@ def read_settings(out: Path) -> DistillConfig:
 
 def _train_or_go_on(config: TrainConfig, dataset: Dataset, job: Job, console: Console) -> None:
     """Runs a part of the tour; a resumed tour may not have begun it yet."""
-    started = hosts.on_first((Path(config.out) / CONFIG).is_file)
-    run = dataclasses.replace(config.run, resume=config.run.resume and started)
-    train(dataclasses.replace(config, run=run), dataset, job, console)
+    train(settings_to_go_on(config), dataset, job, console)
 
 
 def train_student(

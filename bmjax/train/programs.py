@@ -1,6 +1,6 @@
 """The compiled programs of a run, made from what is known before its images are decoded."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import flax.linen as nn
@@ -68,13 +68,13 @@ class TrainingPrograms:
         self._view = loader.make_view(
             config.views, size, [0.0] * channels, parallel.axis_name, job.view
         )
-        self._steps: dict[int, Callable[..., Any]] = {}
+        self._steps: dict[Hashable, Callable[..., Any]] = {}
 
     def steps(self, phase: Phase) -> Callable[..., Any]:
         """Returns the steps of `make_train_steps` for a phase."""
         config = self._config
-        if phase.first not in self._steps:
-            self._steps[phase.first] = make_train_steps(
+        if phase.program not in self._steps:
+            self._steps[phase.program] = make_train_steps(
                 self.parallel,
                 phase.make_optimizer,
                 config.batch_size,
@@ -83,7 +83,7 @@ class TrainingPrograms:
                 phase.trained,
                 config.views.view_passes,
             )
-        return self._steps[phase.first]
+        return self._steps[phase.program]
 
     def functions(
         self, phase: Phase, normalization: Normalization

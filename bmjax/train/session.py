@@ -16,14 +16,10 @@ from bmjax.machine import hosts
 from bmjax.machine.signals import Stop
 from bmjax.metrics import summarize
 from bmjax.runs import checkpoint
-from bmjax.runs.folder import (
-    Run,
-)
+from bmjax.runs.folder import KINDS, Run
 from bmjax.train.compiled import evaluate_split, make_evaluate
-from bmjax.train.job import (
-    Epoch,
-    Job,
-)
+from bmjax.train.job import Epoch, Job
+from bmjax.train.optim import as_saved_today
 from bmjax.train.phases import Phase
 from bmjax.train.programs import TrainingPrograms
 from bmjax.train.step import TrainState
@@ -104,7 +100,7 @@ class Session:
         )
         try:
             state, step = self._loop(state, totals, start, stop)
-            hosts.on_first(self._writer.wait)
+            hosts.on_first(self._writer.finish)
         finally:
             self._profile.close()
             self._display.close()
@@ -126,7 +122,7 @@ class Session:
 
     def _restore(self) -> tuple[Any, Any, int]:
         folder = self._run.checkpoints
-        step, said, read = hosts.on_first(checkpoint.read_newest, folder, ("state", "best"))
+        step, said, read = hosts.on_first(checkpoint.read_newest, folder, ("state", "best"), True)
         for line in said:
             self._console.print(f"warning: {line}", highlight=False, markup=False, soft_wrap=True)
         state, totals = self._phases[0].fresh, self._zeros
@@ -139,9 +135,8 @@ class Session:
             self._console.print(f"going on from {where}", highlight=False)
         if step is not None:
             like = {"state": self._phase_of(step).fresh, "totals": totals}
-            restored = checkpoint.from_named(
-                read["state"], like, f"checkpoint {folder / str(step)}"
-            )
+            named = as_saved_today(read["state"], checkpoint.to_named(like))
+            restored = checkpoint.from_named(named, like, f"checkpoint {folder / str(step)}")
             state, totals = restored["state"], restored["totals"]
             meta = read["meta"]
             if "best" in read:
@@ -158,7 +153,7 @@ class Session:
         self._saved_step, self._saved_at = start, time.monotonic()
         for phase in self._phases:
             if step < phase.last and not self._gave_up(step):
-                if step == phase.first > 0:
+                if phase.begins_at(step):
                     state = self._parallel.put(phase.enter(self._on_one_device(state, step)))
                 state, totals, step = self._run_phase(phase, state, totals, step, stop)
         if step < self._total:
@@ -208,7 +203,7 @@ class Session:
     def _gave_up(self, step: int) -> bool:
         """Whether a callback asked to end, or too many epochs went by without a better one.
 
-        These are counted from the beginning of the last phase on.
+        These are counted from the beginning of the last phase on, and so from a change of settings.
         """
         if step == self._asked_to_end:
             return True
@@ -250,10 +245,12 @@ class Session:
             if good is not None
             else "there is no checkpoint yet"
         )
+        command = f"{KINDS[self._job.kind]} --resume --out {self._run.path}"
         raise DivergenceError(
             f"the loss is not finite at step {step} (learning rate "
             f"{phase.learning_rate(step):.3g}); {kept}. A lower --learning-rate, a longer "
-            "--warmup-epochs or --clip-norm 1 usually helps."
+            "--warmup-epochs or --clip-norm 1 usually helps",
+            f"{command} --learning-rate {self._config.optim.learning_rate / 10:.2g}",
         )
 
     def _last_good(self) -> int | None:
@@ -311,7 +308,8 @@ class Session:
             return
         tree = {"state": self._parallel.get(state), "totals": self._parallel.get(totals)}
         items = {"state": checkpoint.to_named(tree)}
-        if self._best.variables:
+        best_is_state = self._best.epoch > 0 and self._best.epoch * self._num_batches == step
+        if self._best.variables and not best_is_state:
             items["best"] = self._best.variables
         meta = {
             "step": step,
@@ -319,6 +317,8 @@ class Session:
             "best_accuracy": self._best.accuracy,
             "best_epoch": self._best.epoch,
             "improved_epoch": self._best.improved,
+            checkpoint.BEST_IN_STATE: best_is_state,
+            "ended": self._ends(step),
         }
         self._writer.save(step, items, meta)
 
