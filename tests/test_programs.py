@@ -43,7 +43,11 @@ def train_epoch(made, config, dataset, functions):
     (phase,), parallel = made.phases, made.parallel
     functions = parallel.put(functions)
     feed = loader.Feed(dataset.train, parallel, config.batch_size, lambda _: ORDER, wide=True)
-    state, totals, step = parallel.put(phase.fresh), parallel.put(made.zeros(NORMALIZATION)), 0
+    state, totals, step = (
+        parallel.put(phase.make_fresh()),
+        parallel.put(made.zeros(NORMALIZATION)),
+        0,
+    )
     while step < made.num_batches:
         arrays, step = feed.at(step)
         state, totals = made.steps(phase)(state, totals, functions, arrays, np.int32(step))

@@ -47,13 +47,25 @@ def to_named(tree: Any) -> Named:
     }
 
 
+def outline(tree: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns shapes and types of what `to_named` makes of a tree of arrays, or of their shapes."""
+    shapes = jax.eval_shape(lambda tree: jax.tree.map(_raw, tree), tree)
+    leaves = jax.tree_util.tree_leaves_with_path(shapes)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
 def from_named(named: Named, like: Any, where: str) -> Any:
     """Rebuilds a tree like `like` from its arrays by name, strictly.
+
+    Args:
+        named: the arrays.
+        like: a tree of arrays, or of what has their shapes and types.
+        where: what the arrays come from, for the message.
 
     Raises:
         UserError: a name is missing or unexpected, or a shape or type differs; all are listed.
     """
-    template = to_named(like)
+    template = outline(like)
     problems = [f"missing {name}" for name in template if name not in named]
     problems += [f"unexpected {name}" for name in named if name not in template]
     for name in template.keys() & named.keys():
@@ -76,7 +88,7 @@ def from_named(named: Named, like: Any, where: str) -> Any:
 
 
 def _is_key(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _raw(leaf: Any) -> Any:

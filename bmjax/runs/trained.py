@@ -8,7 +8,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from bmjax.data import Dataset, load_dataset, preprocess
 from bmjax.data.load import with_channels
@@ -74,9 +73,8 @@ def load_run(path: str | Path, which: str = "latest") -> TrainedRun:
     run, step, warnings, named = hosts.on_first(_read, Path(path), which)
     model = build_model(run.config, len(run.data["class_names"]))
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *run.data["image_shape"])))
-    like = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
     where = f"checkpoint {run.checkpoints / str(step)}"
-    variables = {"batch_stats": {}, **checkpoint.from_named(named, like, where)}
+    variables = {"batch_stats": {}, **checkpoint.from_named(named, shapes, where)}
     fingerprint = checkpoint.fingerprint(named)
     return TrainedRun(run, model, variables, step, fingerprint, tuple(warnings))
 

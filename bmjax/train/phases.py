@@ -1,12 +1,13 @@
 """The phases of a run: steps in which the same params learn, by a schedule of their own."""
 
 import dataclasses
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import flax.linen as nn
+import jax
 from jax.tree_util import Partial
 
 from bmjax.config import OptimConfig, TrainConfig
@@ -20,7 +21,7 @@ from bmjax.train.optim import (
     select,
     trainable_mask,
 )
-from bmjax.train.step import TrainState, create_state
+from bmjax.train.step import TrainState, state_maker
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +37,9 @@ class Phase:
         schedule: learning rate by step since the origin, from 0: a `Partial`, whose numbers are
             inputs of the compiled steps.
         make_optimizer: returns what updates the params, for a schedule.
-        fresh: the state before the first step of the phase, had the run begun with it.
+        make_fresh: makes the state before the first step of the phase, had the run begun with it;
+            it is not kept, as it is as large as the state of the run.
+        outline: shapes and types of that state.
         program: equal for phases with the same compiled steps.
     """
 
@@ -47,7 +50,8 @@ class Phase:
     model: nn.Module
     schedule: Partial
     make_optimizer: MakeOptimizer
-    fresh: TrainState
+    make_fresh: Callable[[], TrainState]
+    outline: TrainState
     program: Hashable
 
     def learning_rate(self, step: int) -> float:
@@ -60,7 +64,7 @@ class Phase:
 
     def enter(self, state: TrainState) -> TrainState:
         """Returns the state of the run with the optimizer's state as it is before this phase."""
-        return state.replace(opt_state=self.fresh.opt_state)  # type: ignore[attr-defined]
+        return state.replace(opt_state=self.make_fresh().opt_state)  # type: ignore[attr-defined]
 
 
 def make_phases(
@@ -121,7 +125,7 @@ def _make_part(
             scales = scales if trained is None else select(scales, trained)
     origin = first_epoch * steps_per_epoch
     phases: list[Phase] = []
-    fresh: TrainState | None = None
+    make_fresh: Callable[[], TrainState] | None = None
     parts = stretches(config, job.changes)
     for number, part in enumerate(parts):
         first = max(origin, part.first)
@@ -137,8 +141,8 @@ def _make_part(
         rule = _without_schedule(part.config.optim)
         make = job.make_optimizer or partial(make_optimizer, rule, scales=scales)
         # The structure of the state is the same for every schedule and stretch.
-        if fresh is None:
-            fresh = create_state(
+        if make_fresh is None:
+            make_fresh = state_maker(
                 model,
                 make(schedule),
                 image_shape,
@@ -147,8 +151,11 @@ def _make_part(
                 start.variables if start else None,
                 trained,
             )
+            outline = jax.eval_shape(make_fresh)
         program = (first_epoch, rule)
-        phases.append(Phase(first, last, origin, trained, model, schedule, make, fresh, program))
+        phases.append(
+            Phase(first, last, origin, trained, model, schedule, make, make_fresh, outline, program)
+        )
     return phases
 
 

@@ -103,7 +103,7 @@ class TrainingPrograms:
         """Returns the totals before the first example."""
         phase = self.phases[0]
         _, loss_fn, _ = self.functions(phase, normalization)
-        return zero_totals(loss_fn, phase.fresh, self.spec.image_shape, self._targets)
+        return zero_totals(loss_fn, phase.outline, self.spec.image_shape, self._targets)
 
     def compile_ahead(self) -> None:
         """Compiles the steps of the first phase, where shapes are all that they depend on.
@@ -115,7 +115,7 @@ class TrainingPrograms:
         phase, channels = self.phases[0], self.spec.image_shape[2]
         any_normalization = Normalization.none(channels)
         held = (
-            phase.fresh,
+            phase.outline,
             self.zeros(any_normalization),
             self.functions(phase, any_normalization),
             loader.shapes_of_train(self.spec, self._config.batch_size, self.parallel),

@@ -22,7 +22,7 @@ from bmjax.train.job import Epoch, Job
 from bmjax.train.optim import as_saved_today
 from bmjax.train.phases import Phase
 from bmjax.train.programs import TrainingPrograms
-from bmjax.train.step import TrainState
+from bmjax.train.step import TrainState, run_keys
 from bmjax.train.tracking import Display, EventFiles, MetricsFile, Profile
 
 # A compiled call lasts about so long: after it the bar moves and a signal is answered.
@@ -59,7 +59,7 @@ class Session:
         self._num_batches = programs.num_batches
         self._total = config.epochs * self._num_batches
         self._zeros = programs.zeros(self._normalization)
-        orders = epoch_orders(self._phases[0].fresh.key, dataset, config)
+        orders = epoch_orders(run_keys(config.seed)[1], dataset, config)
         self._train = loader.Feed(
             dataset.train,
             parallel,
@@ -113,7 +113,7 @@ class Session:
     def _on_one_device(self, state: TrainState, step: int) -> TrainState:
         # By way of the names, which turn the raw data of the key back into a key.
         host = checkpoint.to_named(self._parallel.get(state))
-        like = self._phase_of(step).fresh
+        like = self._phase_of(step).outline
         return jax.device_put(checkpoint.from_named(host, like, "the state"))
 
     def _phase_of(self, step: int) -> Phase:
@@ -125,8 +125,9 @@ class Session:
         step, said, read = hosts.on_first(checkpoint.read_newest, folder, ("state", "best"), True)
         for line in said:
             self._console.print(f"warning: {line}", highlight=False, markup=False, soft_wrap=True)
-        state, totals = self._phases[0].fresh, self._zeros
-        if hosts.several():
+        totals = self._zeros
+        state = self._phases[0].make_fresh() if step is None else None
+        if step is None and hosts.several():
             # Processors of different kinds draw params that differ in their last bits.
             named = hosts.on_first(checkpoint.to_named, state)
             state = checkpoint.from_named(named, state, "the state of process 0")
@@ -134,8 +135,8 @@ class Session:
             where = f"the one at step {step}" if step is not None else "the start"
             self._console.print(f"going on from {where}", highlight=False)
         if step is not None:
-            like = {"state": self._phase_of(step).fresh, "totals": totals}
-            named = as_saved_today(read["state"], checkpoint.to_named(like))
+            like = {"state": self._phase_of(step).outline, "totals": totals}
+            named = as_saved_today(read["state"], checkpoint.outline(like))
             restored = checkpoint.from_named(named, like, f"checkpoint {folder / str(step)}")
             state, totals = restored["state"], restored["totals"]
             meta = read["meta"]
