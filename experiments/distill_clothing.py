@@ -60,9 +60,9 @@ def settings(
 
 def train(config: DistillConfig, teacher: TrainedRun, kind: str, dataset: Dataset) -> TrainedRun:
     """Trains a student, or reads back one that is finished."""
-    out, console = Path(config.out), Console()
+    out, console = Path(config.folder), Console()
     if kind == "alone":
-        alone = config.train_config(config.student, config.out)
+        alone = config.train_config(config.student, config.folder)
         fit(alone, dataset, console=console, title=f"{config.student} alone, seed {config.seed},")
     else:
         train_student(config, teacher, out, dataset, console)

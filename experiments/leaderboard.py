@@ -178,7 +178,7 @@ def train_all(board: Board, dataset: Dataset, console: Console) -> None:
             for method in board.methods:
                 config = board.student(pair, seed, method)
                 timed(
-                    config.train_config(config.student, config.out),
+                    config.train_config(config.student, config.folder),
                     config,
                     teacher,
                     dataset,
@@ -194,7 +194,7 @@ def timed(
     console: Console,
 ) -> None:
     """Trains one run, and keeps how long it took; of one that was interrupted nobody knows."""
-    path = Path(config.out)
+    path = Path(config.folder)
     if (path / "seconds.json").is_file():
         return
     resumed = (path / CONFIG).is_file()

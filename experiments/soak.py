@@ -93,13 +93,13 @@ def main() -> None:
             run=RunConfig(save_minutes=0.05),
             out=str(Path(folder) / "run"),
         )
-        watch = Watch(Path(config.out))
+        watch = Watch(Path(config.folder))
         watch.start()
         begin = time.monotonic()
         fit(config, make_dataset(), console=Console(file=nowhere))
         seconds = time.monotonic() - begin
         rows = watch.stop()
-        records = len(read_metrics(Path(config.out) / "metrics.jsonl"))
+        records = len(read_metrics(Path(config.folder) / "metrics.jsonl"))
     later = rows[int(WARM_UP * len(rows)) :]
     epochs = later[:, 0] / rows[:, 0].max() * arguments.epochs
     slope = np.polyfit(epochs, later[:, 1], 1)[0]

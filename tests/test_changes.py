@@ -110,7 +110,7 @@ def test_after_a_divergence_the_advice_can_be_followed(small, shapes, quiet, mon
     assert read_run(Path(small.out)).changes == (
         Change(
             good,
-            {"learning_rate": 3e-3, "clip_norm": 0.0},
+            {"learning_rate": 3e-3, "clip_norm": None},
             {"learning_rate": 1e-3, "clip_norm": 1.0},
         ),
     )

@@ -129,15 +129,15 @@ def test_a_given_teacher_trains_one_student(teacher, tmp_path, quiet, as_data):
     result = distill(config, quiet)
     assert [row["role"] for row in result["rows"]] == ["teacher", "distilled"]
     assert "gain_points" not in result
-    extra = load_run(config.out).run.extra
+    extra = load_run(config.folder).run.extra
     assert extra["alpha"] == 0.5
     again = dataclasses.replace(config, run=RunConfig(tensorboard=False, resume=True))
     with pytest.raises(UserError, match=r"alpha is 0.5 in the run and 0.25 now"):
         distill(dataclasses.replace(again, alpha=0.25), quiet)
     assert distill(again, quiet)["rows"][1]["accuracy"] == result["rows"][1]["accuracy"]
     assert distill(dataclasses.replace(again, data="moved", epochs=4), quiet)["steps"] == 24
-    assert read_settings(Path(config.out)).epochs == 4
-    assert read_settings(Path(config.out)).data == "moved"
+    assert read_settings(Path(config.folder)).epochs == 4
+    assert read_settings(Path(config.folder)).data == "moved"
 
 
 def test_misuse_is_named_and_nothing_is_written(teacher, tmp_path, quiet, shapes, monkeypatch):
@@ -200,7 +200,7 @@ def test_features_with_their_projections(
     assert sum(LOSS_PARAMS in name for name in saved) == learned
     # They belong to the loss: what is evaluated is the student alone.
     for which in ("latest", "best"):
-        assert LOSS_PARAMS not in load_run(config.out, which).variables["params"]
+        assert LOSS_PARAMS not in load_run(config.folder, which).variables["params"]
     half = dataclasses.replace(config, epochs=1, out=str(tmp_path / "half"))
     distill(half, quiet)
     begun = params_of(tmp_path / "half")

@@ -4,7 +4,14 @@ import pytest
 
 from bmjax.config import DistillConfig, TrainConfig
 from bmjax.errors import UserError
-from bmjax.runs.folder import CONFIG, Run, check_same_settings, create_run, read_run
+from bmjax.runs.folder import (
+    CONFIG,
+    Run,
+    check_kind,
+    check_same_settings,
+    create_run,
+    read_run,
+)
 
 
 def test_settings_that_an_older_run_does_not_know_are_as_by_default(tmp_path):
@@ -37,3 +44,43 @@ def test_settings_that_were_changed_are_refused(tmp_path, change):
     older = {name: value for name, value in json.loads(before).items() if name != "sha256"}
     file.write_text(json.dumps(older))
     assert read_run(run.path) == run
+
+
+DATA = {
+    **{"name": "two", "fingerprint": "f", "class_names": ["a", "b"], "transform": None},
+    **{"image_shape": (4, 4, 1), "mean": [0.5], "std": [0.5]},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "extra"),
+    [
+        ("train", {}),
+        ("finetune", {"weights": "a.pth"}),
+        ("distill", {"alpha": 0.9}),
+        ("converted", {"converted_from": "a.pth"}),
+    ],
+)
+def test_a_run_says_its_kind_and_an_older_one_shows_it(tmp_path, kind, extra):
+    create_run(Run(tmp_path / "run", TrainConfig().resolved(), DATA, extra, kind))
+    assert read_run(tmp_path / "run").kind == kind
+    file = tmp_path / "run" / CONFIG
+    content = json.loads(file.read_text())
+    assert content.pop("kind") == kind
+    del content["sha256"]
+    file.write_text(json.dumps(content))
+    assert read_run(tmp_path / "run").kind == kind
+    check_kind(read_run(tmp_path / "run"), kind)
+    other = "train" if kind == "distill" else "distill"
+    with pytest.raises(UserError, match=f"is of kind {kind}, not {other}"):
+        check_kind(read_run(tmp_path / "run"), other)
+    file.write_text(json.dumps({**content, "kind": "another"}))
+    with pytest.raises(UserError, match="kind is 'another'"):
+        read_run(tmp_path / "run")
+
+
+def test_what_0_stood_for_in_an_older_run_is_not_a_contradiction(tmp_path):
+    extra = {"teacher_fingerprint": "f", **DistillConfig().loss_settings()}
+    older = {**extra, "cache_top": 0, "feature_weight": 0.0}
+    create_run(Run(tmp_path / "run", TrainConfig().resolved(), DATA, older, "distill"))
+    check_same_settings(read_run(tmp_path / "run"), TrainConfig().resolved(), extra)

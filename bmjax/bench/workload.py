@@ -26,14 +26,14 @@ class Workload:
         image_size: side in pixels.
         batch_size: images of a step.
         precision: `float32` or `bfloat16`, of the computation; params are float32.
-        teacher: name of the teacher of a distillation; empty: there is none.
+        teacher: name of the teacher of a distillation; None: there is none.
     """
 
     model: str
     image_size: int
     batch_size: int
     precision: str = "float32"
-    teacher: str = ""
+    teacher: str | None = None
 
     @property
     def channels(self) -> int:

@@ -32,7 +32,7 @@ def _train(config: TrainConfig) -> None:
 
     console = Console()
     train(config, None, Job(own_process=True), console)
-    _show_result(config.out, config, console)
+    _show_result(config.folder, config, console)
 
 
 def _show_result(out: str, config: TrainConfig | FinetuneConfig, console: Console) -> None:

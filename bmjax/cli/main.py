@@ -56,13 +56,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _run(words: list[str]) -> None:
     asked = parse(words)
     device = getattr(asked, "device", None)
-    if device is None or not (device.coordinator or device.num_processes or device.process_id >= 0):
+    if device is None or {device.coordinator, device.num_processes, device.process_id} == {None}:
         _COMMANDS[type(asked)](resumed(asked, words))
         return
     from bmjax.machine import hosts
 
     hosts.check(device)
-    name = f"process {device.process_id}" if device.process_id >= 0 else "this process"
+    name = "this process" if device.process_id is None else f"process {device.process_id}"
     if not supervisor.watch():
         sys.exit(supervisor.supervise(words, name))
     _run_as_one_of_several(asked, words, name)
@@ -181,14 +181,14 @@ def _saved(config: TrainConfig | FinetuneConfig | DistillConfig) -> Any:
     from bmjax.runs.folder import check_kind, read_run
 
     if isinstance(config, TrainConfig):
-        path = Path(config.resolved().out)
+        path = Path(config.resolved().folder)
         run = read_run(path)
         check_kind(run, "train")
         saved: Any = run.config
     elif isinstance(config, FinetuneConfig):
         from bmjax.finetune import tune as finetune
 
-        path = Path(config.train_config().out)
+        path = Path(config.train_config().folder)
         saved = finetune.read_settings(path)
     else:
         from bmjax.distill.tour import folder_of, read_settings

@@ -24,9 +24,9 @@ def check_train(config: BaseConfig) -> None:
     """
     optim, views = config.optim, config.views
     rules = [
-        ("epochs", config.epochs, config.epochs >= 0, "at least 0"),
+        ("epochs", config.epochs, _at_least_one(config.epochs), "at least 1"),
         ("batch-size", config.batch_size, config.batch_size >= 1, "at least 1"),
-        ("image-size", config.image_size, config.image_size >= 0, "at least 0"),
+        ("image-size", config.image_size, _at_least_one(config.image_size), "at least 1"),
         ("accumulate", config.accumulate, config.accumulate >= 1, "at least 1"),
         ("label-smoothing", config.label_smoothing, 0 <= config.label_smoothing < 1, "in [0, 1)"),
         ("ema-decay", config.ema_decay, 0 <= config.ema_decay < 1, "in [0, 1)"),
@@ -41,7 +41,7 @@ def check_train(config: BaseConfig) -> None:
         ("warmup-epochs", optim.warmup_epochs, 0 <= optim.warmup_epochs < math.inf, "at least 0"),
         ("momentum", optim.momentum, 0 <= optim.momentum < 1, "in [0, 1)"),
         ("weight-decay", optim.weight_decay, 0 <= optim.weight_decay < math.inf, "at least 0"),
-        ("clip-norm", optim.clip_norm, 0 <= optim.clip_norm < math.inf, "at least 0"),
+        ("clip-norm", optim.clip_norm, _positive(optim.clip_norm), "positive"),
         ("crop", views.crop, 0 < views.crop <= 1, "in (0, 1]"),
         ("flip", views.flip, 0 <= views.flip <= 1, "in [0, 1]"),
         ("erase", views.erase, 0 <= views.erase <= 1, "in [0, 1]"),
@@ -49,12 +49,12 @@ def check_train(config: BaseConfig) -> None:
         ("cutmix", views.cutmix, 0 <= views.cutmix < math.inf, "at least 0"),
         ("shift", views.shift, 0 <= views.shift <= 1, "in [0, 1]"),
         ("rotate", views.rotate, 0 <= views.rotate <= 180, "in [0, 180] degrees"),
-        ("view-passes", views.view_passes, views.view_passes >= 0, "at least 0"),
+        ("view-passes", views.view_passes, _at_least_one(views.view_passes), "at least 1"),
         ("scale", views.scale, 0 <= views.scale < 1, "in [0, 1)"),
-        ("devices", config.device.devices, config.device.devices >= 0, "at least 0"),
+        ("devices", config.device.devices, _at_least_one(config.device.devices), "at least 1"),
         ("memory-gib", config.device.memory_gib, config.device.memory_gib >= 0, "at least 0"),
         ("split-seed", config.split_seed, 0 <= config.split_seed < 2**32, "in [0, 2^32)"),
-        ("patience", config.patience, config.patience >= 0, "at least 0"),
+        ("patience", config.patience, _at_least_one(config.patience), "at least 1"),
         (
             "save-minutes",
             config.run.save_minutes,
@@ -90,10 +90,18 @@ def check_evaluate(config: EvaluateConfig) -> None:
     """Checks the values that belong to evaluation; raises UserError as `check_train` does."""
     rules = [
         ("batch-size", config.batch_size, config.batch_size >= 1, "at least 1"),
-        ("image-size", config.image_size, config.image_size >= 0, "at least 0"),
-        ("devices", config.device.devices, config.device.devices >= 0, "at least 0"),
+        ("image-size", config.image_size, _at_least_one(config.image_size), "at least 1"),
+        ("devices", config.device.devices, _at_least_one(config.device.devices), "at least 1"),
     ]
     _check(rules)
+
+
+def _at_least_one(value: int | None) -> bool:
+    return value is None or value >= 1
+
+
+def _positive(value: float | None) -> bool:
+    return value is None or 0 < value < math.inf
 
 
 def _check(rules: list[tuple[str, Any, bool, str]]) -> None:
@@ -121,13 +129,13 @@ def check_distill(config: DistillConfig) -> None:
     parts = {
         "decoupled-alpha": config.decoupled_alpha,
         "decoupled-beta": config.decoupled_beta,
-        "feature-weight": config.feature_weight,
+        "feature-weight": config.feature_weight or 0.0,
     }
     _check(
         [
             ("teacher-epochs", config.teacher_epochs, config.teacher_epochs >= 1, "at least 1"),
             ("generations", config.generations, config.generations >= 1, "at least 1"),
-            ("cache-top", config.cache_top, config.cache_top >= 0, "at least 0"),
+            ("cache-top", config.cache_top, _at_least_one(config.cache_top), "at least 1"),
             *[(name, value, 0 <= value < math.inf, "at least 0") for name, value in parts.items()],
         ]
     )
@@ -212,7 +220,7 @@ def check_finetune(config: FinetuneConfig) -> None:
             "class."
         )
     check_train(config)
-    epochs, head_epochs = config.epochs, config.head_epochs
+    epochs, head_epochs = config.num_epochs, config.head_epochs
     _check(
         [
             ("epochs", epochs, epochs >= 1, "at least 1"),
@@ -233,7 +241,7 @@ def check_convert(config: ConvertConfig) -> None:
     """Checks the values that belong to conversion; raises UserError as `check_train` does."""
     _check(
         [
-            ("image-size", config.image_size, config.image_size >= 0, "at least 0"),
-            ("resize-size", config.resize_size, config.resize_size >= 0, "at least 0"),
+            ("image-size", config.image_size, _at_least_one(config.image_size), "at least 1"),
+            ("resize-size", config.resize_size, _at_least_one(config.resize_size), "at least 1"),
         ]
     )

@@ -5,9 +5,11 @@ from typing import Annotated, Literal
 
 import tyro
 
+from bmjax.config.names import check_flat_names, unset
 from bmjax.config.training import DeviceConfig
 
 
+@check_flat_names
 @dataclass(frozen=True)
 class EvaluateConfig:
     """Measure a run on a split: loss, accuracy, calibration, errors by class, speed.
@@ -15,7 +17,7 @@ class EvaluateConfig:
     Attributes:
         path: Folder of the run.
         data: Dataset to measure on; none given: the run's own.
-        image_size: Side in pixels that images are resized to; 0 takes the run's.
+        image_size: Side in pixels that images are resized to; none given: the run's.
         split: Part of the dataset.
         checkpoint: Params of the latest checkpoint, or those with the best validation accuracy.
         batch_size: Images at once, rounded up to what divides over the devices.
@@ -23,13 +25,17 @@ class EvaluateConfig:
     """
 
     path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    data: str = ""
-    image_size: int = 0
+    data: str | None = None
+    image_size: int | None = None
     split: Literal["train", "validation", "test", "all"] = "test"
     checkpoint: Literal["latest", "best"] = "latest"
     batch_size: int = 256
     json: bool = False
     device: DeviceConfig = field(default_factory=DeviceConfig)
+
+    def __post_init__(self) -> None:
+        """Reads 0 and an empty word as not given."""
+        unset(self, data="", image_size=0)
 
 
 @dataclass(frozen=True)
@@ -68,22 +74,26 @@ class ConvertConfig:
             one training step, written to OUT.certificate.txt and .json; nothing else is written
             where it fails.
         images: Folder of photographs for the certificate; none given: digits of mnist5k.
-        image_size: Side in pixels of the images that the model takes; 0 takes the weights' own,
-            or 224.
+        image_size: Side in pixels of the images that the model takes; none given: the weights'
+            own, or 224.
         resize_size: Shorter side in pixels that images are resized to before the middle is cut
-            out; 0 takes the weights' own, or 8/7 of the image size.
+            out; none given: the weights' own, or 8/7 of the image size.
         class_names: Names of the classes, in order; none given: ImageNet's where there are 1000,
             numbers otherwise.
     """
 
     path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
     out: str
-    model: str = ""
+    model: str | None = None
     certify: bool = False
-    images: str = ""
-    image_size: int = 0
-    resize_size: int = 0
+    images: str | None = None
+    image_size: int | None = None
+    resize_size: int | None = None
     class_names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Reads 0 and an empty word as not given."""
+        unset(self, model="", images="", image_size=0, resize_size=0)
 
 
 @dataclass(frozen=True)
@@ -124,7 +134,7 @@ class BenchConfig:
     image_size: int = 64
     batch_size: int = 64
     precision: Literal["float32", "bfloat16"] = "float32"
-    teacher: str = ""
+    teacher: str | None = None
     contenders: tuple[str, ...] = ()
     steps: int = 2
     turns: int = 10

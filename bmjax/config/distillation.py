@@ -4,12 +4,14 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from bmjax.config.names import check_flat_names, unset
 from bmjax.config.training import BaseConfig, TrainConfig
 
 # In place of a teacher: the running average of the student's own params.
 EMA_TEACHER = "ema"
 
 
+@check_flat_names
 @dataclass(frozen=True)
 class DistillConfig(BaseConfig):
     """Distil a teacher into a student; with no teacher given, do the whole tour.
@@ -18,7 +20,7 @@ class DistillConfig(BaseConfig):
     same views, for the same number of steps, to compare them.
 
     Attributes:
-        epochs: Passes of the student over the training split; 0 takes the model's default.
+        epochs: Passes of the student over the training split.
         teacher: A run's folder, or a torchvision checkpoint (.pth, .pt or .safetensors); several
             of them are an ensemble; ema is the running average of the student's own params. None
             given: train one first.
@@ -38,14 +40,15 @@ class DistillConfig(BaseConfig):
         features: Loss between features, added to that of the logits: hint (FitNets), attention
             (attention transfer), similarity (similarity-preserving), relational (RKD, distances
             and angles), contrastive (CRD, negatives from the batch).
-        feature_weight: Weight of the loss between features; 0 takes the usual one: hint 100,
+        feature_weight: Weight of the loss between features; none given: the usual one, hint 100,
             attention 1000, similarity 3000, relational 1, contrastive 0.8.
         layers: Layers whose features are compared, as STUDENT=TEACHER, such as stage2=stage3;
             none given: stages, counted from the last one, or pre_logits.
         teacher_cache: Folder that keeps the teacher's logits on all views, to ask it only once;
-            it is made if it is not there. With --view-passes they are few.
-        cache_top: Logits of each view that the cache keeps, the largest, in float16; 0: all of
-            them, in float32.
+            it is made if it is not there. With --view-passes they are few. None given: it is
+            asked at every step.
+        cache_top: Logits of each view that the cache keeps, the largest, in float16; none given:
+            all of them, in float32.
         explain_loss: Train nothing; show what each part of the loss contributes on the first
             batch, and what the settings are called elsewhere.
     """
@@ -65,11 +68,16 @@ class DistillConfig(BaseConfig):
     features: Literal["none", "hint", "attention", "similarity", "relational", "contrastive"] = (
         "none"
     )
-    feature_weight: float = 0.0
+    feature_weight: float | None = None
     layers: tuple[str, ...] = ()
-    teacher_cache: str = ""
-    cache_top: int = 0
+    teacher_cache: str | None = None
+    cache_top: int | None = None
     explain_loss: bool = False
+
+    def __post_init__(self) -> None:
+        """Reads 0 and an empty word as not given."""
+        super().__post_init__()
+        unset(self, feature_weight=0, teacher_cache="", cache_top=0)
 
     @property
     def follows_student(self) -> bool:

@@ -4,6 +4,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
+from bmjax.config.names import check_flat_names, unset
 from bmjax.config.training import AugmentConfig, BaseConfig, OptimConfig, TrainConfig
 
 
@@ -15,6 +16,7 @@ def _finetune_views() -> AugmentConfig:
     return AugmentConfig(crop=0.6, flip=0.5, shift=0.0, rotate=0.0, scale=0.0)
 
 
+@check_flat_names
 @dataclass(frozen=True)
 class FinetuneConfig(BaseConfig):
     """Fine-tune pretrained weights: a new head of the data's classes, then all of the model.
@@ -26,8 +28,8 @@ class FinetuneConfig(BaseConfig):
         weights: What to begin with: a torchvision checkpoint (.pth, .pt or .safetensors), Flax
             variables (.msgpack), a run's folder, or imagenet-v1 or imagenet-v2 for torchvision's
             published weights.
-        image_size: Side in pixels of the images that the model takes; 0 takes that of published
-            weights or of a run, or 224.
+        image_size: Side in pixels of the images that the model takes; none given: that of
+            published weights or of a run, or 224.
         epochs: Passes over the training split, at least 1.
         head: How the last layer begins: by a linear probe, the best logistic regression on the
             features of the weights as they are; random; or kept, where the weights have the
@@ -43,11 +45,11 @@ class FinetuneConfig(BaseConfig):
             learning rate and a plot of it next to --out.
     """
 
-    data: str = ""
+    data: str | None = None
     epochs: int = 12
     label_smoothing: float = 0.1
-    model: str = ""
-    weights: str = ""
+    model: str | None = None
+    weights: str | None = None
     head: Literal["probe", "random", "keep"] = "probe"
     head_epochs: int = 0
     freeze: tuple[str, ...] = ()
@@ -57,8 +59,14 @@ class FinetuneConfig(BaseConfig):
     optim: OptimConfig = field(default_factory=_finetune_optim)
     views: AugmentConfig = field(default_factory=_finetune_views)
 
+    def __post_init__(self) -> None:
+        """Reads an empty word as not given."""
+        super().__post_init__()
+        unset(self, model="", weights="")
+
     def train_config(self) -> TrainConfig:
-        """Returns the settings of the training itself."""
+        """Returns the settings of the training itself; without a model, its name is to be set."""
         common = {item.name: getattr(self, item.name) for item in dataclasses.fields(BaseConfig)}
         out = self.out or "-".join(["runs/finetuned", *filter(None, [self.model])])
-        return dataclasses.replace(TrainConfig(**common, model=self.model), out=out).resolved()
+        named = {"model": self.model} if self.model else {}
+        return TrainConfig(**{**common, **named, "out": out}).resolved()

@@ -1,7 +1,8 @@
 """Settings as flat names: written, read back, compared."""
 
 import dataclasses
-from typing import Any, get_args, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from bmjax.config import PROCESSES
 from bmjax.errors import UserError
@@ -39,6 +40,23 @@ def flatten(config: Any) -> dict[str, Any]:
     return flat
 
 
+def with_values(config: Any, values: dict[str, Any]) -> Any:
+    """Returns a nested config with other values of some fields.
+
+    Args:
+        config: a config dataclass.
+        values: by flat name, of the fields' own types.
+    """
+    changes: dict[str, Any] = {}
+    for item in dataclasses.fields(config):
+        old = getattr(config, item.name)
+        if dataclasses.is_dataclass(old):
+            changes[item.name] = with_values(old, values)
+        elif item.name in values:
+            changes[item.name] = values[item.name]
+    return dataclasses.replace(config, **changes)
+
+
 def unflatten(cls: type, flat: dict[str, Any], where: str) -> Any:
     """Builds the nested config `cls` from `flat`, the inverse of `flatten`.
 
@@ -69,9 +87,10 @@ def _replace(config: Any, flat: dict[str, Any], where: str) -> Any:
         if dataclasses.is_dataclass(old):
             changes[item.name] = _replace(old, flat, where)
         elif item.name in flat:
-            new = _same_type(item.name, old, flat[item.name], where, hints[item.name])
+            new = _same_type(item.name, flat[item.name], where, hints[item.name])
             changes[item.name] = new
-            choices = get_args(hints[item.name]) if isinstance(old, str) else ()
+            hint = hints[item.name]
+            choices = get_args(hint) if get_origin(hint) is Literal else ()
             if choices and new not in choices:
                 raise UserError(
                     f"{where}: {item.name} is {new!r}, but must be one of {', '.join(choices)}. "
@@ -80,17 +99,24 @@ def _replace(config: Any, flat: dict[str, Any], where: str) -> Any:
     return dataclasses.replace(config, **changes)
 
 
-def _same_type(name: str, old: Any, new: Any, where: str, hint: Any) -> Any:
-    if isinstance(old, tuple) and isinstance(new, list):
-        kind = get_args(hint)[0]
-        kinds = {int, float} if kind is float else {kind}
-        if {type(item) for item in new} <= kinds:
+def _same_type(name: str, new: Any, where: str, hint: Any) -> Any:
+    """Returns a value read from JSON as its type hint has it."""
+    kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    if new is None and NoneType in kinds:
+        return None
+    (kind,) = (each for each in kinds if each is not NoneType)
+    if get_origin(kind) is tuple and isinstance(new, list):
+        item = get_args(kind)[0]
+        items = {int, float} if item is float else {str} if get_origin(item) is Literal else {item}
+        if {type(value) for value in new} <= items:
             return tuple(new)
-    if isinstance(old, float) and type(new) is int and abs(new) < 2**64:
+    plain = str if get_origin(kind) is Literal else kind
+    if plain is float and type(new) is int and abs(new) < 2**64:
         return float(new)
-    if type(new) is not type(old):
+    if type(new) is not plain:
+        known = plain.__name__ if isinstance(plain, type) else str(plain)
         raise UserError(
-            f"{where}: {name} is {new!r}, but it must be of type {type(old).__name__}. "
+            f"{where}: {name} is {new!r}, but it must be of type {known}. "
             "Restore the file, or start anew."
         )
     return new

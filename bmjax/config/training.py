@@ -4,6 +4,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
+from bmjax.config.names import check_flat_names, unset
+
 # Fields that say which of several processes this one is, and how they find each other.
 PROCESSES = ("coordinator", "num_processes", "process_id")
 DEFAULT_EPOCHS = {"mlp": 100}
@@ -25,8 +27,8 @@ class OptimConfig:
         weight_decay: Pull of the kernels towards 0; biases and normalisation are left alone.
             adamw and lion: decoupled, times the learning rate; sgd and adam: added to the
             gradient.
-        clip_norm: Largest global L2 norm of the gradient, larger ones are scaled down; 0 turns
-            it off.
+        clip_norm: Largest global L2 norm of the gradient, larger ones are scaled down; none given:
+            any.
     """
 
     optimizer: Literal["sgd", "adam", "adamw", "lion"] = "adamw"
@@ -36,7 +38,11 @@ class OptimConfig:
     momentum: float = 0.9
     nesterov: bool = True
     weight_decay: float = 1e-2
-    clip_norm: float = 0.0
+    clip_norm: float | None = None
+
+    def __post_init__(self) -> None:
+        """Reads 0 as no limit."""
+        unset(self, clip_norm=0)
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,8 @@ class AugmentConfig:
             takes one of the two.
         cutmix: Alpha of CutMix's Beta distribution; 0 turns it off.
         augment: Train on random views, not on the images as they are.
-        view_passes: Epochs after which order and views repeat; 0: every epoch has new ones.
+        view_passes: Epochs after which order and views repeat; none given: every epoch has new
+            ones.
     """
 
     crop: float = 1.0
@@ -70,7 +77,11 @@ class AugmentConfig:
     mixup: float = 0.0
     cutmix: float = 0.0
     augment: bool = True
-    view_passes: int = 0
+    view_passes: int | None = None
+
+    def __post_init__(self) -> None:
+        """Reads 0 as never."""
+        unset(self, view_passes=0)
 
     @property
     def affine(self) -> bool:
@@ -89,24 +100,28 @@ class DeviceConfig:
 
     Attributes:
         parallel: How several devices share a batch; both give the same numbers.
-        devices: Number of devices of each process; 0 takes all. More than a CPU has become virtual
-            ones.
+        devices: Number of devices of each process; none given: all. More than a CPU has become
+            virtual ones.
         memory_gib: Most GiB that decoded images may take; a larger folder is read again and again
             while training, to the same result.
         coordinator: For several processes that train one run, each started with the same flags:
             HOST:PORT of the first; or auto, as JAX finds them on a TPU pod slice, in SLURM, Open
             MPI or Kubernetes.
-        num_processes: Number of processes; 0: as JAX finds it.
+        num_processes: Number of processes; none given: as JAX finds it.
         process_id: Number of this process, from 0; the one of number 0 reads and writes the run's
-            folder. -1: as JAX finds it.
+            folder. None given: as JAX finds it.
     """
 
     parallel: Literal["jit", "pmap"] = "jit"
-    devices: int = 0
+    devices: int | None = None
     memory_gib: float = 4.0
-    coordinator: str = ""
-    num_processes: int = 0
-    process_id: int = -1
+    coordinator: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+
+    def __post_init__(self) -> None:
+        """Reads 0, an empty word and -1 as not given."""
+        unset(self, devices=0, coordinator="", num_processes=0, process_id=-1)
 
 
 @dataclass(frozen=True)
@@ -138,14 +153,14 @@ class BaseConfig:
         data: Dataset: mnist5k; folder:PATH with a folder of images per class, in train,
             validation and test or not; tfds:NAME, prepared in array_record; or npz:PATH with
             arrays image and label (or train_image, ...).
-        image_size: Side in pixels of the images that the model takes; 0 keeps the dataset's own,
-            or takes 224 where images have different sizes.
+        image_size: Side in pixels of the images that the model takes; none given: the dataset's
+            own, or 224 where images have different sizes.
         split_seed: Seed by which a validation split is cut from train, where there is none.
         hidden_sizes: Widths of the hidden layers where the model is mlp; none given: 128 64.
         norm: Normalisation of a ResNet: batch; frozen, by the running statistics in training
             too; or group, which sees one example at a time.
-        epochs: Passes over the training split; 0 takes the model's default: 100 for mlp, 20 for
-            the others.
+        epochs: Passes over the training split; none given: the model's default, 100 for mlp, 20
+            for the others.
         batch_size: Examples per update, over all devices together.
         accumulate: Parts that a batch is split into, one after the other, to save memory; the
             gradient is that of the whole batch, but batch normalisation sees one part at a time.
@@ -155,7 +170,7 @@ class BaseConfig:
         class_weights: Weights of the classes in the loss; balanced: in inverse proportion to how
             many training examples they have.
         patience: Epochs without a better validation accuracy after which training ends, and the
-            params of the best epoch are reported; 0: never.
+            params of the best epoch are reported; none given: it goes on to the last epoch.
         precision: Precision of the computation; params, statistics and losses are float32
             always.
         ema_decay: Decay of the running average of the params that is evaluated instead;
@@ -164,28 +179,54 @@ class BaseConfig:
         out: Folder of the run; none given: runs/MODEL, or runs/distill for distillation.
     """
 
-    data: str = "mnist5k"
-    image_size: int = 0
+    data: str | None = "mnist5k"
+    image_size: int | None = None
     split_seed: int = 0
     hidden_sizes: tuple[int, ...] = ()
     norm: Literal["batch", "frozen", "group"] = "batch"
-    epochs: int = 0
+    epochs: int | None = None
     batch_size: int = 64
     accumulate: int = 1
     remat: bool = False
     label_smoothing: float = 0.0
     class_weights: Literal["none", "balanced"] = "none"
-    patience: int = 0
+    patience: int | None = None
     precision: Literal["float32", "bfloat16"] = "float32"
     ema_decay: float = 0.0
     seed: int = 0
-    out: str = ""
+    out: str | None = None
     optim: OptimConfig = field(default_factory=OptimConfig)
     views: AugmentConfig = field(default_factory=AugmentConfig)
     device: DeviceConfig = field(default_factory=DeviceConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
+    def __post_init__(self) -> None:
+        """Reads 0 and an empty word as not given."""
+        unset(self, data="", image_size=0, epochs=0, patience=0, out="")
 
+    @property
+    def data_name(self) -> str:
+        """The dataset's name, of settings that name one."""
+        if self.data is None:
+            raise ValueError("the settings name no data.")
+        return self.data
+
+    @property
+    def num_epochs(self) -> int:
+        """Passes over the training split, of settings that are resolved."""
+        if self.epochs is None:
+            raise ValueError("the settings are not resolved: epochs is not given.")
+        return self.epochs
+
+    @property
+    def folder(self) -> str:
+        """Where the run goes, of settings that are resolved."""
+        if self.out is None:
+            raise ValueError("the settings are not resolved: out is not given.")
+        return self.out
+
+
+@check_flat_names
 @dataclass(frozen=True)
 class TrainConfig(BaseConfig):
     """Train a model from scratch.

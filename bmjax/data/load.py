@@ -13,7 +13,7 @@ from bmjax.errors import unknown_name
 
 def load_dataset(
     name: str,
-    image_size: int = 0,
+    image_size: int | None = None,
     *,
     transform: preprocess.EvaluationTransform | None = None,
     split_seed: int = 0,
@@ -27,8 +27,8 @@ def load_dataset(
     Args:
         name: `mnist5k`, `npz:PATH`, `folder:PATH` or `tfds:NAME`. All that follows but
             `image_size` is for the last two and is ignored for the others.
-        image_size: side in pixels that every image is resized to; 0 keeps its own. Pictures of
-            folders and TFDS are not squashed but resized to 8/7 of it and cut; 0 there keeps
+        image_size: side in pixels that every image is resized to; None keeps its own. Pictures of
+            folders and TFDS are not squashed but resized to 8/7 of it and cut; None there keeps
             pictures that all have one size of at most 512 pixels, and makes 224 pixels of others.
         transform: what every picture goes through, in place of what `image_size` says.
         split_seed: of the examples that become a split the data does not have.

@@ -118,7 +118,7 @@ def _projection_name(side: str, student: str, teacher: str) -> str:
 def match(
     name: str,
     layers: Sequence[str],
-    weight: float,
+    weight: float | None,
     student: tuple[str, Shapes],
     teacher: tuple[str, Shapes],
 ) -> Matching:
@@ -127,7 +127,7 @@ def match(
     Args:
         name: of the loss, a key of `FEATURE_LOSSES`.
         layers: `STUDENT=TEACHER` for each pair; none: those that the loss usually compares.
-        weight: factor of the loss; 0: its usual one.
+        weight: factor of the loss; None: its usual one.
         student: name of the model and the shapes of its intermediates, without the batch.
         teacher: the same of the teacher.
 

@@ -39,7 +39,7 @@ def settings_to_go_on(config: TrainConfig) -> TrainConfig:
         config: of the part, as the tour has them now. A resumed tour may not have begun it yet;
             one that has ended stays as it is, unless it is to go on for longer.
     """
-    path = Path(config.out)
+    path = Path(config.folder)
     started = hosts.on_first((path / CONFIG).is_file)
     resume = config.run.resume and started
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, resume=resume))
@@ -53,7 +53,7 @@ def settings_to_go_on(config: TrainConfig) -> TrainConfig:
 
 def settings_of_teacher(config: TrainConfig) -> TrainConfig:
     """Returns the settings of a tour's teacher; what `bmjax train` changed of its run holds."""
-    path = Path(config.out)
+    path = Path(config.folder)
     if config.run.resume and hosts.on_first((path / CONFIG).is_file):
         return keep_settings(hosts.on_first(read_run, path).config, config)
     return config
@@ -62,12 +62,12 @@ def settings_of_teacher(config: TrainConfig) -> TrainConfig:
 def go_on_with_student(error: DivergenceError, config: DistillConfig) -> DivergenceError:
     """Returns the error of a student's run, with the command that goes on with the whole."""
     rate = config.optim.learning_rate / 10
-    go_on = f"bmjax distill --resume --out {config.out} --learning-rate {rate:.2g}"
+    go_on = f"bmjax distill --resume --out {config.folder} --learning-rate {rate:.2g}"
     return DivergenceError(error.what, go_on)
 
 
 def go_on_with_teacher(error: DivergenceError, config: DistillConfig) -> DivergenceError:
     """Returns the error of a tour's teacher, with the commands that go on with the whole."""
     return DivergenceError(
-        error.what, f"{error.go_on}; then: bmjax distill --resume --out {config.out}"
+        error.what, f"{error.go_on}; then: bmjax distill --resume --out {config.folder}"
     )

@@ -93,8 +93,8 @@ def cached_teacher(
             "--teacher-cache is for one process, but there are several. Leave it out: the result "
             "is the same."
         )
-    passes = config.views.view_passes or config.epochs
-    if config.cache_top > dataset.num_classes:
+    passes = config.views.view_passes or config.num_epochs
+    if (config.cache_top or 0) > dataset.num_classes:
         raise UserError(
             f"--cache-top is {config.cache_top}, but there are {dataset.num_classes} classes. "
             "0 keeps all logits."
@@ -227,8 +227,8 @@ def _aside(folder: Path) -> Iterator[Path]:
         place.replace(folder)
 
 
-def _shapes(num_classes: int, top: int) -> dict[str, tuple[tuple[int, ...], Any]]:
-    if not top:
+def _shapes(num_classes: int, top: int | None) -> dict[str, tuple[tuple[int, ...], Any]]:
+    if top is None:
         return {TEACHER_LOGITS: ((num_classes,), np.float32)}
     number = np.uint16 if num_classes <= 2**16 else np.int32
     return {
@@ -280,9 +280,9 @@ def _ask_all(
         feed.read_ahead()
 
 
-def _compress(logits: np.ndarray, top: int) -> dict[str, np.ndarray]:
+def _compress(logits: np.ndarray, top: int | None) -> dict[str, np.ndarray]:
     """Returns what is kept of logits [batch, classes], by name."""
-    if not top:
+    if top is None:
         return {TEACHER_LOGITS: logits}
     logits = logits - logits.max(axis=-1, keepdims=True)
     order = np.argsort(-logits, axis=-1, kind="stable")

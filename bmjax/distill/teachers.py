@@ -57,14 +57,17 @@ def _of_member(variables: dict[str, Any], index: int) -> dict[str, Any]:
 
 
 def load_teacher(
-    source: str, model: str = "", image_size: int = 0, console: Console | None = None
+    source: str,
+    model: str | None = None,
+    image_size: int | None = None,
+    console: Console | None = None,
 ) -> TrainedRun:
     """Reads a teacher.
 
     Args:
         source: a run's folder, or a torchvision checkpoint.
         model: name of the ResNet that a checkpoint is of.
-        image_size: side of the images that a checkpoint is given; 0: 224.
+        image_size: side of the images that a checkpoint is given; None: 224.
         console: where it is said what damage of a file cannot be seen.
 
     Raises:

@@ -88,7 +88,7 @@ def run(config: DistillConfig, console: Console) -> dict[str, Any]:
     """Does what `distill` says, with a config that is checked."""
     request_devices(config.device)
     config = hosts.on_first(_settled, config)
-    out = Path(config.out)
+    out = Path(config.folder)
     try:
         return _distill(config, out, console)
     except StoppedError as error:
@@ -116,7 +116,7 @@ def _distill(config: DistillConfig, out: Path, console: Console) -> dict[str, An
         if not config.teacher:
             alone = Job(title=f"{config.student} alone")
             _train_or_go_on(plan.alone, dataset, alone, console)
-            teacher = load_run(plan.teacher.out)
+            teacher = load_run(plan.teacher.folder)
         for number, folder in enumerate(plan.students):
             before = load_run(plan.students[number - 1]) if number else teacher
             train_student(config, before, folder, dataset, console)
@@ -206,11 +206,13 @@ def load_data(config: DistillConfig, teachers: list[TrainedRun]) -> Dataset:
     """Loads the data as the teachers take images; checks that they fit all of them."""
     memory_gib, seed = config.device.memory_gib, config.split_seed
     if not teachers:
-        return load_dataset(config.data, config.image_size, split_seed=seed, memory_gib=memory_gib)
+        return load_dataset(
+            config.data_name, config.image_size, split_seed=seed, memory_gib=memory_gib
+        )
     for teacher in teachers:
         _check_split(config, teacher)
     dataset = load_for(
-        teachers[0], config.data, config.image_size, memory_gib=memory_gib, split_seed=seed
+        teachers[0], config.data_name, config.image_size, memory_gib=memory_gib, split_seed=seed
     )
     for teacher in teachers:
         check_fits(teacher, dataset)
@@ -350,7 +352,7 @@ def _finish(
     roles = ["distilled" if len(students) == 1 else path.name for path in plan.students]
     trained = list(zip(roles, students, strict=True))
     if not config.teacher:
-        trained.insert(0, ("alone", load_run(plan.alone.out, which)))
+        trained.insert(0, ("alone", load_run(plan.alone.folder, which)))
     measured = [("teacher", teacher)] if teacher else []
     rows = [_row(role, run, source, config) for role, run in [*measured, *trained]]
     result: dict[str, Any] = {
@@ -362,7 +364,7 @@ def _finish(
     }
     if not config.teacher:
         result["gain_points"] = 100 * (rows[-1]["accuracy"] - rows[1]["accuracy"])
-    file = Path(config.out) / "results.json"
+    file = Path(config.folder) / "results.json"
     hosts.on_first(write_atomically, file, json.dumps(result, indent=2) + "\n")
     return result
 

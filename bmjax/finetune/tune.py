@@ -59,7 +59,7 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> dict[str
 def run(config: FinetuneConfig, console: Console) -> dict[str, Any]:
     """Does what `finetune` says, with a config that is checked."""
     train_config = config.train_config()
-    path = Path(train_config.out)
+    path = Path(train_config.folder)
     share_memory()  # here already, as weights are read before the model is made
     request_devices(config.device)
     saved = hosts.on_first(read_run, path) if config.run.resume else None
@@ -110,7 +110,7 @@ def _begin(
     if config.probe_only:
         assert probe is not None
         data = describe(dataset, start.normalization)
-        run = Run(Path(train_config.out), train_config, data, extra, "finetune")
+        run = Run(Path(train_config.folder), train_config, data, extra, "finetune")
         record = {"step": 0, "epoch": 0, "split": "validation", "accuracy": probe.accuracy}
         hosts.on_first(write_run, run, start.variables, probe.accuracy, [record])
         return {**result, "history": [record]}
@@ -119,6 +119,7 @@ def _begin(
 
 
 def _read_weights(config: FinetuneConfig, console: Console | None = None) -> Pretrained:
+    assert config.weights is not None  # which is checked at the door
     return read_pretrained(
         config.weights,
         config.model,
@@ -137,7 +138,7 @@ def _go_on(config: FinetuneConfig, saved: Run, console: Console) -> dict[str, An
     settled = ("model", "norm", "hidden_sizes", "image_size")
     train_config = config.train_config()
     left_out = [
-        name for name in settled if getattr(train_config, name) == getattr(FinetuneConfig(), name)
+        name for name in settled if getattr(config, name) == getattr(FinetuneConfig(), name)
     ]
     train_config = dataclasses.replace(
         train_config, **{name: getattr(saved.config, name) for name in left_out}
@@ -198,10 +199,10 @@ def _load(config: TrainConfig, like: dict[str, Any]) -> Dataset:
     transform = preprocess.squash(*shape[:2])
     if like["transform"] is not None:
         transform = preprocess.EvaluationTransform.from_dict(like["transform"])
-    if (size, size) != transform.shape:
+    if size is not None and (size, size) != transform.shape:
         transform = preprocess.margin_transform(size, transform.interpolation)
     dataset = load_dataset(
-        config.data,
+        config.data_name,
         size,
         transform=transform,
         split_seed=config.split_seed,
@@ -234,7 +235,7 @@ def _make_start(
     params = {"head": head, **weights.variables["params"]}
     start_variables = {"params": params, "batch_stats": weights.variables["batch_stats"]}
     # Same names, shapes and types as the model's own; the message lists what differs.
-    checkpoint.from_named(checkpoint.to_named(start_variables), variables, config.weights)
+    checkpoint.from_named(checkpoint.to_named(start_variables), variables, str(config.weights))
     # What is wrong is said at once.
     trainable_mask(start_variables["params"], config.freeze)
     if config.layer_decay != 1:

@@ -53,8 +53,8 @@ def join(config: DeviceConfig) -> None:
     try:
         jax.distributed.initialize(
             None if found else config.coordinator,
-            config.num_processes or None,
-            None if config.process_id < 0 else config.process_id,
+            config.num_processes,
+            config.process_id,
             initialization_timeout=_WAIT_SECONDS,
             heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
         )
@@ -81,7 +81,7 @@ def check(config: DeviceConfig) -> None:
     """Raises UserError for settings of several processes that don't fit each other."""
     number, own = config.num_processes, config.process_id
     if not config.coordinator:
-        if number or own >= 0:
+        if number is not None or own is not None:
             raise UserError(
                 "--num-processes and --process-id belong to --coordinator: give the address of "
                 "process 0 too, HOST:PORT."
@@ -92,7 +92,8 @@ def check(config: DeviceConfig) -> None:
             f"--coordinator is {config.coordinator!r}, but it must be HOST:PORT of process 0, with "
             "a port from 1 to 65535, or auto."
         )
-    if number < 0 or own < -1 or (number and own >= number):
+    known = [value for value in (number, own) if value is not None]
+    if min(known, default=0) < 0 or (number is not None and own is not None and own >= number):
         raise UserError(
             f"--process-id is {own} and --num-processes {number}: processes are numbered from 0 "
             "to one less than there are."

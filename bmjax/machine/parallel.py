@@ -178,7 +178,7 @@ def request_devices(config: DeviceConfig) -> None:
     Raises:
         UserError: see `hosts.join`.
     """
-    if config.devices > 1:
+    if config.devices is not None and config.devices > 1:
         # Where JAX runs already, it has the devices that it has; make_parallel judges their number.
         with contextlib.suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", config.devices)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bmjax.config import TrainConfig
-from bmjax.config.flat import CHANGEABLE, flatten, unflatten
+from bmjax.config.flat import CHANGEABLE, flatten, unflatten, with_values
 from bmjax.errors import UserError
 
 
@@ -96,7 +96,7 @@ def check_change(change: Change, config: TrainConfig, steps_per_epoch: int) -> N
     Raises:
         UserError: the run has done more epochs than it shall have, or all of them.
     """
-    step, total = change.step, config.epochs * steps_per_epoch
+    step, total = change.step, config.num_epochs * steps_per_epoch
     done = f"{step // steps_per_epoch} epochs" + (" and a part" if step % steps_per_epoch else "")
     if step > total:
         raise UserError(
@@ -106,16 +106,17 @@ def check_change(change: Change, config: TrainConfig, steps_per_epoch: int) -> N
     if step == total and "epochs" not in change.after:
         raise UserError(
             f"the run is complete after {done}, and {', '.join(change.after)} would change nothing "
-            f"of it. Give more --epochs as well, such as {2 * config.epochs}, or leave it out."
+            f"of it. Give more --epochs as well, such as {2 * config.num_epochs}, or leave it out."
         )
 
 
 def explain(change: Change, config: TrainConfig, steps_per_epoch: int) -> str:
     """Says in a line what a change does."""
     what = ", ".join(
-        f"{name} {change.after[name]} instead of {before}" for name, before in change.before.items()
+        f"{name} {_shown(change.after[name])} instead of {_shown(before)}"
+        for name, before in change.before.items()
     )
-    left = config.epochs * steps_per_epoch - change.step
+    left = config.num_epochs * steps_per_epoch - change.step
     epoch = change.step / steps_per_epoch
     if not left:
         return f"{what}: the run ends after epoch {epoch:g}"
@@ -125,7 +126,11 @@ def explain(change: Change, config: TrainConfig, steps_per_epoch: int) -> str:
     )
 
 
-def read_changes(content: Any, config: TrainConfig, where: str) -> tuple[Change, ...]:
+def _shown(value: Any) -> str:
+    return "none" if value is None else str(value)
+
+
+def read_changes(content: Any, where: str) -> tuple[Change, ...]:
     """Turns what `config.json` holds of changes into them.
 
     Raises:
@@ -140,7 +145,7 @@ def read_changes(content: Any, config: TrainConfig, where: str) -> tuple[Change,
     if not names <= set(CHANGEABLE):
         raise ValueError(f"changes name {', '.join(sorted(names - set(CHANGEABLE)))}")
     for change in found:
-        unflatten(TrainConfig, {**flatten(config), **change.before}, where)
+        unflatten(TrainConfig, change.before, where)
     return found
 
 
@@ -150,5 +155,5 @@ def as_json(changes: Sequence[Change]) -> list[dict[str, Any]]:
 
 
 def _with(config: TrainConfig, values: dict[str, Any]) -> TrainConfig:
-    settings: TrainConfig = unflatten(TrainConfig, {**flatten(config), **values}, "the run")
+    settings: TrainConfig = with_values(config, values)
     return settings

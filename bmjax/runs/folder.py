@@ -169,6 +169,8 @@ def read_run(path: Path) -> Run:
         if unknown := content.keys() - _PARTS:  # such as sha256, damaged
             raise ValueError(f"it has {', '.join(map(repr, sorted(unknown)))}")
         config, data, extra = content["config"], content["data"], content["extra"]
+        # What 0 stood for before there was None for it.
+        extra |= {name: None for name in ("feature_weight", "cache_top") if extra.get(name) == 0}
         kind = content.get("kind") or _kind_before(extra)
         shape = tuple(int(side) for side in data["image_shape"])
         data = {
@@ -184,7 +186,7 @@ def read_run(path: Path) -> Run:
         if kind not in KINDS:
             raise ValueError(f"kind is {kind!r}, but must be one of {', '.join(KINDS)}")
         settings: TrainConfig = unflatten(TrainConfig, config, str(file))
-        changes = read_changes(content.get("changes", []), settings, str(file))
+        changes = read_changes(content.get("changes", []), str(file))
     except UserError:
         raise
     except (ValueError, KeyError, TypeError, OverflowError) as error:

@@ -101,7 +101,7 @@ def _read(path: Path, which: str) -> tuple[Run, int, list[str], checkpoint.Named
 def load_for(
     trained: TrainedRun,
     name: str,
-    image_size: int = 0,
+    image_size: int | None = None,
     splits: Sequence[str] = SPLITS,
     memory_gib: float = 4.0,
     split_seed: int | None = None,
@@ -111,18 +111,18 @@ def load_for(
     Args:
         trained: the run.
         name: see `load_dataset`; the run's own is split as it was for the run.
-        image_size: side in pixels; 0 takes the run's.
+        image_size: side in pixels; None: the run's.
         splits: those that are needed; of a folder, no other is read.
         memory_gib: see `load_dataset`.
         split_seed: see `load_dataset`; None: the run's.
     """
     own, data = trained.run.config, trained.run.data
     height, width, channels = data["image_shape"]
-    fitting = image_size or (height if height == width else 0)
+    fitting = image_size or (height if height == width else None)
     dataset = load_dataset(
         name,
         fitting,
-        transform=trained.transform if image_size in (0, height) else None,
+        transform=trained.transform if image_size in (None, height) else None,
         split_seed=own.split_seed if split_seed is None else split_seed,
         memory_gib=memory_gib,
         splits=splits,

@@ -28,7 +28,7 @@ def draw_batches(
     step: Array,
     batch_size: int,
     view: Callable[[Array, Batch], Batch],
-    view_passes: int = 0,
+    view_passes: int | None = None,
 ) -> tuple[Callable[[Array], Batch], Array]:
     """Returns `draw(step)`, the batch that a step of the run is trained on.
 
@@ -39,7 +39,7 @@ def draw_batches(
         step: any of those whose batches `arrays` hold.
         batch_size: over all devices.
         view: from `loader.make_view`.
-        view_passes: epochs after which order and views repeat; 0: they never do.
+        view_passes: epochs after which order and views repeat; None: they never do.
 
     Returns:
         `draw`, and whether `step` is the first of an epoch.
@@ -54,11 +54,11 @@ def draw_batches(
         first = epoch * num_batches
         number = epoch % view_passes if view_passes else epoch
         order = loader.epoch_order(order_key, number, num_examples, batch_size)
-    period = view_passes * num_batches
+    period = view_passes * num_batches if view_passes else None
 
     def draw(step: Array) -> Batch:
         batch = loader.take_batch(arrays, order, step - first, batch_size, parallel.axis_name)
-        number = step % period if view_passes else step
+        number = step % period if period is not None else step
         return view(jax.random.fold_in(view_key, number), parallel.divide(batch))
 
     return draw, step == epoch * num_batches
@@ -71,7 +71,7 @@ def make_train_steps(
     gradient: Gradient = whole_batch,
     ema_decay: float = 0.0,
     trained: Any = None,
-    view_passes: int = 0,
+    view_passes: int | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
     """Compiles training over data that lies on the device.
 
@@ -82,7 +82,7 @@ def make_train_steps(
         gradient: see `train_step`.
         ema_decay: see `train_step`.
         trained: see `train_step`.
-        view_passes: epochs after which order and views repeat; 0: they never do.
+        view_passes: epochs after which order and views repeat; None: they never do.
 
     Returns:
         `steps(state, totals, (view, loss_fn, schedule), arrays, until) -> (state, totals)`, which

@@ -78,7 +78,7 @@ def find_learning_rate(
         UserError: the folder cannot be written, or the loss never falls.
     """
     console = console or Console()
-    out = Path(config.out)
+    out = Path(config.folder)
     hosts.on_first(make_folder, out.parent)
     rates, losses = _try_rates(config, dataset, start, console)
     finding = judge(rates, losses)

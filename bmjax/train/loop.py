@@ -132,7 +132,7 @@ def train(
 
     Returns and raises as `fit`.
     """
-    job, path = job or Job(), Path(config.out)
+    job, path = job or Job(), Path(config.folder)
     request_devices(config.device)
     hosts.check_same("settings", settings_to_keep(config), "Start all with the same flags.")
     saved = hosts.on_first(read_run, path) if config.run.resume else None

@@ -95,7 +95,7 @@ def make_phases(
     freeze = start.freeze if start else ()
     make = partial(_make_part, config, model, image_shape, steps_per_epoch, job)
     head = make(0, head_epochs, ("backbone",)) if head_epochs else []
-    whole = make(head_epochs, None, freeze) if head_epochs < config.epochs else []
+    whole = make(head_epochs, None, freeze) if head_epochs < config.num_epochs else []
     return [*head, *whole]
 
 
@@ -129,7 +129,7 @@ def _make_part(
     parts = stretches(config, job.changes)
     for number, part in enumerate(parts):
         first = max(origin, part.first)
-        end = (part.config.epochs if last_epoch is None else last_epoch) * steps_per_epoch
+        end = (part.config.num_epochs if last_epoch is None else last_epoch) * steps_per_epoch
         last = min([end, *(after.first for after in parts[number + 1 : number + 2])])
         if first >= last:
             continue
@@ -153,9 +153,8 @@ def _make_part(
             )
             outline = jax.eval_shape(make_fresh)
         program = (first_epoch, rule)
-        phases.append(
-            Phase(first, last, origin, trained, model, schedule, make, make_fresh, outline, program)
-        )
+        rest = (model, schedule, make, make_fresh, outline, program)
+        phases.append(Phase(first, last, origin, trained, *rest))
     return phases
 
 

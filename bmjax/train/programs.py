@@ -163,7 +163,7 @@ def load_and_compile(
         ahead[0].compile_ahead()
 
     dataset = load_dataset(
-        config.data,
+        config.data_name,
         config.image_size,
         split_seed=config.split_seed,
         memory_gib=config.device.memory_gib,

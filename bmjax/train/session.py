@@ -57,7 +57,7 @@ class Session:
         self._asked_to_end: int | None = None
         self._normalization = run.normalization
         self._num_batches = programs.num_batches
-        self._total = config.epochs * self._num_batches
+        self._total = config.num_epochs * self._num_batches
         self._zeros = programs.zeros(self._normalization)
         orders = epoch_orders(run_keys(config.seed)[1], dataset, config)
         self._train = loader.Feed(
@@ -96,7 +96,7 @@ class Session:
         self._profile = Profile(folder)
         self._writer = checkpoint.CheckpointWriter(self._run.checkpoints, self._config.run.keep)
         self._display = Display(
-            self._title, self._config.epochs, self._num_batches, start, self._console
+            self._title, self._config.num_epochs, self._num_batches, start, self._console
         )
         try:
             state, step = self._loop(state, totals, start, stop)
@@ -211,13 +211,13 @@ class Session:
         epoch, rest = divmod(step, self._num_batches)
         since = max(self._best.improved, self._phases[-1].first // self._num_batches)
         patience = self._config.patience
-        return bool(patience) and rest == 0 and epoch - since >= patience
+        return patience is not None and rest == 0 and epoch - since >= patience
 
     def _ends(self, step: int) -> bool:
         return step == self._total or self._gave_up(step)
 
     def _save_if_due(self, step: int, state: Any, totals: Any, asked: bool) -> None:
-        save_every = math.ceil(self._config.epochs / 10) * self._num_batches
+        save_every = math.ceil(self._config.num_epochs / 10) * self._num_batches
         due = step % self._num_batches == 0 and step - self._saved_step >= save_every
         if self._ends(step) or due or asked:
             self._save(step, state, totals)
@@ -292,7 +292,7 @@ class Session:
             return variables
 
         told = Epoch(
-            epoch, self._config.epochs, train, validation, self._metrics.records, read_variables
+            epoch, self._config.num_epochs, train, validation, self._metrics.records, read_variables
         )
         # Each is called, whatever the one before it returned.
         answers = [bool(callback(told)) for callback in self._job.on_epoch]

@@ -60,11 +60,11 @@ class Pretrained:
 
 def read_pretrained(
     source: str,
-    model: str,
+    model: str | None,
     *,
     head: bool = True,
-    image_size: int = 0,
-    resize_size: int = 0,
+    image_size: int | None = None,
+    resize_size: int | None = None,
     class_names: tuple[str, ...] = (),
     console: Console | None = None,
 ) -> Pretrained:
@@ -76,9 +76,9 @@ def read_pretrained(
             file of that name goes first.
         model: name of the ResNet; a run knows its own, and it may be empty then.
         head: whether the last layer is wanted; without it, it may be absent or of any size.
-        image_size: side of the images that the model takes; 0: the weights' own, or 224. A run
+        image_size: side of the images that the model takes; None: the weights' own, or 224. A run
             keeps its own.
-        resize_size: shorter side that images are resized to before the middle is cut out; 0: the
+        resize_size: shorter side that images are resized to before the middle is cut out; None: the
             weights' own, or 8/7 of the image size. A run keeps its own.
         class_names: of the weights' classes; none given: ImageNet's where there are 1000, numbers
             otherwise. A run keeps its own.
@@ -115,10 +115,10 @@ def read_pretrained(
     return Pretrained(model, variables, data, state_dict)
 
 
-def _from_run(path: Path, model: str, head: bool) -> Pretrained:
+def _from_run(path: Path, model: str | None, head: bool) -> Pretrained:
     trained = load_run(path)
     own = trained.run.config.model
-    if model not in ("", own):
+    if model not in (None, own):
         raise UserError(f"the run in {path} is of {own}, but --model is {model}.")
     settings, data = trained.run.config, trained.run.data
     variables = trained.variables if head else _without_head(trained.variables)
@@ -161,14 +161,16 @@ def _names(variables: dict[str, Any], names: tuple[str, ...]) -> list[str]:
     return list(names)
 
 
-def _images(model: str, name: str, image_size: int, resize_size: int) -> dict[str, Any]:
+def _images(
+    model: str, name: str | None, image_size: int | None, resize_size: int | None
+) -> dict[str, Any]:
     """Returns shape and transform of the images for weights that came without a run."""
-    size, resize, interpolation = _DEFAULT_SIZE, 0, "bilinear"
+    size, resize, interpolation = _DEFAULT_SIZE, None, "bilinear"
     if name:
         own = published(model, name)
         size, resize, interpolation = own.crop_size, own.resize_size, own.interpolation
     if image_size:
-        size, resize = image_size, 0
+        size, resize = image_size, None
     resize = resize_size or resize or round(size * 8 / 7)
     transform = preprocess.EvaluationTransform(resize, size, interpolation)
     return {"image_shape": (size, size, 3), "transform": transform.to_dict()}

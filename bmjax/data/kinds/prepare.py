@@ -43,7 +43,7 @@ class Options:
         UserError: a value out of range.
     """
 
-    image_size: int = 0
+    image_size: int | None = None
     transform: EvaluationTransform | None = None
     split_seed: int = 0
     memory_gib: float = 4.0
@@ -57,9 +57,10 @@ class Options:
                 raise unknown_name("split", name, SPLITS)
         if self.channels not in (1, 3):
             raise UserError(f"channels is {self.channels}, but must be 1 for gray or 3 for RGB.")
-        for setting in ("image_size", "memory_gib"):
-            if getattr(self, setting) < 0:
-                raise UserError(f"{setting} is {getattr(self, setting)}, but must be at least 0.")
+        if self.image_size is not None and self.image_size < 1:
+            raise UserError(f"image_size is {self.image_size}, but must be at least 1.")
+        if self.memory_gib < 0:
+            raise UserError(f"memory_gib is {self.memory_gib}, but must be at least 0.")
 
 
 def make_dataset(
@@ -128,7 +129,7 @@ def _quiet_pillow() -> None:
         filterwarnings("ignore", category=category, module="PIL[.]")
 
 
-def _usual_transform(parts: Mapping[str, Encoded], image_size: int) -> EvaluationTransform:
+def _usual_transform(parts: Mapping[str, Encoded], image_size: int | None) -> EvaluationTransform:
     size = None if image_size else _common_size(parts.values())
     if size is not None:
         return EvaluationTransform(0, (size[1], size[0]))
