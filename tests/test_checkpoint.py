@@ -59,6 +59,8 @@ def test_only_the_newest_are_kept(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["4", "5"]
 
 
+# Orbax, at work in two threads, may wake an event loop that the other has closed.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_reading_while_others_save_and_delete_never_fails(tmp_path):
     save(tmp_path, [1], keep=1)
     done = threading.Event()

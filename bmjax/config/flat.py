@@ -105,7 +105,7 @@ def _same_type(name: str, new: Any, where: str, hint: Any) -> Any:
     if new is None and NoneType in kinds:
         return None
     (kind,) = (each for each in kinds if each is not NoneType)
-    if get_origin(kind) is tuple and isinstance(new, list):
+    if get_origin(kind) is tuple and isinstance(new, list | tuple):
         item = get_args(kind)[0]
         items = {int, float} if item is float else {str} if get_origin(item) is Literal else {item}
         if {type(value) for value in new} <= items:

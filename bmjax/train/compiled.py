@@ -148,7 +148,10 @@ def zero_totals(
     image_shape: tuple[int, int, int],
     view_targets: loader.ViewTargets | None = None,
 ) -> dict[str, Array]:
-    """Returns the totals before the first example, with a name for each metric of the loss."""
+    """Returns the totals before the first example, with a name for each metric of the loss.
+
+    Of `state` it takes shapes and types alone.
+    """
     rows = view_targets.rows(0, 1) if view_targets else {}
     batch = {
         **{
@@ -160,9 +163,13 @@ def zero_totals(
         "position": jax.ShapeDtypeStruct((1,), jnp.int32),
     }
     # Batch statistics add up along the devices' axis, which has to be there.
-    loss_fn = with_average(loss_fn, state.ema_params)
-    on_one = jax.vmap(loss_fn, (None, None, None, None), axis_name=AXIS, axis_size=1)
-    _, (_, metrics) = jax.eval_shape(on_one, state.params, state.batch_stats, batch, state.key)
+
+    def of_batch(ema_params: Any, *arguments: Any) -> Any:
+        return with_average(loss_fn, ema_params)(*arguments)
+
+    on_one = jax.vmap(of_batch, (None, None, None, None, None), axis_name=AXIS, axis_size=1)
+    held = (state.ema_params, state.params, state.batch_stats, batch, state.key)
+    _, (_, metrics) = jax.eval_shape(on_one, *held)
     totals = {name: jnp.zeros(()) for name in ("count", "loss", *metrics)}
     return {**totals, "bad_step": jnp.full((), -1, jnp.int32)}
 
