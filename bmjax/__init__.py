@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bmjax import distill, evaluate, finetune, losses, metrics
     from bmjax.config import DistillConfig, FinetuneConfig, TrainConfig
-    from bmjax.data import load_dataset
+    from bmjax.data import Dataset, load_dataset
+    from bmjax.errors import UserError
     from bmjax.models import create_model, list_models
     from bmjax.runs.trained import load_run
     from bmjax.train.loop import fit
@@ -18,9 +19,11 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "__version__": "bmjax.version",
+    "Dataset": "bmjax.data",
     "DistillConfig": "bmjax.config",
     "FinetuneConfig": "bmjax.config",
     "TrainConfig": "bmjax.config",
+    "UserError": "bmjax.errors",
     "create_model": "bmjax.models",
     "fit": "bmjax.train.loop",
     "from_torchvision": "bmjax.weights.convert",
@@ -32,9 +35,11 @@ _HOMES = {
 _MODULES = ("distill", "evaluate", "finetune", "losses", "metrics")
 
 __all__ = [
+    "Dataset",
     "DistillConfig",
     "FinetuneConfig",
     "TrainConfig",
+    "UserError",
     "create_model",
     "distill",
     "evaluate",

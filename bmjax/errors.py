@@ -3,8 +3,9 @@
 import difflib
 import errno
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
+_MOST_LETTERS = 100
 # Of Unicode: controls, surrogates, separators of lines and paragraphs.
 _CONTROL = {"Cc", "Cs", "Zl", "Zp"}
 _TURNING = set("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
@@ -59,6 +60,12 @@ def printable(text: str) -> str:
     )
 
 
+def some_of(names: Sequence[str], most: int = 10) -> str:
+    """Returns names separated by commas: the first few, and how many more there are."""
+    more = f", and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
 def explained(error: OSError) -> str:
     """Returns what the system says, such as of a folder without permission, and a remedy for some.
 
@@ -71,6 +78,18 @@ def explained(error: OSError) -> str:
         f"{error.filename or 'a file'} could not be written: the disk is full ({error.strerror}). "
         "Free some space, then go on with the run by --resume."
     )
+
+
+def listed(names: Iterable[object], most: int = 10) -> str:
+    """Returns names with commas between them, at most `most`, and how many more there are.
+
+    Example:
+        >>> listed("abcd", most=2)
+        'a, b and 2 more'
+    """
+    names = list(names)
+    shown = ", ".join(str(name)[:_MOST_LETTERS] for name in names[:most])
+    return f"{shown} and {len(names) - most} more" if len(names) > most else shown or "none"
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:

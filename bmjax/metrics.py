@@ -1,6 +1,6 @@
 """Metrics as sums: masked, added up batch by batch or device by device, read at the end."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -110,16 +110,19 @@ class ClassificationSums:
         return jax.tree.map(jnp.add, self, other)
 
 
-def summarize(sums: ClassificationSums) -> dict[str, Any]:
+def summarize(sums: ClassificationSums, classes: Sequence[int] | None = None) -> dict[str, Any]:
     """Turns sums into metrics.
+
+    Args:
+        sums: over at least one example.
+        classes: those that the data have, which `macro_f1` is the mean over; None: all.
 
     Returns:
         `examples`; `loss` (mean, nats); `accuracy`, `top5_accuracy` and
         `expected_calibration_error` in [0, 1] (Guo et al. 2017, 15 bins of equal width);
-        `precision`, `recall` and `f1`, lists by class; `macro_f1`, their unweighted mean;
-        `confusion`, a list of rows; and the means of own metrics, by their names. A ratio of
-        nothing to nothing (a class that is never
-        predicted, say) is 0.
+        `precision`, `recall` and `f1`, lists by class; `macro_f1`, their unweighted mean over
+        `classes`; `confusion`, a list of rows; and the means of own metrics, by their names. A
+        ratio of nothing to nothing (a class that is never predicted, say) is 0.
 
     Raises:
         ValueError: there is no example.
@@ -144,7 +147,7 @@ def summarize(sums: ClassificationSums) -> dict[str, Any]:
         "precision": precision.tolist(),
         "recall": recall.tolist(),
         "f1": f1.tolist(),
-        "macro_f1": float(f1.mean()),
+        "macro_f1": float((f1 if classes is None else f1[list(classes)]).mean()),
         "confusion": values.confusion.tolist(),
         **{name: float(value) / count for name, value in values.own.items()},
     }

@@ -19,7 +19,6 @@ from bmjax import load_dataset, load_run
 from bmjax.config import ConvertConfig
 from bmjax.data.preprocess import EvaluationTransform
 from bmjax.data.sources import all_images
-from bmjax.evaluate.measure import predict_probabilities
 from bmjax.weights.convert_command import convert
 
 
@@ -41,7 +40,7 @@ def predict_by_bmjax(args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
                 class_names=dataset.class_names,
             )
         )
-        probabilities = predict_probabilities(load_run(out), all_images(dataset.test))
+        probabilities = load_run(out).predict(all_images(dataset.test))
     return np.argmax(probabilities, axis=1), dataset.test.labels
 
 

@@ -39,8 +39,8 @@ from rich.console import Console
 
 from bmjax.config import FinetuneConfig, RunConfig
 from bmjax.finetune.tune import finetune
+from bmjax.runs.history import read_metrics
 from bmjax.train.loop import fit
-from bmjax.train.tracking import read_metrics
 
 COLOURS = {"pretrained": "C0", "scratch": "C1"}
 

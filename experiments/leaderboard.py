@@ -39,12 +39,12 @@ from bmjax.data.sources import Source, all_images
 from bmjax.distill.teachers import combine
 from bmjax.distill.tour import train_student
 from bmjax.errors import UserError
-from bmjax.evaluate.measure import measure, predict_probabilities
+from bmjax.evaluate.measure import measure
 from bmjax.machine.storage import write_atomically
 from bmjax.runs.folder import CONFIG
+from bmjax.runs.history import read_metrics
 from bmjax.runs.trained import TrainedRun, load_run
 from bmjax.train.loop import fit
-from bmjax.train.tracking import read_metrics
 from experiments.leaderboard_report import ALONE, TEACHER, draw, write_csv, write_markdown
 
 # Between the seeds of an ensemble's members, so that no member of one is a member of another.
@@ -210,7 +210,7 @@ def timed(
 
 def predictions(run: TrainedRun, test: Source) -> np.ndarray:
     """Returns the predicted labels, [examples]."""
-    return predict_probabilities(run, all_images(test)).argmax(axis=-1)
+    return run.predict(all_images(test)).argmax(axis=-1)
 
 
 def load_all(paths: list[Path], which: str = "latest") -> TrainedRun:

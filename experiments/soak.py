@@ -33,8 +33,8 @@ from rich.console import Console  # noqa: E402
 from bmjax.config import DeviceConfig, RunConfig, TrainConfig  # noqa: E402
 from bmjax.data import ArraySource, Dataset  # noqa: E402
 from bmjax.runs import checkpoint  # noqa: E402
+from bmjax.runs.history import read_metrics  # noqa: E402
 from bmjax.train.loop import fit  # noqa: E402
-from bmjax.train.tracking import read_metrics  # noqa: E402
 
 # Of the run, which is left out: caches fill, and threads start.
 WARM_UP = 0.25

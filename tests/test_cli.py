@@ -6,17 +6,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
+import bmjax
 from bmjax import cli
-from bmjax.cli.commands import _COMMANDS
+from bmjax.cli.commands import COMMANDS
 from bmjax.config import DistillConfig, EvaluateConfig, TrainConfig
 from bmjax.config.flat import flatten, unflatten
 from bmjax.errors import UserError
 from bmjax.ops import onednn
 from bmjax.runs import checkpoint
+from tests.folder_helpers import write, write_class
 
 
 def run(capsys, *argv):
@@ -33,15 +36,19 @@ def run(capsys, *argv):
 SHORT = ("--hidden-sizes", "16", "--epochs", "2", "--batch-size", "16", "--no-tensorboard")
 
 
-def test_train_evaluate_predict(capsys, tmp_path, shapes, shapes_npz):
+def test_train_evaluate_predict(capsys, tmp_path, monkeypatch, shapes, shapes_npz):
     out = tmp_path / "run"
     words = ("train", "--data", f"npz:{shapes_npz}", "--out", out, *SHORT)
     code, shown, err = run(capsys, *words)
     assert (code, err) == (0, "")
     lines = shown.splitlines()
-    assert lines[0].startswith("mlp epoch 1/2  loss ")
-    assert "images/s" in lines[0]
-    assert "left" in lines[0]
+    assert lines[:2] == [
+        f"training mlp on npz:{shapes_npz}, into {out}",
+        "compiling the training step",
+    ]
+    assert lines[2].startswith("mlp epoch 1/2  loss ")
+    assert "images/s" in lines[2]
+    assert "left" in lines[2]
     assert lines[-2].startswith("test accuracy ")
     assert str(out) in lines[-1]
 
@@ -63,7 +70,13 @@ def test_train_evaluate_predict(capsys, tmp_path, shapes, shapes_npz):
         assert word in shown
 
     Image.fromarray(shapes.test.images[0, :, :, 0]).save(tmp_path / "a.png")
+    # It needs no cache, where there is none.
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("BMJAX_CACHE", str(tmp_path / "file"))
+    used = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    jax.config.update("jax_compilation_cache_dir", None)
     code, shown, _ = run(capsys, "predict", out, tmp_path / "a.png", "--top", "2")
+    jax.config.update("jax_compilation_cache_dir", used)
     assert code == 0
     assert shown.startswith(f"{tmp_path}/a.png: ")
     assert shown.count("%") == 2
@@ -148,7 +161,8 @@ def test_a_mistake_gets_one_line_and_writes_nothing(capsys, tmp_path, monkeypatc
     Path("file").write_text("")
     code, out, err = run(capsys, *words.split())
     assert code == 2
-    assert out == ""
+    assert out.count("\n") <= 2  # what was about to begin
+    assert message not in out
     assert err.count("\n") == 1
     assert err.startswith("bmjax: ")
     assert message in err
@@ -156,12 +170,36 @@ def test_a_mistake_gets_one_line_and_writes_nothing(capsys, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize(
-    "words", ["", "trian", "train --epoch-s 3", "train --epochs three", "train --optimizer adagrad"]
+    ("words", "message"),
+    [
+        ("", "usage: bmjax"),
+        ("trian", "bmjax: unknown command 'trian'. Did you mean train? Known: train, "),
+        ("train --epoch-s 3", "Unrecognized options: --epoch-s"),
+        ("train --epochs three", "Error parsing --epochs: "),
+        ("train --optimizer adagrad", "invalid choice 'adagrad' for argument '--optimizer'"),
+        ("predict", "Missing from bmjax predict:"),
+    ],
 )
-def test_wrong_words_exit_with_2(capsys, words):
-    code, _, err = run(capsys, *words.split())
-    assert code == 2
+def test_wrong_words_exit_with_2(capsys, words, message):
+    code, out, err = run(capsys, *words.split())
+    assert (code, out) == (2, "")
+    assert message in err
     assert "Traceback" not in err
+
+
+def test_version(capsys):
+    assert run(capsys, "--version") == (0, f"bmjax {bmjax.__version__}\n", "")
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys\nfrom bmjax.cli import main\n"
+        "heavy = {'jax', 'flax', 'optax', 'orbax', 'PIL', 'numpy', 'requests'}\n"
+        "try:\n    main(['train', '-h'])\n"
+        "finally:\n    print(sorted(heavy & set(sys.modules)), file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "[]\n")
 
 
 def test_doctor(capsys, monkeypatch, tmp_path):
@@ -197,7 +235,7 @@ def test_every_flag_has_a_help_text(capsys, monkeypatch, command):
     monkeypatch.setenv("COLUMNS", "200")
     code, shown, _ = run(capsys, command, "--help")
     assert code == 0
-    kind = next(kind for kind, function in _COMMANDS.items() if function.__name__ == f"_{command}")
+    kind = next(kind for kind, function in COMMANDS.items() if function.__name__ == f"_{command}")
     names = unflatten_names(kind)
     assert len(names) >= 1
     for name in names:
@@ -223,12 +261,51 @@ def documentation(kind):
     return "\n".join(each.__doc__ or "" for each in kinds)
 
 
+def test_json_has_no_number_that_is_not_finite(capsys, monkeypatch):
+    result = {"loss": float("nan"), "f1": [0.5, float("inf")], "examples": 3, "warnings": []}
+    monkeypatch.setattr("bmjax.evaluate.measure.evaluate", lambda config: result)
+    code, shown, _ = run(capsys, "evaluate", "RUN", "--json")
+    assert code == 0
+    assert json.loads(shown, parse_constant=pytest.fail) == {
+        **result,
+        "loss": None,
+        "f1": [0.5, None],
+    }
+
+
 def test_configs_survive_json():
     for config in (TrainConfig(hidden_sizes=(3, 4), seed=2), DistillConfig(alpha=0.25)):
         flat = json.loads(json.dumps(flatten(config)))
         assert unflatten(type(config), flat, "it") == config
     with pytest.raises(UserError, match="of type int"):
         unflatten(TrainConfig, {"epochs": True}, "it")
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("train --model cnn --out X", "training cnn on mnist5k, into X"),
+        ("train --model cnn --out X --resume", "going on with the run in X"),
+        (
+            "finetune --weights a.pth --data npz:b.npz --out X",
+            "fine-tuning a.pth on npz:b.npz, into X",
+        ),
+        (
+            "distill --teacher A B --student mlp",
+            "distilling A and B into mlp, on mnist5k",
+        ),
+    ],
+)
+def test_a_command_says_what_it_begins_before_it_imports_jax(words, line):
+    code = (
+        "import builtins, os, sys\nfrom rich.console import Console\nfrom bmjax import cli\n"
+        "def first(*words, **_):\n"
+        "    os.write(1, f'{words[-1]}\\n{\"jax\" in sys.modules}'.encode())\n"
+        "    os._exit(0)\n"
+        "Console.print = builtins.print = first\ncli.main(sys.argv[1:])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *words.split()], capture_output=True)
+    assert done.stdout.decode() == f"{line}\nFalse"
 
 
 @pytest.mark.slow
@@ -266,3 +343,28 @@ finally:
         counts.append(int(done.stdout.split()[-1]))
     assert counts[0] > 5
     assert counts[1] == 0
+
+
+def test_what_may_be_unreadable_is_asked_for_and_kept(capsys, tmp_path):
+    data, out = tmp_path / "data", tmp_path / "run"
+    for name in ("a", "b"):
+        write_class(data / "train" / name, 4)
+        write_class(data / "val" / name, 2)
+        for index in range(3):
+            write(data / "train" / name / f"bad{index}.jpg", b"bad")
+    words = ("--data", f"folder:{data}", "--image-size", "8")
+    code, _, err = run(capsys, "train", *words, "--out", out, *SHORT)
+    assert code == 2
+    assert "6 of 18 images (33.3%) cannot be decoded" in err
+    code, shown, err = run(capsys, "train", *words, "--out", out, *SHORT, "--max-unreadable", "0.4")
+    assert code == 0, err
+    assert shown.startswith("warning: 6 of 14 images of train cannot be decoded and are left out")
+    assert run(capsys, "evaluate", out, "--split", "train", "--json")[0] == 0
+    (tmp_path / "data").rename(tmp_path / "moved")
+    moved = ("evaluate", out, "--data", f"folder:{tmp_path / 'moved'}", "--split")
+    assert run(capsys, *moved, "validation")[0] == 0  # none of the six is in this split
+    code, _, err = run(capsys, *moved, "train")
+    assert (code, "6 of 18 images" in err) == (2, True)
+    assert run(capsys, *moved, "train", "--max-unreadable", "0.4")[0] == 0
+    code, _, err = run(capsys, *moved, "train", "--max-unreadable", "1.5")
+    assert (code, "--max-unreadable is 1.5, but it must be in [0, 1]" in err) == (2, True)

@@ -3,6 +3,7 @@ import sys
 
 import numpy as np
 import pytest
+from flax import serialization
 from PIL import Image
 
 import bmjax
@@ -10,8 +11,10 @@ from bmjax.cli.main import main
 from bmjax.weights import convert_command as command
 from bmjax.weights.certificate import Certificate, Row
 from bmjax.weights.files import read_state_dict
+from bmjax.weights.pretrained import read_pretrained
 from bmjax.weights.writing import write_state_dict
 from tests.test_weights_convert import draw
+from tests.weights_files_helpers import several
 
 
 @pytest.fixture
@@ -54,6 +57,87 @@ def test_every_form_leads_to_every_other(capsys, tmp_path, weights):
     assert {path.name for path in tmp_path.iterdir()} == made
 
 
+def test_of_several_state_dicts_the_plain_one_is_converted_and_said(capsys, tmp_path, weights):
+    average = {name: array * 2 for name, array in weights.items()}
+    model = ("--model", "resnet_tiny")
+    several(tmp_path, state_dict_ema=average, state_dict=weights)
+    code, _, err = run(capsys, "made.pth", "--out", "a.pth", *model)
+    assert code == 0
+    assert err == (
+        "note: made.pth holds 2 state dicts. state_dict is read, and not state_dict_ema; "
+        "--weights-key says otherwise.\n"
+    )
+    np.testing.assert_array_equal(read_state_dict("a.pth")["fc.bias"], weights["fc.bias"])
+    key = ("--weights-key", "state_dict_ema")
+    assert run(capsys, "made.pth", "--out", "b.pth", *model, *key)[::2] == (0, "")
+    np.testing.assert_array_equal(read_state_dict("b.pth")["fc.bias"], average["fc.bias"])
+    code, _, err = run(capsys, "made.pth", "--out", "c.pth", *model, "--weights-key", "emma")
+    assert code == 2
+    assert "no state dict 'emma'" in err
+    assert "state_dict_ema, state_dict." in err
+    assert not (tmp_path / "c.pth").exists()
+
+
+def test_what_is_left_out_and_renamed_is_said(capsys, tmp_path, weights):
+    named = {
+        f"model.{name.replace('fc.', 'head.')}": array
+        for name, array in weights.items()
+        if name != "fc.bias"
+    }
+    write_state_dict("lightning.pth", named | {"criterion.weight": np.ones(5, np.float32)})
+    code, _, err = run(capsys, "lightning.pth", "--model", "resnet_tiny", "--out", "a.pth")
+    assert code == 0
+    assert err.splitlines() == [
+        "note: lightning.pth: its head model.head is taken as fc.",
+        "note: lightning.pth: left out, as not under the prefix model.: criterion.weight.",
+        "note: lightning.pth: its head has no bias; it gets one of zeros.",
+    ]
+    back = read_state_dict("a.pth")
+    np.testing.assert_array_equal(back["fc.weight"], weights["fc.weight"])
+    np.testing.assert_array_equal(back["fc.bias"], np.zeros(5))
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".msgpack"])
+def test_weights_that_are_not_finite_are_refused_by_name(capsys, tmp_path, weights, suffix):
+    if suffix == ".pth":
+        write_state_dict("nan.pth", weights | {"fc.bias": np.full(5, np.nan, np.float32)})
+        name = "fc.bias"
+    else:
+        variables = bmjax.from_torchvision(weights, "resnet_tiny")
+        variables["params"]["head"]["bias"][2] = np.inf
+        (tmp_path / "nan.msgpack").write_bytes(serialization.msgpack_serialize(variables))
+        name = "params/head/bias"
+    code, _, err = run(capsys, f"nan{suffix}", "--model", "resnet_tiny", "--out", "a.safetensors")
+    assert code == 2
+    assert "not finite in 1 of" in err
+    assert name in err
+    assert not (tmp_path / "a.safetensors").exists()
+
+
+def test_a_head_of_one_output_is_refused(capsys, tmp_path, weights):
+    write_state_dict("one.pth", draw("resnet_tiny", num_classes=1))
+    for out in ("a.pth", "run"):
+        code, _, err = run(capsys, "one.pth", "--model", "resnet_tiny", "--out", out)
+        assert code == 2
+        assert "has one output, which tells no classes apart" in err
+        assert not (tmp_path / out).exists()
+    assert "head" not in read_pretrained("one.pth", "resnet_tiny", head=False).variables["params"]
+
+
+def test_a_folder_of_hugging_face_is_told_with_the_file_to_name(capsys, tmp_path, weights):
+    folder = tmp_path / "resnet-18"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "resnet"}')
+    write_state_dict(folder / "model.safetensors", weights)
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    code, _, err = run(capsys, "resnet-18", "--model", "resnet_tiny", "--out", "a.pth")
+    assert code == 2
+    assert "resnet-18 is no run but a folder as Hugging Face keeps models. Name the file" in err
+    named = "resnet-18/model.safetensors"
+    assert f"`bmjax convert {named} --model NAME --out RUN` makes a run" in err
+    assert run(capsys, named, "--model", "resnet_tiny", "--out", "a.pth")[0] == 0
+
+
 @pytest.mark.slow
 def test_a_run_predicts_by_torchvisions_preprocessing(capsys, weights):
     names = ("ant", "bee", "cat", "dog", "elk")
@@ -90,7 +174,8 @@ def test_a_run_predicts_by_torchvisions_preprocessing(capsys, weights):
         ),
         ("bad.msgpack --model resnet_tiny --out x.pth", "cannot be read as Flax variables"),
         ("imagenet-v1 --model resnet_tiny --out x.pth", "resnet_tiny"),
-        ("tiny.pth --model resnet_tiny --out x.pth --image-size -1", "must be at least 0"),
+        ("tiny.pth --model resnet_tiny --out x.pth --image-size -1", "must be at least 1"),
+        ("bad.msgpack --model resnet_tiny --out x.pth --weights-key a", "leave it out"),
     ],
 )
 def test_a_mistake_gets_one_line_and_writes_nothing(capsys, tmp_path, weights, words, message):

@@ -10,8 +10,10 @@ import pytest
 
 from bmjax import load_dataset
 from bmjax.data import loader, preprocess
-from bmjax.data.sources import all_images, stratified_split
+from bmjax.data.sources import SPLITS, all_images, stratified_split
 from bmjax.errors import UserError
+
+ROLES = ("image", "label")
 
 
 @pytest.fixture(scope="module")
@@ -154,10 +156,66 @@ def test_image_size_resizes_every_split(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("names", "sizes"),
+    [
+        (("image", "label"), [42, 6, 12]),
+        (("images", "labels"), [42, 6, 12]),
+        (("X", "y"), [42, 6, 12]),
+        (("x_train", "y_train", "x_test", "y_test"), [54, 6, 9]),
+        (("train_image", "train_label", "valid_image", "valid_label"), [54, 9, 6]),
+        (("train_image", "train_label", "val_image", "val_label"), [54, 9, 6]),
+        (
+            tuple(f"{split}_{role}s" for split in ("train", "val", "test") for role in ROLES),
+            [60, 9, 9],
+        ),
+    ],
+)
+def test_an_npz_has_the_names_that_people_give(tmp_path, names, sizes):
+    arrays: dict[str, np.ndarray] = {}
+    for image, label in zip(names[::2], names[1::2], strict=True):
+        number = 9 if any(split in image for split in ("val", "test")) else 60
+        arrays |= {image: images(number), label: labels(number)[:, None].astype(np.uint8)}
+    dataset = load_dataset(save(tmp_path / "a.npz", **arrays))
+    assert [len(dataset.split(name)) for name in SPLITS] == sizes
+    own = "validation" if sizes[1] == 9 else "test"
+    if 9 in sizes:
+        assert dataset.split(own).labels.tolist() == labels(9).tolist()
+        np.testing.assert_array_equal(all_images(dataset.split(own))[..., 0], images(9))
+
+
+def test_names_of_classes_may_be_bytes(tmp_path):
+    names = np.array(["ant", "b\xe9e", "cow"])
+    arrays = {"image": images(), "label": labels(), "class_names": np.char.encode(names, "utf-8")}
+    assert load_dataset(save(tmp_path / "a.npz", **arrays)).class_names == tuple(names.tolist())
+
+
+def test_too_few_examples_leave_splits_empty(tmp_path):
+    dataset = load_dataset(save(tmp_path / "a.npz", image=images(3), label=labels(3)))
+    assert [len(dataset.split(name)) for name in SPLITS] == [3, 0, 0]
+
+
+@pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"pixels": images()}, "has no array 'train_image'"),
-        ({"image": images()}, "has no array 'label'"),
+        ({"pixels": images()}, r"mean nothing here: pixels\. Name the arrays image and label; or"),
+        ({"image": images(), "label": labels(), "class_name": labels(3)}, "here: class_name"),
+        ({"image": images()}, "has the array image, but no labels"),
+        ({"train_image": images(), "train_label": labels(), "y_test": labels()}, "but no images"),
+        (
+            {"image": images(), "label": labels(), "x_test": images(), "y_test": labels()},
+            "has image and label, of no split, beside x_test, y_test",
+        ),
+        (
+            {"image": images(), "label": labels(), "labels": labels()},
+            "label and labels, which mean the same",
+        ),
+        ({"test_image": images(), "test_label": labels()}, "has no training images, but test_im"),
+        ({"image": images(), "label": np.eye(3)[labels()]}, r"take label\.argmax\(axis=1\)"),
+        ({"image": images()[:, None], "label": labels()}, r"image\.transpose\(0, 2, 3, 1\)"),
+        (
+            {"image": images(), "label": labels(), "class_names": np.array(list("abcd"))},
+            "class_names has 4 names, but train has no example of class 3",
+        ),
         ({"image": images() / 255, "label": labels()}, "pixels must be uint8"),
         ({"image": images()[0], "label": labels()}, "must be one integer|must be .examples"),
         ({"image": images()[..., None].repeat(2, -1), "label": labels()}, "1 or 3 channels"),
@@ -179,7 +237,6 @@ def test_image_size_resizes_every_split(tmp_path):
             },
             "Make them one size",
         ),
-        ({"image": images(3), "label": labels(3)}, "no example is left"),
     ],
 )
 def test_a_wrong_npz_is_named(tmp_path, arrays, message):

@@ -10,9 +10,9 @@ import pytest
 
 from bmjax.config import DeviceConfig
 from bmjax.errors import StoppedError, UserError
+from bmjax.runs.history import read_metrics
 from bmjax.train import session
 from bmjax.train.loop import fit
-from bmjax.train.tracking import read_metrics
 from tests.test_loop import on_host, resumed, stopping
 
 # Sums of a batch's gradients are rounded in another order on other devices.

@@ -333,6 +333,8 @@ def test_a_student_larger_than_its_teacher_is_told(teacher, tmp_path, as_data, c
 def test_flags_that_contradict_each_other_are_named(teacher, tmp_path, quiet, as_data):
     path = str(teacher.run.path)
     base = config_of(tmp_path, teacher=(path,))
+    file = tmp_path / "weights.pth"
+    file.touch()
     cases: list[tuple[dict[str, Any], str]] = [
         ({"teacher": ("ema", path)}, "stands alone"),
         ({"teacher": ("ema",)}, "give --ema-decay"),
@@ -350,7 +352,7 @@ def test_flags_that_contradict_each_other_are_named(teacher, tmp_path, quiet, as
         ({"cache_top": 3}, "give its folder"),
         ({"cache_top": 3, "teacher_cache": "cache", "method": "mse"}, "leave out --cache-top"),
         ({"cache_top": 9, "teacher_cache": str(tmp_path / "c")}, "there are 3 classes"),
-        ({"teacher": ("weights.pth",)}, "--teacher-model says which ResNet, but is 'cnn_tiny'"),
+        ({"teacher": (str(file),)}, "--teacher-model says which ResNet, but is 'cnn_tiny'"),
         ({"teacher": ("no.pth",), "teacher_model": "resnet18"}, "no.pth"),
         ({"teacher": (), "explain_loss": True}, "give --teacher"),
     ]

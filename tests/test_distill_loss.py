@@ -15,7 +15,7 @@ from bmjax.distill.loss import distillation_loss, logit_loss, main_label, match_
 from bmjax.distill.teacher_cache import NoCache
 from bmjax.distill.teachers import combine
 from bmjax.losses.table import LOSS_PARAMS
-from bmjax.train.apply import predict_logits
+from bmjax.runs.inference import predict_logits
 from bmjax.train.loop import build_model
 from bmjax.train.step import classification_loss
 

@@ -9,11 +9,13 @@ from PIL import Image
 
 from bmjax.config import DeviceConfig, EvaluateConfig, PredictConfig
 from bmjax.errors import UserError
-from bmjax.evaluate.measure import evaluate, predict, predict_probabilities
+from bmjax.evaluate import measure
+from bmjax.evaluate.measure import evaluate
+from bmjax.evaluate.prediction import predict
 from bmjax.runs import checkpoint
+from bmjax.runs.history import read_metrics
 from bmjax.runs.trained import load_run
 from bmjax.train.loop import fit
-from bmjax.train.tracking import read_metrics
 
 
 @pytest.fixture
@@ -31,11 +33,19 @@ def test_metrics_of_a_run(run, shapes):
     assert got["checkpoint_step"] == 36
     assert got["inference_images_per_second"] > 0
     assert got["warnings"] == []
-    probabilities = predict_probabilities(load_run(config.out), shapes.test.images)
+    probabilities = load_run(config.out).predict(shapes.test.images)
     np.testing.assert_allclose(probabilities.sum(axis=1), 1, rtol=1e-5)
     hits = probabilities.argmax(axis=1) == shapes.test.labels
     assert got["accuracy"] == pytest.approx(hits.mean())
     json.dumps(got)
+
+
+def test_after_training_no_speed_is_measured(run, monkeypatch):
+    config, _ = run
+    monkeypatch.setattr(measure, "inference_speed", None)
+    got = measure.evaluate_finished(config.out, config)
+    assert (got["examples"], got["split"], got["checkpoint"]) == (50, "test", "latest")
+    assert "inference_images_per_second" not in got
 
 
 def test_latest_and_best_params(run):
@@ -66,6 +76,27 @@ def test_other_data_must_fit(run, tmp_path):
     np.savez(tmp_path / "four.npz", image=images, label=np.arange(60) % 4)
     with pytest.raises(UserError, match="tells 3 classes apart"):
         evaluate(EvaluateConfig(config.out, data=f"npz:{tmp_path / 'four.npz'}", batch_size=8))
+
+
+def test_own_data_in_any_form(run, shapes):
+    config, _ = run
+    trained = load_run(config.out)
+    expected = evaluate(EvaluateConfig(config.out))
+    images, labels = shapes.test.images, shapes.test.labels
+    pictures = [
+        (Image.fromarray(image[..., 0]), int(label))
+        for image, label in zip(images, labels, strict=True)
+    ]
+    # Of the run's classes and the shapes', only these have names.
+    for data in (shapes, (images, labels), {"test": pictures}):
+        got = trained.evaluate(data)
+        assert got["accuracy"] == expected["accuracy"]
+        assert got["examples"] == 50
+        assert ["go by number" in line for line in got["warnings"]] == [True] * (data is shapes)
+    enlarged = (images.repeat(2, axis=1).repeat(2, axis=2), labels)
+    assert trained.evaluate(enlarged)["accuracy"] >= 0.6
+    with pytest.raises(UserError, match="labels from 1 to 3, but there are 3 classes"):
+        trained.evaluate((images, labels + 1))
 
 
 def test_real_image_files_are_classified(run, shapes, tmp_path):

@@ -1,4 +1,5 @@
 import dataclasses
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 
 from bmjax import create_model, load_run, to_torchvision
 from bmjax.config import (
@@ -20,11 +22,14 @@ from bmjax.config import (
 )
 from bmjax.errors import UserError
 from bmjax.evaluate.measure import evaluate
+from bmjax.finetune import tune
 from bmjax.finetune.tune import finetune, read_settings
 from bmjax.runs import checkpoint
 from bmjax.runs.folder import Run
+from bmjax.weights.files import read_state_dict
 from bmjax.weights.pretrained import write_run
 from bmjax.weights.writing import write_state_dict
+from tests.weights_files_helpers import several
 
 from .conftest import draw_shapes
 
@@ -333,3 +338,20 @@ def test_balanced_classes_weigh_the_same():
     few = dataclasses.replace(source, labels=np.array([0] * 8 + [1] * 3 + [2], np.int32))
     weights = class_weights(few.labels, 3)
     assert weights == pytest.approx((12 / 24, 12 / 9, 12 / 3))
+
+
+def test_the_state_dict_to_begin_with_may_be_chosen(weights, data, tmp_path):
+    plain = read_state_dict(weights)
+    average = {name: array * 2 for name, array in plain.items()}
+    path = several(tmp_path, model=plain, model_ema=average)
+    config = FinetuneConfig(
+        data=f"npz:{data}", model="resnet_tiny", weights=str(path), weights_key="model_ema"
+    )
+    read = tune._read_weights(config)
+    kernel = average["conv1.weight"].transpose(2, 3, 1, 0)
+    np.testing.assert_array_equal(read.variables["params"]["stem_conv"]["kernel"], kernel)
+    out = io.StringIO()
+    said = Console(file=out)
+    other = tune._read_weights(dataclasses.replace(config, weights_key=""), said)
+    assert other.fingerprint() != read.fingerprint()
+    assert "model is read, and not model_ema" in out.getvalue()

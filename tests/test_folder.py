@@ -1,19 +1,24 @@
 """Folders of images: splits and classes, sizes, memory, and the fingerprint of the content."""
 
 import copy
+import io
 import os
 import pickle
 import shutil
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
-from bmjax.data.kinds import folder, prepare
+from bmjax.data.kinds import content, folder
 from bmjax.data.kinds.files import View
 from bmjax.data.preprocess import EvaluationTransform, decode
 from bmjax.data.sources import SPLITS, ArraySource
 from bmjax.errors import UserError
+from bmjax.machine import progress
 from tests.folder_helpers import (
     counts,
     encode,
@@ -25,6 +30,8 @@ from tests.folder_helpers import (
     write_class,
     write_splits,
 )
+
+DATA = Path(__file__).parent / "data"
 
 
 @pytest.fixture
@@ -133,6 +140,11 @@ def test_what_systems_leave_behind_is_skipped(split):
     write(split / "train" / "ant" / "._001.jpg", b"x")
     write(split / "train" / ".ipynb_checkpoints" / "a.jpg", b"x")
     write(split / "__MACOSX" / "train" / "a.jpg", b"x")
+    for name in ("@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information", "#recycle"):
+        write(split / "train" / name / "a.jpg")
+        write(split / "train" / "ant" / name / "a.jpg")
+        (split / "test" / name).mkdir()
+    write(split / "train" / "ant" / "000.jpg:Zone.Identifier", b"x")
     write(split / "train" / "labels.csv", b"x")
     write(split / "README.md", b"x")
     dataset = load(split)
@@ -144,6 +156,64 @@ def test_every_format_that_pillow_reads_counts(split):
     for suffix, kind in ((".PNG", "PNG"), (".webp", "WEBP"), (".bmp", "BMP"), (".Jpeg", "JPEG")):
         write(split / "train" / "ant" / f"x{suffix}", kind=kind)
     assert counts(load(split))[0] == [10, 6, 6]
+
+
+def test_without_an_ending_the_content_tells(split):
+    for name in ("x", "cat.0", "cat.jpg_large", "scan 2"):
+        write(split / "train" / "ant" / name, kind="PNG")
+    for name in ("README", "cat.1"):
+        write(split / "train" / "bee" / name, b"hello")
+    dataset = load(split)
+    assert counts(dataset)[0] == [10, 6, 6]
+    assert "train/bee/README (not named like an image)" in dataset.warnings[0]
+
+
+def test_pictures_of_phones_are_read(split):
+    pytest.importorskip("pi_heif")
+    write(split / "train" / "ant" / "x.HEIC", (DATA / "red.heic").read_bytes())
+    dataset = load(split, 7)
+    assert (counts(dataset)[0], dataset.warnings) == ([7, 6, 6], ())
+    red = dataset.train[6]["image"]
+    np.testing.assert_allclose(red.mean((0, 1)), (200, 30, 60), atol=2)
+
+
+def test_a_name_composed_or_not_is_one_class(tmp_path):
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    write_class(tmp_path / "train" / composed, 3)
+    write_class(tmp_path / "train" / decomposed, 2, seed=1)
+    write_class(tmp_path / "train" / "tea", 4)
+    write_class(tmp_path / "val" / decomposed, 2)
+    dataset = load(tmp_path)
+    assert dataset.class_names == (composed, "tea")
+    assert counts(dataset)[:2] == [[5, 4], [2, 0]]
+
+
+def test_what_is_empty_in_validation_counts_as_absent(split):
+    shutil.rmtree(split / "validation" / "bee")
+    (split / "validation" / "bee" / "deeper").mkdir(parents=True)
+    (split / "validation" / "unknown").mkdir()
+    dataset = load(split)
+    assert counts(dataset)[1:] == [[2, 0, 2], [3, 3, 3]]
+    assert dataset.warnings == ()
+    for name in ("ant", "cow"):
+        shutil.rmtree(split / "validation" / name)
+    (split / "validation" / "ant").mkdir()
+    shutil.rmtree(split / "test")
+    (split / "test").mkdir()
+    dataset = load(split)
+    assert counts(dataset) == [[5, 5, 5], [1, 1, 1], [0, 0, 0]]
+    assert dataset.warnings == (
+        f"{split}/validation has no image and counts as absent: a tenth of train takes its place",
+        f"{split}/test has no image and counts as absent",
+    )
+
+
+def test_classes_that_are_numbers_are_ordered_by_value(tmp_path):
+    for name in ("10", "9", "0", "02"):
+        write_class(tmp_path / name, 2)
+    assert load(tmp_path).class_names == ("0", "02", "9", "10")
+    write_class(tmp_path / "ten", 2)
+    assert load(tmp_path).class_names == ("0", "02", "10", "9", "ten")
 
 
 def test_classes_are_ordered_by_code_point(tmp_path):
@@ -306,7 +376,7 @@ def test_the_fingerprint_is_of_content(split, tmp_path, monkeypatch):
     write(path.parent.parent / "bee" / "999.jpg", data=data)
     assert differs()
     # Where it would take too long to read them, sizes stand for bytes.
-    monkeypatch.setattr(folder, "_READ_BYTES", 100)
+    monkeypatch.setattr(content, "_READ_BYTES", 100)
     assert differs()
     write(split / "train" / "bee" / "999.jpg", seed=5)
     same_size = len(encode(seed=5)) == len(data)
@@ -322,18 +392,27 @@ def test_another_cut_is_another_fingerprint(plain):
 
 
 def test_nothing_is_printed_where_nobody_watches(split, capfd, monkeypatch):
-    monkeypatch.setattr(prepare, "_PROGRESS_AFTER_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "_PATIENT_SECONDS", 0.0)
     load(split)
     assert capfd.readouterr() == ("", "")
 
 
 def test_progress_is_shown_on_a_terminal(split, capfd, monkeypatch):
-    monkeypatch.setattr(prepare, "_PROGRESS_AFTER_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "_PATIENT_SECONDS", 0.0)
     monkeypatch.setenv("FORCE_COLOR", "1")
     load(split)
     out, err = capfd.readouterr()
     assert out == ""
-    assert "decoding train" in err
-    monkeypatch.setattr(prepare, "_PROGRESS_AFTER_SECONDS", 60.0)
+    assert "images of train" in err
+    monkeypatch.setattr(progress, "_PATIENT_SECONDS", 60.0)
     load(split)
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_command_says_how_many_images_it_reads(split, capfd):
+    console: Any = Console(file=io.StringIO(), width=80)
+    with progress.shown_on(console):
+        dataset = load(split)
+    parts = ("train", "validation", "test")
+    lines = [f"reading {len(dataset.split(part)):,} images of {part}\n" for part in parts]
+    assert console.file.getvalue() == "".join(lines)

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from bmjax import load_dataset
+from bmjax.data import formats, preprocess
 from bmjax.data.kinds import folder, prepare
 from bmjax.data.kinds.files import DecodingError, Encoded, View
 from bmjax.data.preprocess import EvaluationTransform
@@ -24,6 +25,8 @@ from tests.folder_helpers import (
     write_class,
     write_splits,
 )
+
+HEIC = Path(__file__).parent / "data" / "red.heic"
 
 
 @pytest.fixture
@@ -56,7 +59,6 @@ def _float_tiff():
 
 @pytest.mark.parametrize("memory_gib", [4, 0])
 def test_files_that_cannot_be_decoded_are_left_out_and_named(tmp_path, monkeypatch, memory_gib):
-    monkeypatch.setattr(prepare, "MOST_LEFT_OUT", 0.8)
     for name in ("a", "b"):
         write_class(tmp_path / "train" / name, 3)
         write_class(tmp_path / "validation" / name, 2)
@@ -64,7 +66,7 @@ def test_files_that_cannot_be_decoded_are_left_out_and_named(tmp_path, monkeypat
         write(tmp_path / "train" / "a" / name, data)
     write(tmp_path / "train" / "a" / "notes.txt", b"hello")
     (tmp_path / "train" / "a" / "link.jpg").symlink_to("nowhere")
-    dataset = load(tmp_path, 230, memory_gib=memory_gib)
+    dataset = load(tmp_path, 230, memory_gib=memory_gib, max_unreadable=0.8)
     good = sum(reason is None for _, reason in bad_files().values())
     assert counts(dataset)[:2] == [[3 + good, 3], [2, 2]]
     (warning,) = dataset.warnings
@@ -72,15 +74,15 @@ def test_files_that_cannot_be_decoded_are_left_out_and_named(tmp_path, monkeypat
     assert warning.endswith(", and 5 more")
     assert "train/a/cut.jpg (cut off), train/a/empty.gif (empty), train/a/float.tif (" in warning
     monkeypatch.setattr(prepare, "_NAMED", 99)
-    (warning,) = load(tmp_path, 230, memory_gib=memory_gib).warnings
+    (warning,) = load(tmp_path, 230, memory_gib=memory_gib, max_unreadable=0.8).warnings
     for name, (_, reason) in bad_files().items():
         assert (name in warning) == (reason is not None)
         if reason:
             assert reason in warning.partition(name)[2].partition(")")[0]
     assert "notes.txt (not named like an image)" in warning
     assert "link.jpg (No such file" in warning
-    kept = load(tmp_path, 8, memory_gib=4).train.images
-    for index, example in enumerate(load(tmp_path, 8, memory_gib=0).train):
+    kept = load(tmp_path, 8, memory_gib=4, max_unreadable=0.8).train.images
+    for index, example in enumerate(load(tmp_path, 8, memory_gib=0, max_unreadable=0.8).train):
         np.testing.assert_array_equal(example["image"], kept[index])
 
 
@@ -114,36 +116,71 @@ def test_the_quick_check_finds_what_decoding_finds():
     assert reasons(encoded.check) == found
 
 
-def test_more_than_one_in_a_hundred_is_an_error(tmp_path):
-    write_class(tmp_path / "train" / "a", 99)
-    write_class(tmp_path / "train" / "b", 100)
-    write_class(tmp_path / "validation" / "a", 1)
-    write(tmp_path / "train" / "b" / "x.jpg", b"bad")
-    (warning,) = load(tmp_path, 8).warnings
-    assert warning == (
-        "1 of 200 images of train cannot be decoded and is left out: train/b/x.jpg (not an image)"
+def test_five_files_may_be_left_out_of_all_splits_together(tmp_path):
+    for name in ("a", "b"):
+        write_class(tmp_path / "train" / name, 6)
+        write_class(tmp_path / "validation" / name, 2)
+    write(tmp_path / "train" / "a" / "notes.txt", b"hello")
+    write(tmp_path / "validation" / "b" / "bad.jpg", b"bad")
+    for index in range(3):
+        write(tmp_path / "train" / "b" / f"bad{index}.jpg", b"bad")
+    dataset = load(tmp_path, 8)
+    assert counts(dataset)[:2] == [[6, 6], [2, 2]]
+    assert dataset.warnings == (
+        "4 of 16 images of train cannot be decoded and are left out: train/b/bad0.jpg (not an "
+        "image), train/b/bad1.jpg (not an image), train/b/bad2.jpg (not an image), "
+        "train/a/notes.txt (not named like an image)",
+        "1 of 5 images of validation cannot be decoded and is left out: validation/b/bad.jpg (not "
+        "an image)",
     )
-    (tmp_path / "train" / "b" / "000.jpg").write_bytes(b"bad")  # 2 of 200
-    assert len(load(tmp_path, 8).train) == 198
-    (tmp_path / "train" / "b" / "001.jpg").unlink()  # 2 of 199
-    with pytest.raises(UserError, match=r"2 of 199 images of train \(1.0%\) cannot"):
-        load(tmp_path, 8)
-    write_class(tmp_path / "train" / "b", 100)
-    write(tmp_path / "train" / "b" / "y.txt", b"bad")
-    write(tmp_path / "train" / "b" / "z.jpg", b"")
+    with pytest.raises(UserError, match=r"4 of 21 images \(19.0%\) cannot.* only 0 may be left"):
+        load(tmp_path, 8, max_unreadable=0)
+    write(tmp_path / "validation" / "a" / "bad.jpg", b"bad")
     for memory_gib in (4, 0):
-        with pytest.raises(UserError, match=r"3 of 202 images of train \(1.5%\).*x.jpg \(not an"):
+        with pytest.raises(
+            UserError, match=r"6 of 22 images \(27.3%\).* only 5 may.*and 1 more.*--max-unreadable"
+        ):
             load(tmp_path, 8, memory_gib=memory_gib)
-    assert len(load(tmp_path, 8, splits=("validation",)).validation) == 1
+    assert len(load(tmp_path, 8, max_unreadable=0.3).train) == 12
+    assert len(load(tmp_path, 8, splits=("validation",)).validation) == 4
 
 
-def test_a_class_without_a_sound_image_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "MOST_LEFT_OUT", 0.5)
+def test_the_share_counts_over_the_whole_dataset(tmp_path):
+    for name in ("a", "b"):
+        write_class(tmp_path / "train" / name, 3)
+        write_class(tmp_path / "validation" / name, 17)
+    for index in range(8):
+        write(tmp_path / "validation" / "b" / f"bad{index}.jpg", b"bad")  # 8 of 48, 8 of 42
+    settings = {"max_unreadable": 8 / 48, "splits": ("validation",)}
+    assert len(load(tmp_path, 8, **settings).validation) == 34
+    (tmp_path / "train" / "a" / "000.jpg").unlink()
+    with pytest.raises(UserError, match=r"8 of 47 images \(17.0%\).* only 7 may"):
+        load(tmp_path, 8, **settings)
+
+
+def test_a_class_without_a_sound_image_is_an_error(tmp_path):
     write_class(tmp_path / "train" / "a", 5)
     write_class(tmp_path / "validation" / "a", 1)
     write(tmp_path / "train" / "b" / "x.jpg", b"bad")
-    with pytest.raises(UserError, match=r"no image that can be decoded of the class\(es\) b"):
+    message = r"no image that can be decoded of the class\(es\) b\. Left out were train/b/x.jpg"
+    with pytest.raises(UserError, match=message):
         load(tmp_path, 8)
+
+
+def test_what_it_takes_to_read_heic_is_said(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        write(tmp_path / "train" / name / "x.HEIC", HEIC.read_bytes())
+        write_class(tmp_path / "validation" / name, 1)
+    write(tmp_path / "train" / "a" / "page.jpg", b"<!DOCTYPE html><html>404</html>")
+    monkeypatch.setattr(formats, "register_heif", lambda: False)
+    for kind in {"HEIF"} & Image.OPEN.keys():
+        monkeypatch.delitem(Image.OPEN, kind)
+        monkeypatch.setattr(Image, "ID", [name for name in Image.ID if name != kind])
+    remedy = r"x.HEIC \(HEIC: pip install 'bmjax\[heif\]', or convert it to JPEG or PNG\)"
+    with pytest.raises(UserError, match=f"page.jpg .web page: download the picture.*{remedy}"):
+        load(tmp_path, 8)
+    with pytest.raises(UserError, match=r"red.heic is HEIC: pip install 'bmjax\[heif\]'"):
+        preprocess.decode(HEIC)
 
 
 def test_the_check_is_remembered_until_a_file_changes(tmp_path, monkeypatch):
@@ -220,6 +257,10 @@ def beside(path):
         (beside, "train has 3 images beside the folders of its classes, such as train/000.jpg"),
         (lambda path: flat(path / "train"), "train has 3 images and no folders of classes"),
         (empty_classes, r"has 2 class folder\(s\) without an image: c, d\. Add images"),
+        (
+            lambda path: (only(path, "train/a", "train/b"), write(path / "val" / "a.txt", b"x")),
+            "val has no folders of classes",
+        ),
         (lambda path: only(path, "a"), "has only one class, a. A classifier needs two"),
         (one_nested, "has only one class, pets.*Do you mean folder:.*/pets"),
         (lambda path: only(path, "train/a"), "train has only one class, a"),
@@ -296,6 +337,6 @@ def test_names_need_not_be_text(split):
     assert len(load(split, memory_gib=0).train) == 19
     write(Path(split / "train" / "ant" / odd), b"bad")
     with pytest.raises(UserError) as caught:
-        load(split)
+        load(split, max_unreadable=0)
     str(caught.value).encode()
     json.dumps(str(caught.value), ensure_ascii=False).encode()

@@ -36,7 +36,7 @@ from bmjax.errors import UserError, printable
 from bmjax.machine.storage import write_settings
 from bmjax.runs import checkpoint
 from bmjax.runs.folder import CONFIG, TOUR, Run, create_run, read_run
-from bmjax.train.tracking import read_metrics
+from bmjax.runs.history import read_metrics
 from bmjax.weights.files import read_state_dict, write_state_dict
 from tests.folder_helpers import encode, load, write_class
 from tests.mutation_helpers import HOSTILE, json_mutant, mutant

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bmjax import cli
-from bmjax.cli.main import resumed as asked_again
+from bmjax.cli.parsing import resumed as asked_again
 from bmjax.config import DeviceConfig
 from bmjax.config.flat import settings_to_keep
 from bmjax.data.sources import all_images

@@ -10,7 +10,6 @@ from bmjax.data import load_dataset
 from bmjax.data.sources import all_images
 from bmjax.distill.teachers import combine
 from bmjax.errors import UserError
-from bmjax.evaluate.measure import predict_probabilities
 from bmjax.runs.trained import load_run
 from experiments import leaderboard
 
@@ -109,7 +108,7 @@ def test_a_teacher_of_several_members_is_asked_and_measured_as_one(tmp_path, sha
     members = [load_run(folder / "teacher"), load_run(folder / "teacher-1")]
     assert [run.run.config.seed for run in members] == [3, 1003]
     test = load_dataset(board.data).test
-    logits = sum(np.log(predict_probabilities(run, all_images(test))) for run in members)
+    logits = sum(np.log(run.predict(all_images(test))) for run in members)
     correct = 100 * np.mean(np.argmax(logits, -1) == test.labels)
     rows = csv.DictReader((tmp_path / "board" / "leaderboard.csv").read_text().splitlines())
     kd, teacher = [row for row in rows if row["method"] in ("kd", "teacher")]

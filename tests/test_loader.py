@@ -1,11 +1,13 @@
 """What a split is on the device: whole, or in windows of which each process has its part."""
 
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bmjax.data import loader
+from bmjax.data import loader, stream
 from bmjax.machine.parallel import Parallel
 from tests.conftest import draw_shapes
 
@@ -129,3 +131,60 @@ def test_each_process_reads_its_own_part_of_every_batch(first):
         whole = np.concatenate([part["image"] for part in both])[batch["mask"]]
         expected_images = np.round(255 * batch["image"][batch["mask"]]).astype(np.uint8)
         np.testing.assert_array_equal(whole, expected_images)
+
+
+def epochs_of(source, first, until, look=lambda end: None):
+    """Batches from step `first` to the end of the third epoch, and what they should be."""
+    draws = [np.random.default_rng(epoch).permutation(30).astype(np.int32) for epoch in range(3)]
+    one = Parallel("jit", jax.devices()[:1])
+    feed = loader.Feed(source, one, BATCH, lambda epoch: draws[epoch], True, until=until)
+    found, step = [], first
+    while step < 3 * feed.num_batches:
+        arrays, end = feed.at(step)
+        feed.read_ahead()
+        look(end)
+        for index in range(end - step):
+            count = int(arrays["count"]) - index * BATCH
+            found.append(np.asarray(arrays["image"][index])[:count])
+        step = end
+    rows = [part for draw in draws for part in np.split(draw, range(BATCH, 30, BATCH))]
+    return found, [SOURCE.images[part] for part in rows[first:]]
+
+
+@pytest.mark.parametrize("first", [0, 1, 3, 4, 6])
+@pytest.mark.parametrize("until", [0, 12])
+def test_reading_goes_on_across_the_border_of_an_epoch(first, until, monkeypatch):
+    begun, whole = [], stream.windows
+
+    def noting(*arguments, **settings):
+        begun.append(arguments)
+        return whole(*arguments, **settings)
+
+    monkeypatch.setattr(stream, "windows", noting)
+    found, expected = epochs_of(Read(), first, until)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert len(begun) == (1 if until else 3 - first // 4)
+
+
+def test_the_next_epoch_is_read_before_it_is_asked_for_and_nothing_beyond_the_end():
+    reads = []
+
+    class Counting(Read):
+        def wide_image(self, index):
+            reads.append(index)
+            return super().wide_image(index)
+
+    def wait(expected):
+        deadline = time.monotonic() + 20
+        while len(reads) < expected and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert len(reads) >= expected
+
+    # One image tells the size. A window of 16 is in use, one is on the device, two are beside it.
+    epochs_of(Counting(), 0, 12, lambda end: wait(1 + min(96, 8 * (end + 6))))
+    assert len(reads) == 1 + 96  # 3 epochs of 4 batches, and nothing beyond
+    reads.clear()
+    # Where it is not known what comes next, no more than the epoch is read.
+    epochs_of(Counting(), 0, 0, lambda end: wait(1 + 32 * -(-end // 4)))
+    assert len(reads) == 1 + 96

@@ -23,8 +23,8 @@ from bmjax.errors import DivergenceError, StoppedError, UserError
 from bmjax.machine.signals import Stop
 from bmjax.runs import checkpoint
 from bmjax.runs.folder import lock_folder
+from bmjax.runs.history import read_metrics
 from bmjax.train.loop import fit
-from bmjax.train.tracking import read_metrics
 from tests.folder_helpers import write_class
 
 

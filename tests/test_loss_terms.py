@@ -14,7 +14,7 @@ from bmjax.errors import UserError
 from bmjax.losses.table import LOSS_PARAMS
 from bmjax.models.build import build_model
 from bmjax.runs import trained as trained_module
-from bmjax.train.apply import predict_logits
+from bmjax.runs.inference import predict_logits
 from bmjax.train.step import run_keys
 
 

@@ -84,3 +84,32 @@ def test_what_0_stood_for_in_an_older_run_is_not_a_contradiction(tmp_path):
     older = {**extra, "cache_top": 0, "feature_weight": 0.0}
     create_run(Run(tmp_path / "run", TrainConfig().resolved(), DATA, older, "distill"))
     check_same_settings(read_run(tmp_path / "run"), TrainConfig().resolved(), extra)
+
+
+@pytest.mark.parametrize("name", ["weights_key", "weights", "teacher"])
+def test_where_weights_lie_may_change(tmp_path, name):
+    config = TrainConfig(model="mlp")
+    saved = Run(tmp_path, config, {}, {"weights_fingerprint": "f", name: "a"})
+    check_same_settings(saved, config, {"weights_fingerprint": "f", name: "b"})
+    with pytest.raises(UserError, match="weights_fingerprint"):
+        check_same_settings(saved, config, {"weights_fingerprint": "g", name: "b"})
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["config.json", "model.safetensors"], r"Hugging Face keeps.*/model\.safetensors --model"),
+        (["config.json", "a.bin", "pytorch_model.bin"], r"Hugging Face.*/pytorch_model\.bin"),
+        (["model.safetensors"], r"a folder of weights\. Name the file"),
+        (["best.pth", "last.pth"], r"a folder of weights.*/best\.pth"),
+        (["config.json", "model.safetensors.index.json", "m-1.safetensors"], "in several files"),
+        (["__0_0.distcp", ".metadata"], "dcp_to_torch"),
+        (["config.json"], "cannot be read"),
+        (["notes.txt"], "there is no run"),
+    ],
+)
+def test_folders_of_other_programs_are_told_from_runs(tmp_path, files, message):
+    for name in files:
+        (tmp_path / name).write_text('{"model_type": "resnet", "architectures": []}')
+    with pytest.raises(UserError, match=message):
+        read_run(tmp_path)

@@ -16,8 +16,8 @@ from bmjax.errors import UserError
 from bmjax.machine.parallel import Parallel, check_divides, make_parallel
 from bmjax.metrics import summarize
 from bmjax.models import create_model
-from bmjax.train.apply import predict_logits
-from bmjax.train.compiled import make_evaluate, make_train_steps, zero_totals
+from bmjax.runs.inference import make_evaluate, predict_logits
+from bmjax.train.compiled import make_train_steps, zero_totals
 from bmjax.train.gradients import accumulated, whole_batch
 from bmjax.train.optim import trainable_mask
 from bmjax.train.step import classification_loss, create_state, label_loss, train_step

@@ -1,5 +1,6 @@
 """Conversion against a ResNet written anew in NumPy float64, from torchvision's names alone."""
 
+import re
 from functools import partial
 
 import jax
@@ -145,7 +146,11 @@ def test_every_difference_is_in_one_message():
     assert "2 missing: bn1.bias, layer3.0.bn2.running_var" in message
     assert "1 unexpected: extra" in message
     assert "1 wrong shape: fc.weight is [5, 7] and should be [5, 64]" in message
-    assert "not of a float type: conv1.weight (int32)" in message
+    assert "1 not of a float type: conv1.weight (int32)" in message
+    everything = {name: array.astype(int)[..., None] for name, array in state_dict.items()}
+    with pytest.raises(UserError, match=r"wrong shape: .* not of a float type: ") as caught:
+        bmjax.from_torchvision(everything, "resnet_tiny")
+    assert len(re.findall(r"\w+\.\w+", str(caught.value))) <= 10
 
 
 def test_the_model_that_fits_is_named():

@@ -3,6 +3,7 @@
 import collections
 import hashlib
 import io
+import pathlib
 import pickle
 import zipfile
 
@@ -91,6 +92,16 @@ def test_a_written_file_is_known_by_its_content(tmp_path):
     write_state_dict(tmp_path / "a.safetensors", SMALL)
     (tmp_path / "a.safetensors").rename(tmp_path / "a.pth")
     assert_equal(read_state_dict(tmp_path / "a.pth"), dict(sorted(SMALL.items())))
+
+
+def test_a_safetensors_file_may_begin_as_a_pickle_does(tmp_path):
+    path = tmp_path / "a.safetensors"
+    for length in range(1, 300, 8):
+        write_state_dict(path, {"a" * length: count(2)})
+        if path.read_bytes()[:1] == b"\x80":
+            break
+    assert path.read_bytes()[:1] == b"\x80"
+    assert_equal(read_state_dict(path), {"a" * length: count(2)})
 
 
 def test_the_zip_container_is_as_torch_lays_it_out(tmp_path):
@@ -217,23 +228,13 @@ def test_a_name_like_torchvisions_promises_a_hash(tmp_path):
     assert_equal(read_state_dict(tmp_path / "model-20240131.pth"), EXPECTED)
 
 
-def checkpoint_of(*keys, extra=b""):
-    """A pickle of `{key: {"t": tensor}}` for some keys; the tensors share a storage."""
-    inner = tensor_pickle()[2:-1]
-    items = [pickle.dumps(key, 2)[2:-1] + inner for key in keys]
-    return b"\x80\x02}(" + b"".join(items) + extra + b"u."
-
-
-def test_the_state_dict_must_be_told_from_others(tmp_path):
-    for key in ("state_dict", "model", "model_state_dict", "net", "model_ema"):
-        read = read_state_dict(packed(tmp_path, checkpoint_of(key, "teacher")))
-        assert list(read) == ["t"]
-    with pytest.raises(UserError, match=r"several state dicts \(model, model_ema\)"):
-        read_state_dict(packed(tmp_path, checkpoint_of("model", "model_ema")))
-    with pytest.raises(UserError, match="no state dict; its keys are 'teacher', 'student'"):
-        read_state_dict(packed(tmp_path, checkpoint_of("teacher", "student")))
+def test_a_file_without_a_state_dict_is_told(tmp_path):
+    with pytest.raises(UserError, match="holds no state dict; its keys are 'epoch', 'best'"):
+        read_state_dict(packed(tmp_path, pickle.dumps({"epoch": 1, "best": 0.5}, 2), ()))
     with pytest.raises(UserError, match="holds no dictionary of named tensors"):
-        read_state_dict(packed(tmp_path, pickle.dumps([1, 2]), ()))
+        read_state_dict(packed(tmp_path, pickle.dumps([1, 2], 2), ()))
+    with pytest.raises(UserError, match=r"holds an object of pathlib.* and no named tensors"):
+        read_state_dict(packed(tmp_path, pickle.dumps(pathlib.PurePosixPath("/x"), 2), ()))
 
 
 def test_what_has_no_checksum_is_said_with_its_sha256(tmp_path):

@@ -10,6 +10,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from bmjax.weights import writing
 from experiments import mutate_weights as mutate
 
 DATA = Path(__file__).parent / "data"
@@ -52,6 +53,39 @@ def packed(tmp_path, pickled, storages=(SIX_ZEROS,), container="zip"):
     path = tmp_path / "made.pth"
     path.write_bytes(mutate.pack(container, pickled, list(storages)))
     return path
+
+
+def piece(value):
+    """What Python itself writes for a value, to stand within another pickle."""
+    return pickle.dumps(value, 2)[2:-1]
+
+
+def tensors_piece(named, first=0):
+    """An OrderedDict of tensors, whose storages are numbered from `first` on."""
+    items = [
+        writing._text(name) + writing._dumped_tensor(str(first + number), np.asarray(array))
+        for number, (name, array) in enumerate(named.items())
+    ]
+    return b"ccollections\nOrderedDict\n)R(" + b"".join(items) + b"u"
+
+
+def dict_piece(**entries):
+    """A dictionary of pieces, by name."""
+    return b"}(" + b"".join(writing._text(key) + value for key, value in entries.items()) + b"u"
+
+
+def several(tmp_path, **state_dicts):
+    """A file with several state dicts by their keys, and an epoch."""
+    entries: dict[str, bytes] = {}
+    arrays: list[np.ndarray] = []
+    for key, named in state_dicts.items():
+        entries[key] = tensors_piece(named, len(arrays))
+        arrays += [np.asarray(array) for array in named.values()]
+    return packed(tmp_path, pickled(dict_piece(**entries, epoch=piece(3))), arrays)
+
+
+def pickled(written):
+    return b"\x80\x02" + written + b"."
 
 
 def tensor_pickle(key="0", numel=6, offset=0, shape=(6,), strides=(1,), kind="FloatStorage"):

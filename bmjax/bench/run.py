@@ -176,8 +176,8 @@ def _since_start() -> float | None:
     status, uptime = Path("/proc/self/stat"), Path("/proc/uptime")
     if not (status.is_file() and uptime.is_file()):
         return None
-    ticks = int(status.read_text().rpartition(")")[2].split()[19])
-    return float(uptime.read_text().split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
+    ticks = int(status.read_text("utf-8").rpartition(")")[2].split()[19])
+    return float(uptime.read_text("utf-8").split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
 
 
 def show(result: dict[str, Any], console: Console) -> None:

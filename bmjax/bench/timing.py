@@ -124,7 +124,9 @@ def matmul_peak(dtype: str = "float32", size: int = 2048, turns: int = 10) -> fl
 def peak_elsewhere(dtype: str = "float32") -> float:
     """Returns `matmul_peak` as a new process finds it, which has all threads."""
     code = f"from bmjax.bench import timing; print(timing.matmul_peak({dtype!r}))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True
+    )
     return float(done.stdout)
 
 
@@ -133,7 +135,9 @@ def describe_machine() -> str:
     processor = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
-        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line for line in info.read_text("utf-8").splitlines() if line.startswith("model name")
+        ]
         processor = names[0].partition(":")[2].strip() if names else processor
     return (
         f"{processor}, {os.cpu_count()} cores, {jax.devices()[0].device_kind}, Python "

@@ -1,15 +1,15 @@
 """What each command of the command line does, and how its result is shown."""
 
+import csv
 import dataclasses
-import json
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from bmjax.cli.tables import print_message, show_distillation, show_doctor, show_evaluation
+from bmjax.cli.tables import as_json, print_message, show_distillation, show_doctor, show_evaluation
 from bmjax.config import (
     BenchConfig,
     ConvertConfig,
@@ -23,14 +23,25 @@ from bmjax.config import (
 )
 from bmjax.config.checks import checked
 from bmjax.errors import printable
+from bmjax.machine.progress import shown_on, stage
+
+if TYPE_CHECKING:
+    from bmjax.evaluate.prediction import Prediction
+
+
+def _say_first(text: str) -> Console:
+    """Says what begins before JAX is imported, which takes seconds; returns where it is said."""
+    console = Console()
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    return console
 
 
 def _train(config: TrainConfig) -> None:
     config = checked(config.resolved())
+    console = _say_first(f"training {config.model} on {config.data_name}, into {config.folder}")
     from bmjax.train.job import Job
     from bmjax.train.loop import train
 
-    console = Console()
     train(config, None, Job(own_process=True), console)
     _show_result(config.folder, config, console)
 
@@ -39,7 +50,8 @@ def _show_result(out: str, config: TrainConfig | FinetuneConfig, console: Consol
     """Measures a finished run on its test split; where there is none, on that for validation."""
     from bmjax.evaluate.measure import evaluate_finished
 
-    result = evaluate_finished(out, config)
+    with shown_on(console), stage("measuring the run", line=False):
+        result = evaluate_finished(out, config)
     _show_warnings(result)
     best = ", params of the best epoch" if result["checkpoint"] == "best" else ""
     console.print(
@@ -53,9 +65,10 @@ def _show_result(out: str, config: TrainConfig | FinetuneConfig, console: Consol
 
 def _finetune(config: FinetuneConfig) -> None:
     config = checked(config)
+    folder = config.train_config().folder
+    console = _say_first(f"fine-tuning {config.weights} on {config.data_name}, into {folder}")
     from bmjax.finetune.tune import run
 
-    console = Console()
     result = run(config, console)
     finding = result["finding"]
     if finding is None:
@@ -74,9 +87,10 @@ def _distill(config: DistillConfig) -> None:
     if config.explain_loss:
         _explain_loss(config)
         return
+    teacher = " and ".join(config.teacher) or config.teacher_model
+    console = _say_first(f"distilling {teacher} into {config.student}, on {config.data_name}")
     from bmjax.distill.tour import run
 
-    console = Console()
     result = run(config, console)
     show_distillation(result, config, console)
 
@@ -94,21 +108,62 @@ def _evaluate(config: EvaluateConfig) -> None:
     result = evaluate(config)
     _show_warnings(result)
     if config.json:
-        print(json.dumps(result))
+        print(as_json(result))
         return
     show_evaluation(result, config.checkpoint, Console())
 
 
 def _predict(config: PredictConfig) -> None:
-    from bmjax.evaluate.measure import predict
+    from bmjax.evaluate.prediction import NoImage, predict_each
 
-    for prediction in predict(config):
-        if config.json:
-            print(json.dumps(prediction))
-            continue
-        likeliest = list(prediction["probabilities"].items())[: config.top]
-        shown = "  ".join(f"{printable(name)} {share:.2%}" for name, share in likeliest)
-        print(f"{printable(prediction['file'])}: {shown}")
+    # Where the results scroll by, they are themselves what shows how far it is.
+    bar = not sys.stdout.isatty()
+    show = _print_csv() if config.csv else _print_json if config.json else _print_likeliest
+    number, broken = 0, 0
+    with shown_on(Console(stderr=True)):
+        for result in predict_each(config, bar):
+            number += 1
+            if isinstance(result, NoImage):
+                print_message(result.error)
+                broken += 1
+            else:
+                show(result, config.top)
+    if broken and number > 1:
+        print_message(f"{broken:,} of {number:,} files could not be classified")
+    sys.exit(2 if broken else 0)
+
+
+def _print_likeliest(prediction: "Prediction", top: int) -> None:
+    likeliest = list(prediction.as_dict()["probabilities"].items())[:top]
+    shown = "  ".join(f"{printable(name)} {share:.2%}" for name, share in likeliest)
+    print(f"{printable(prediction.file)}: {shown}", flush=True)
+
+
+def _print_json(prediction: "Prediction", top: int) -> None:
+    del top
+    print(as_json(prediction.as_dict()), flush=True)
+
+
+def _print_csv() -> Callable[["Prediction", int], None]:
+    """Returns what prints one prediction a line, below a header."""
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    plain = printable if sys.stdout.isatty() else str
+    begun = False
+
+    def show(prediction: "Prediction", top: int) -> None:
+        nonlocal begun
+        del top
+        names = [plain(name) for name in prediction.class_names]
+        if not begun:
+            shares = [f"probability of {name}" for name in names]
+            writer.writerow(["file", "class", "label", "probability", *shares])
+            begun = True
+        label, all_shares = prediction.label, prediction.shares.tolist()
+        first = [plain(prediction.file), names[label], label, all_shares[label]]
+        writer.writerow([*first, *all_shares])
+        sys.stdout.flush()
+
+    return show
 
 
 def _convert(config: ConvertConfig) -> None:
@@ -135,7 +190,7 @@ def _bench(config: BenchConfig) -> None:
 
     result = bench(config, own_process=True)
     if config.json:
-        print(json.dumps(result))
+        print(as_json(result))
     else:
         show(result, Console())
 
@@ -147,7 +202,7 @@ def _doctor(config: DoctorConfig) -> None:
 
     found = examine(config.expect)
     if config.json:
-        print(json.dumps(found))
+        print(as_json(found))
     else:
         show_doctor(found, Console())
     sys.exit(1 if found["problems"] else 0)
@@ -159,7 +214,7 @@ def _verify_resume(config: VerifyResumeConfig) -> None:
     trials = verify_resume(config, Console(stderr=config.json))
     equal = sum(not trial.differences for trial in trials)
     if config.json:
-        print(json.dumps([dataclasses.asdict(trial) for trial in trials]))
+        print(as_json([dataclasses.asdict(trial) for trial in trials]))
     else:
         print(f"{equal} of {len(trials)} equal")
     sys.exit(0 if equal == len(trials) else 1)
@@ -170,7 +225,7 @@ def _show_warnings(result: dict[str, Any]) -> None:
         print(f"bmjax: warning: {line}", file=sys.stderr)
 
 
-_COMMANDS: dict[type, Callable[[Any], None]] = {
+COMMANDS: dict[type, Callable[[Any], None]] = {
     TrainConfig: _train,
     FinetuneConfig: _finetune,
     DistillConfig: _distill,

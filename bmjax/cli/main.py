@@ -1,39 +1,15 @@
-"""The command line: subcommands made from the config dataclasses, errors in one line."""
+"""The door of the command line: from the first moment signals end it, and output never fails.
 
-import dataclasses
+Only what is light is imported before signals are taken care of; the rest follows in functions.
+"""
+
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
-from types import FrameType
-from typing import Annotated, Any, Union
+from typing import Any
 
-import tyro
-
-from bmjax.cli import supervisor
-from bmjax.cli.commands import _COMMANDS
-from bmjax.cli.tables import print_message
-from bmjax.config import (
-    BenchConfig,
-    ConvertConfig,
-    DistillConfig,
-    DoctorConfig,
-    EvaluateConfig,
-    FinetuneConfig,
-    PredictConfig,
-    TrainConfig,
-    VerifyResumeConfig,
-)
-from bmjax.config.flat import settings_to_keep
-from bmjax.errors import (
-    DivergenceError,
-    StoppedError,
-    StorageError,
-    UserError,
-    explained,
-)
+from bmjax.machine import signals, terminal
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -41,23 +17,61 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     0: done. 2: wrong usage or input. 1: anything else. 143 and 130: stopped by SIGTERM or
     Ctrl-C, after a checkpoint where there was something to save.
+
+    Args:
+        argv: the words after `bmjax`; None: those of the process, whose only work it then is.
     """
-    signal.signal(signal.SIGTERM, _leave)
+    before = signals.leave_on_signals()
     try:
-        _run(sys.argv[1:] if argv is None else list(argv))
+        terminal.prepare_streams()
+        code = _end(sys.argv[1:] if argv is None else list(argv))
+    finally:
+        if argv is not None:
+            signals.restore(before)
+    sys.exit(code)
+
+
+def _end(words: list[str]) -> int:
+    """Runs a command; says what is wrong, and returns the exit code."""
+    try:
+        code = _exit_code(words)
+        sys.stdout.flush()  # a full disk is said here, and not by Python at its very end
     except BrokenPipeError:
         # The reader of a pipe (head, say) left; Python would complain once more at its end.
         sys.stderr.close()
-        sys.exit(1)
+        return 1
     except (Exception, KeyboardInterrupt) as error:
-        sys.exit(_say(error))
+        return _say(error)
+    return code
+
+
+def _exit_code(words: list[str]) -> int:
+    try:
+        _run(words)
+    except SystemExit as leave:
+        asked = signals.asked()
+        if asked and leave.code == 128 + asked:
+            from bmjax.cli.tables import print_message
+
+            print_message(f"stopped by {signals.name_of(asked)}")
+        return leave.code if isinstance(leave.code, int) else int(leave.code is not None)
+    return 0
 
 
 def _run(words: list[str]) -> None:
+    if words[:1] == ["--version"]:
+        from bmjax.version import __version__
+
+        print(f"bmjax {__version__}")
+        return
+    from bmjax.cli import supervisor
+    from bmjax.cli.commands import COMMANDS
+    from bmjax.cli.parsing import parse, resumed
+
     asked = parse(words)
     device = getattr(asked, "device", None)
     if device is None or {device.coordinator, device.num_processes, device.process_id} == {None}:
-        _COMMANDS[type(asked)](resumed(asked, words))
+        COMMANDS[type(asked)](resumed(asked, words))
         return
     from bmjax.machine import hosts
 
@@ -70,6 +84,11 @@ def _run(words: list[str]) -> None:
 
 def _run_as_one_of_several(asked: Any, words: list[str], name: str) -> None:
     """Runs a command together with other processes, and ends this one."""
+    from bmjax.cli import supervisor
+    from bmjax.cli.commands import COMMANDS
+    from bmjax.cli.parsing import resumed
+    from bmjax.cli.tables import print_message
+    from bmjax.config.flat import settings_to_keep
     from bmjax.machine import hosts
     from bmjax.machine.parallel import request_devices
 
@@ -80,8 +99,8 @@ def _run_as_one_of_several(asked: Any, words: list[str], name: str) -> None:
         common.pop("resume", None)  # whether there is a run to go on with, the first knows
         hosts.check_same("settings", common, "Start all with the same flags.")
         if not hosts.is_first():  # the others show nothing but errors
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-        _COMMANDS[type(asked)](hosts.on_first(resumed, asked, words))
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        COMMANDS[type(asked)](hosts.on_first(resumed, asked, words))
     except SystemExit as error:
         code = int(error.code or 0)
     except (Exception, KeyboardInterrupt) as error:
@@ -98,10 +117,15 @@ def _run_as_one_of_several(asked: Any, words: list[str], name: str) -> None:
 
 def _say(error: BaseException) -> int:
     """Prints what is wrong and returns the exit code; raises what it doesn't know."""
+    from bmjax.cli.tables import print_message
+    from bmjax.errors import DivergenceError, StoppedError, StorageError, UserError, explained
+
     if isinstance(error, KeyboardInterrupt):
         error, code = StoppedError("stopped by Ctrl-C", "", 130), 130
     elif isinstance(error, UserError):
         code = 2
+    elif isinstance(error, UnicodeEncodeError):
+        error, code = UserError(_not_encodable(error)), 2
     elif isinstance(error, StoppedError):
         code = error.exit_code
     elif isinstance(error, DivergenceError | StorageError | OSError):
@@ -112,87 +136,13 @@ def _say(error: BaseException) -> int:
     return code
 
 
-def _leave(signum: int, frame: FrameType | None) -> None:
-    del frame
-    sys.exit(128 + signum)
-
-
-def parse(argv: list[str]) -> Any:
-    """Turns the words of a command line into its config, as it would be without `--resume`."""
-    if argv[:1] == ["verify-resume"] and "--" in argv:
-        end = argv.index("--")
-        parse(argv[end + 1 :])  # what is wrong with it is said as without
-        return dataclasses.replace(_parse(argv[:end], {}), command=tuple(argv[end + 1 :]))
-    return _parse(argv, {})
-
-
-def resumed(config: Any, argv: list[str]) -> Any:
-    """Returns the config with which a command goes on.
-
-    With `--resume`, flags that are not given take the values of the run in `--out`.
-
-    Args:
-        config: of `parse`.
-        argv: what it was given.
-    """
-    if isinstance(config, TrainConfig | FinetuneConfig | DistillConfig) and config.run.resume:
-        return _parse(argv, {type(config): _saved(config)})
-    return config
-
-
-def _parse(argv: list[str], defaults: dict[type, Any]) -> Any:
-    commands = {
-        "train": TrainConfig,
-        "finetune": FinetuneConfig,
-        "distill": DistillConfig,
-        "evaluate": EvaluateConfig,
-        "predict": PredictConfig,
-        "convert": ConvertConfig,
-        "bench": BenchConfig,
-        "doctor": DoctorConfig,
-        "verify-resume": VerifyResumeConfig,
-    }
-    kinds = tuple(
-        Annotated[
-            kind,
-            tyro.conf.subcommand(
-                name, description=_one_line(kind), default=defaults.get(kind, tyro.MISSING)
-            )
-            if kind in defaults
-            else tyro.conf.subcommand(name, description=_one_line(kind)),
-        ]
-        for name, kind in commands.items()
-    )
-    commands_type: Any = Union[kinds]  # noqa: UP007
-    return tyro.cli(
-        commands_type,
-        prog="bmjax",
-        description="Train, fine-tune and distil image classifiers in JAX.",
-        args=argv,
-        config=(tyro.conf.OmitArgPrefixes,),
+def _not_encodable(error: UnicodeEncodeError) -> str:
+    """Returns the message for a file name that the locale has no bytes for; output is escaped."""
+    return (
+        f"the locale's encoding of file names, {error.encoding}, has no {error.object!r}. Set "
+        "PYTHONUTF8=1, or LC_ALL=C.UTF-8."
     )
 
 
-def _one_line(kind: type) -> str:
-    return " ".join((kind.__doc__ or "").partition("\n\n")[0].split())
-
-
-def _saved(config: TrainConfig | FinetuneConfig | DistillConfig) -> Any:
-    from bmjax.runs.folder import check_kind, read_run
-
-    if isinstance(config, TrainConfig):
-        path = Path(config.resolved().folder)
-        run = read_run(path)
-        check_kind(run, "train")
-        saved: Any = run.config
-    elif isinstance(config, FinetuneConfig):
-        from bmjax.finetune import tune as finetune
-
-        path = Path(config.train_config().folder)
-        saved = finetune.read_settings(path)
-    else:
-        from bmjax.distill.tour import folder_of, read_settings
-
-        path = folder_of(config)
-        saved = read_settings(path)
-    return dataclasses.replace(saved, out=str(path))
+if __name__ == "__main__":
+    main()

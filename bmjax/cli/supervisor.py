@@ -57,7 +57,7 @@ def watch() -> bool:
         return False
     output = os.dup(1)
     os.dup2(2, 1)
-    sys.stdout = os.fdopen(output, "w")
+    sys.stdout = os.fdopen(output, "w", encoding=sys.stdout.encoding, errors="backslashreplace")
 
     def wait() -> None:
         os.read(int(pipe), 1)  # nothing is ever written: it returns when the other end is closed

@@ -1,5 +1,7 @@
 """What commands print of their results: tables for a person."""
 
+import json
+import math
 import sys
 from typing import Any
 
@@ -77,8 +79,10 @@ def _show_classes(result: dict[str, Any], console: Console) -> None:
     table = Table(title="by class", box=box.SIMPLE)
     for heading in ("class", "precision", "recall", "F1"):
         table.add_column(heading, justify="left" if heading == "class" else "right")
+    absent = set(result["absent_classes"])
     for index, name in enumerate(names):
-        table.add_row(name, *(f"{result[key][index]:.3f}" for key in ("precision", "recall", "f1")))
+        ratios = [f"{result[key][index]:.3f}" for key in ("precision", "recall", "f1")]
+        table.add_row(name, *(["-"] * 3 if result["class_names"][index] in absent else ratios))
     console.print(table)
     if len(names) > _LARGEST_MATRIX:
         console.print(f"the confusion matrix of {len(names)} classes is in --json")
@@ -107,6 +111,19 @@ def show_doctor(found: dict[str, Any], console: Console) -> None:
         console.print(f"problem: {problem}", highlight=False, markup=False, soft_wrap=True)
     if not found["problems"]:
         console.print("nothing is missing")
+
+
+def as_json(value: Any) -> str:
+    """Returns JSON in one line; numbers that are not finite, which JSON lacks, are null."""
+    return json.dumps(_finite(value), allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def print_message(message: object) -> None:

@@ -54,6 +54,7 @@ def check_train(config: BaseConfig) -> None:
         ("devices", config.device.devices, _at_least_one(config.device.devices), "at least 1"),
         ("memory-gib", config.device.memory_gib, config.device.memory_gib >= 0, "at least 0"),
         ("split-seed", config.split_seed, 0 <= config.split_seed < 2**32, "in [0, 2^32)"),
+        ("max-unreadable", config.max_unreadable, 0 <= config.max_unreadable <= 1, "in [0, 1]"),
         ("patience", config.patience, _at_least_one(config.patience), "at least 1"),
         (
             "save-minutes",
@@ -91,6 +92,7 @@ def check_evaluate(config: EvaluateConfig) -> None:
     rules = [
         ("batch-size", config.batch_size, config.batch_size >= 1, "at least 1"),
         ("image-size", config.image_size, _at_least_one(config.image_size), "at least 1"),
+        ("max-unreadable", config.max_unreadable, 0 <= config.max_unreadable <= 1, "in [0, 1]"),
         ("devices", config.device.devices, _at_least_one(config.device.devices), "at least 1"),
     ]
     _check(rules)

@@ -19,6 +19,9 @@ class EvaluateConfig:
         data: Dataset to measure on; none given: the run's own.
         image_size: Side in pixels that images are resized to; none given: the run's.
         split: Part of the dataset.
+        max_unreadable: Share of all image files of the dataset that may be left out as they cannot
+            be decoded, in [0, 1]; unless it is 0, five may always be. Of the run's own data, what
+            it was trained with counts where that is more.
         checkpoint: Params of the latest checkpoint, or those with the best validation accuracy.
         batch_size: Images at once, rounded up to what divides over the devices.
         json: Print one JSON object instead of tables.
@@ -28,6 +31,7 @@ class EvaluateConfig:
     data: str | None = None
     image_size: int | None = None
     split: Literal["train", "validation", "test", "all"] = "test"
+    max_unreadable: float = 0.01
     checkpoint: Literal["latest", "best"] = "latest"
     batch_size: int = 256
     json: bool = False
@@ -40,14 +44,19 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class PredictConfig:
-    """Classify image files with a run.
+    """Classify images with a run.
+
+    A file that is no image is named, the others are classified, and the exit code is 2.
 
     Attributes:
         path: Folder of the run.
-        images: Image files of any format that Pillow reads.
+        images: Image files of any format that Pillow reads; folders, for the images in them and
+            below; or -, for one image from standard input.
         top: Classes shown per image, the likeliest first (at least 1).
         checkpoint: Params of the latest checkpoint, or those with the best validation accuracy.
-        json: Print one JSON object per image, with the probabilities of all classes.
+        json: Print one JSON object per image and line, with the probabilities of all classes.
+        csv: Print a table in CSV: file, class, label (its number), probability, and the probability
+            of each class.
     """
 
     path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
@@ -55,6 +64,7 @@ class PredictConfig:
     top: int = 3
     checkpoint: Literal["latest", "best"] = "latest"
     json: bool = False
+    csv: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,6 +80,8 @@ class ConvertConfig:
             run's folder, or imagenet-v1 or imagenet-v2 for torchvision's published weights.
         out: What to write; nothing that exists is overwritten.
         model: Name of the ResNet; a run knows its own.
+        weights_key: Which state dict of a checkpoint with several, such as state_dict_ema; or the
+            prefix of the names to read. None given: the plain one, and it is said.
         certify: Compare with torchvision (which the extra torch brings): outputs, gradients and
             one training step, written to OUT.certificate.txt and .json; nothing else is written
             where it fails.
@@ -85,6 +97,7 @@ class ConvertConfig:
     path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
     out: str
     model: str | None = None
+    weights_key: str | None = None
     certify: bool = False
     images: str | None = None
     image_size: int | None = None
@@ -93,7 +106,7 @@ class ConvertConfig:
 
     def __post_init__(self) -> None:
         """Reads 0 and an empty word as not given."""
-        unset(self, model="", images="", image_size=0, resize_size=0)
+        unset(self, model="", weights_key="", images="", image_size=0, resize_size=0)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,9 @@ class DistillConfig(BaseConfig):
         teacher_weights: Weights of the teachers' logits in their mean; none given: the same.
         teacher_model: Model of a teacher that is a file, or that is trained where no --teacher is
             given.
+        weights_key: Which state dict of a teacher that is a checkpoint with several, such as
+            state_dict_ema; or the prefix of the names to read. None given: the plain one, and it
+            is said.
         teacher_epochs: Epochs of the teacher that is trained (at least 1).
         student: Name of the student's model, as of `bmjax train --model`.
         generations: How often the student is distilled; from the second time on from itself as
@@ -57,6 +60,7 @@ class DistillConfig(BaseConfig):
     teacher: tuple[str, ...] = ()
     teacher_weights: tuple[float, ...] = ()
     teacher_model: str = "cnn"
+    weights_key: str | None = None
     teacher_epochs: int = 10
     student: str = "mlp"
     generations: int = 1
@@ -77,7 +81,7 @@ class DistillConfig(BaseConfig):
     def __post_init__(self) -> None:
         """Reads 0 and an empty word as not given."""
         super().__post_init__()
-        unset(self, feature_weight=0, teacher_cache="", cache_top=0)
+        unset(self, weights_key="", feature_weight=0, teacher_cache="", cache_top=0)
 
     @property
     def follows_student(self) -> bool:

@@ -28,6 +28,8 @@ class FinetuneConfig(BaseConfig):
         weights: What to begin with: a torchvision checkpoint (.pth, .pt or .safetensors), Flax
             variables (.msgpack), a run's folder, or imagenet-v1 or imagenet-v2 for torchvision's
             published weights.
+        weights_key: Which state dict of a checkpoint with several, such as state_dict_ema; or the
+            prefix of the names to read. None given: the plain one, and it is said.
         image_size: Side in pixels of the images that the model takes; none given: that of
             published weights or of a run, or 224.
         epochs: Passes over the training split, at least 1.
@@ -50,6 +52,7 @@ class FinetuneConfig(BaseConfig):
     label_smoothing: float = 0.1
     model: str | None = None
     weights: str | None = None
+    weights_key: str | None = None
     head: Literal["probe", "random", "keep"] = "probe"
     head_epochs: int = 0
     freeze: tuple[str, ...] = ()
@@ -62,7 +65,7 @@ class FinetuneConfig(BaseConfig):
     def __post_init__(self) -> None:
         """Reads an empty word as not given."""
         super().__post_init__()
-        unset(self, model="", weights="")
+        unset(self, model="", weights="", weights_key="")
 
     def train_config(self) -> TrainConfig:
         """Returns the settings of the training itself; without a model, its name is to be set."""

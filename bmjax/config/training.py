@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from bmjax.config.names import check_flat_names, unset
+from bmjax.config.paths import with_user_paths
 
 # Fields that say which of several processes this one is, and how they find each other.
 PROCESSES = ("coordinator", "num_processes", "process_id")
@@ -156,6 +157,8 @@ class BaseConfig:
         image_size: Side in pixels of the images that the model takes; none given: the dataset's
             own, or 224 where images have different sizes.
         split_seed: Seed by which a validation split is cut from train, where there is none.
+        max_unreadable: Share of all image files of the dataset that may be left out as they cannot
+            be decoded, in [0, 1]; unless it is 0, five may always be. They are named.
         hidden_sizes: Widths of the hidden layers where the model is mlp; none given: 128 64.
         norm: Normalisation of a ResNet: batch; frozen, by the running statistics in training
             too; or group, which sees one example at a time.
@@ -182,6 +185,7 @@ class BaseConfig:
     data: str | None = "mnist5k"
     image_size: int | None = None
     split_seed: int = 0
+    max_unreadable: float = 0.01
     hidden_sizes: tuple[int, ...] = ()
     norm: Literal["batch", "frozen", "group"] = "batch"
     epochs: int | None = None
@@ -245,5 +249,5 @@ class TrainConfig(BaseConfig):
         return dataclasses.replace(
             self,
             epochs=self.epochs or DEFAULT_EPOCHS.get(self.model, 20),
-            out=self.out or f"runs/{self.model}",
+            out=with_user_paths(self).out or f"runs/{self.model}",
         )

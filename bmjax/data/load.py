@@ -2,13 +2,20 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 
-from bmjax.data import preprocess
-from bmjax.data.sources import SPLITS, ArraySource, Dataset, DatasetSpec, Source, all_images
-from bmjax.errors import unknown_name
+from bmjax.config.paths import user_path
+from bmjax.data import hints, preprocess
+from bmjax.data.sources import (
+    SPLITS,
+    ArraySource,
+    Dataset,
+    DatasetSpec,
+    NotLoaded,
+    Source,
+    all_images,
+)
 
 
 def load_dataset(
@@ -20,6 +27,7 @@ def load_dataset(
     memory_gib: float = 4.0,
     splits: Sequence[str] = SPLITS,
     channels: int = 3,
+    max_unreadable: float = 0.01,
     meanwhile: Callable[[DatasetSpec], None] | None = None,
 ) -> Dataset:
     """Loads a dataset, preparing it in the cache folder first where that is needed.
@@ -36,6 +44,8 @@ def load_dataset(
             when they are asked for.
         splits: of train, validation and test those that will be used; no other is decoded.
         channels: 1 for gray, 3 for RGB.
+        max_unreadable: share of all files that may be left out as they cannot be decoded, in
+            [0, 1]; unless it is 0, five may always be. `warnings` names them.
         meanwhile: called with what is already known, while other threads decode the images; not
             called where there is nothing to decode. What it raises ends the loading.
 
@@ -48,7 +58,14 @@ def load_dataset(
         from bmjax.data.kinds.prepare import Options
 
         options = Options(
-            image_size, transform, split_seed, memory_gib, tuple(splits), channels, meanwhile
+            image_size=image_size,
+            transform=transform,
+            split_seed=split_seed,
+            memory_gib=memory_gib,
+            splits=tuple(splits),
+            channels=channels,
+            max_unreadable=max_unreadable,
+            meanwhile=meanwhile,
         )
         if kind == "folder":
             from bmjax.data.kinds import folder
@@ -64,9 +81,9 @@ def load_dataset(
     elif kind == "npz" and colon:
         from bmjax.data.kinds import npz
 
-        dataset = npz.load(Path(path).expanduser(), name)
+        dataset = npz.load(user_path(path), name)
     else:
-        raise unknown_name("dataset", name, ["mnist5k", "npz:PATH", "folder:PATH", "tfds:NAME"])
+        raise hints.unknown(name)
     return resized(dataset, image_size) if image_size else dataset
 
 
@@ -90,7 +107,9 @@ def with_channels(dataset: Dataset, channels: int) -> Dataset:
     if dataset.image_shape[2] != 1 or channels != 3:
         return dataset
 
-    def repeat(source: Source) -> ArraySource:
+    def repeat(source: Source) -> Source:
+        if isinstance(source, NotLoaded):
+            return replace(source, image_shape=(*source.image_shape[:2], 3))
         return ArraySource(np.repeat(all_images(source), 3, axis=-1), source.labels)
 
     train, validation, test = (repeat(dataset.split(name)) for name in SPLITS)

@@ -92,6 +92,9 @@ class Devices(Protocol):
     def put(self, tree: Any) -> Any:
         """Copies a tree of arrays to every device."""
 
+    def put_data(self, tree: Any) -> Any:
+        """Gives arrays that stay as they are to every device, if possible without a copy."""
+
     def put_windows(self, tree: Any) -> Any:
         """Divides arrays [batches, batch, ...] along the batch."""
 
@@ -117,6 +120,8 @@ class Feed:
         wide: whether the images come with their margin.
         view_targets: what else belongs to the batches of a step.
         share: number of this process, and how many there are; see `hosts.share`.
+        until: the step up to which windows are read ahead, across the ends of epochs; by default
+            no further than to the end of an epoch.
     """
 
     def __init__(
@@ -128,6 +133,7 @@ class Feed:
         wide: bool = False,
         view_targets: ViewTargets | None = None,
         share: tuple[int, int] = (0, 1),
+        until: int = 0,
     ):
         self._targets = view_targets
         # What lies beside the epoch in use, and the step that it begins at.
@@ -141,8 +147,10 @@ class Feed:
         self.num_batches = num_batches(len(source), batch_size)
         self._whole = None
         if isinstance(source, ArraySource):
-            self._whole = parallel.put(as_arrays(source, wide))
+            self._whole = parallel.put_data(as_arrays(source, wide))
         self._windows: Iterator[dict[str, np.ndarray]] = iter(())
+        # The step up to which windows are read ahead, and the one that those in turn end at.
+        self._until, self._windows_end = until, 0
         # The window in use with the steps it begins and ends at, and the one after it.
         self._window, self._first, self._end = None, 0, 0
         self._ahead: Any = None
@@ -157,7 +165,7 @@ class Feed:
         if self._whole is not None:
             return {**self._whole, **self._targets_whole(end_of_epoch)}, end_of_epoch
         if not self._first <= step < self._end:
-            if step != self._end or step % self.num_batches == 0:
+            if step != self._end or step >= self._windows_end:
                 self._begin(step)
             self._window = self._read(step) if self._ahead is None else self._ahead
             self._ahead = None
@@ -166,7 +174,7 @@ class Feed:
 
     def read_ahead(self) -> None:
         """Puts the next window on its way to the device, while that one is busy."""
-        if self._whole is None and self._ahead is None and self._end % self.num_batches:
+        if self._whole is None and self._ahead is None and self._end < self._windows_end:
             self._ahead = self._read(self._end)
 
     def _targets_whole(self, end: int) -> dict[str, Any]:
@@ -185,18 +193,16 @@ class Feed:
         return batches_in_window(image.shape, self._batch_size, self.num_batches)
 
     def _begin(self, step: int) -> None:
-        from bmjax.data.stream import windows
+        from bmjax.data.stream import Orders, own_order, windows
 
         epoch, index = divmod(step, self.num_batches)
-        order = np.arange(len(self._source), dtype=np.int32)
-        if self._draw_order is not None:
-            order = self._draw_order(epoch)[: len(self._source)]
-        # Filled up to whole batches, of which this process has its part.
-        missing = -len(order) % self._batch_size
-        batches = np.pad(order, (0, missing), constant_values=order[0])
-        own = np.ascontiguousarray(batches.reshape(-1, self._batch_size)[index:, self._own])
-        size = self._batches_in_window * own.shape[1]
-        self._windows = windows(self._source, own.reshape(-1), size, wide=self._wide)
+        epochs = max(1, num_batches(self._until, self.num_batches) - epoch)
+        size = self._batches_in_window * (self._own.stop - self._own.start)
+        # Nothing in it may lead back here: who lets go of a feed ends its threads.
+        draw = partial(own_order, len(self._source), self._batch_size, self._own, self._draw_order)
+        orders = Orders(draw, epoch, epochs, index, size)
+        self._windows = windows(self._source, orders, size, wide=self._wide)
+        self._windows_end = (epoch + epochs) * self.num_batches
         self._ahead = None
 
     def _read(self, step: int) -> Any:
@@ -270,12 +276,17 @@ def _own_views(own: OwnView, key: Array, images: Array, positions: Array) -> Arr
     """Gives each image a key of its own, so that the number of devices changes nothing."""
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, positions)
     views = jax.vmap(own)(keys, images)
-    if views.shape != images.shape:
-        raise UserError(
-            f"the own view makes an array of shape {views.shape[1:]} of an image of shape "
-            f"{images.shape[1:]} (height, width, channels). It must keep the shape."
-        )
     return views.astype(images.dtype)
+
+
+def check_view_shape(view: Any, image_shape: tuple[int, ...]) -> None:
+    """Raises UserError where an own view does not keep the shape of an image."""
+    shape = getattr(view, "shape", None)
+    if shape != image_shape:
+        raise UserError(
+            f"the own view makes an array of shape {shape} of an image of shape {image_shape} "
+            "(height, width, channels). It must keep the shape."
+        )
 
 
 def epoch_order(key: Array, epoch: Array, num_examples: int, batch_size: int) -> Array:

@@ -11,9 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax import Array
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
+from bmjax.config.paths import user_path
+from bmjax.data import formats
 from bmjax.errors import UserError, unknown_name
+from bmjax.machine.arrays import in_parts
 
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 # A resized picture takes 4 bytes for each, 1 GiB in all.
@@ -73,7 +76,24 @@ def pixel_statistics(images: np.ndarray) -> Normalization:
     Args:
         images: [examples, height, width, channels] uint8.
     """
-    counts = [np.bincount(images[..., c].ravel(), minlength=256) for c in range(images.shape[3])]
+    return statistics_of_counts(count_values(images))
+
+
+def count_values(images: np.ndarray) -> np.ndarray:
+    """Returns how often each channel has each value: [channels, 256] integers.
+
+    Args:
+        images: [examples, height, width, channels] uint8.
+    """
+    counts = np.zeros((images.shape[-1], 256), np.int64)
+    for part in in_parts(images):  # NumPy makes numbers of 8 bytes of the pixels
+        for channel, count in enumerate(counts):
+            count += np.bincount(part[..., channel].ravel(), minlength=256)
+    return counts
+
+
+def statistics_of_counts(counts: np.ndarray) -> Normalization:
+    """Returns what `pixel_statistics` does, of the images that `count_values` was given."""
     values = np.arange(256) / 255
     means = [float(count @ values / count.sum()) for count in counts]
     variances = [
@@ -238,8 +258,9 @@ def decode(file: str | Path | BinaryIO, channels: int = 3) -> Image.Image:
             or more pixels than Pillow takes for safe (`Image.MAX_IMAGE_PIXELS`, twice).
     """
     if isinstance(file, str | Path):
-        return _decode_path(Path(file), channels)
+        return _decode_path(user_path(file), channels)
     name = getattr(file, "name", "the file")
+    formats.register_heif()
     try:
         with Image.open(file) as opened:
             loaded = _load(opened, file)
@@ -248,6 +269,12 @@ def decode(file: str | Path | BinaryIO, channels: int = 3) -> Image.Image:
             return picture if turn is None else picture.transpose(turn)
     except UserError:
         raise
+    except UnidentifiedImageError as error:
+        if what := formats.what_else(file):
+            raise UserError(f"{name} is {what}.") from None
+        raise UserError(
+            f"{name} cannot be read as an image ({error}). It may be cut off or of another format."
+        ) from error
     except Image.DecompressionBombError as error:
         raise UserError(f"{name} has too many pixels ({error}). Make it smaller.") from error
     except Exception as error:  # Readers raise whatever they stumble over: struct.error, KeyError

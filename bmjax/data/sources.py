@@ -1,17 +1,22 @@
 """What a dataset is, and where one comes from."""
 
+import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from bmjax.data import preprocess
+from bmjax.data.arrays import checked_class_names, checked_images, checked_labels
 from bmjax.errors import UserError, unknown_name
+from bmjax.machine.arrays import in_parts
 
 SPLITS = ("train", "validation", "test")
+# What a run is measured on: the first of these that is not empty, or else what it was trained on.
+HELD_OUT: tuple[Literal["test", "validation"], ...] = ("test", "validation")
 
 
 class Source(Protocol):
@@ -94,6 +99,65 @@ class Dataset:
     content: Callable[[], str] | None = None
     warnings: tuple[str, ...] = ()
 
+    @classmethod
+    def from_arrays(
+        cls,
+        images: np.ndarray,
+        labels: np.ndarray,
+        class_names: Sequence[str] | None = None,
+        *,
+        validation: tuple[np.ndarray, np.ndarray] | None = None,
+        test: tuple[np.ndarray, np.ndarray] | None = None,
+        name: str = "arrays",
+    ) -> "Dataset":
+        """Makes a dataset of arrays.
+
+        Without other splits, 20% and 10% of each class become test and validation; with one of
+        them, 10% become the other. They are chosen by content: the same images are split alike,
+        whatever their order.
+
+        Args:
+            images: [examples, height, width] or [examples, height, width, channels] uint8, with 1
+                or 3 channels.
+            labels: [examples] integers from 0.
+            class_names: one per class, in order of the labels; None: numbers.
+            validation: images and labels of that split.
+            test: the same.
+            name: what the dataset is called.
+
+        Raises:
+            UserError: arrays that are no labelled images, or labels out of range.
+
+        Example:
+            >>> images, labels = np.zeros((40, 8, 8), np.uint8), np.arange(40) % 2
+            >>> Dataset.from_arrays(images, labels, ("cat", "dog")).image_shape
+            (8, 8, 1)
+        """
+        given = {"train": (images, labels), "validation": validation, "test": test}
+        parts: dict[str, ArraySource] = {}
+        for split, pair in given.items():
+            if pair is not None:
+                parts[split] = _checked_source(*pair, split, name)
+        shape = parts["train"].image_shape
+        for split, part in parts.items():
+            if part.image_shape != shape:
+                raise UserError(
+                    f"{name}: images of {split} have shape {part.image_shape}, those of train "
+                    f"{shape} (height, width, channels). Make them one size."
+                )
+        names = checked_class_names(
+            {split: part.labels for split, part in parts.items()}, class_names, name
+        )
+        train = parts["train"]
+        shares = {"test": 0.2, "validation": 0.1} if len(parts) == 1 else {"test": 0.1}
+        if len(parts) == 2 and "test" in parts:
+            shares = {"validation": 0.1}
+        if len(parts) < 3:
+            shares["train"] = 1 - sum(shares.values())
+            for split, index in stratified_split(train.images, train.labels, shares).items():
+                parts[split] = ArraySource(train.images[index], train.labels[index])
+        return cls(name, parts["train"], parts["validation"], parts["test"], names)
+
     @property
     def num_classes(self) -> int:
         """Number of classes."""
@@ -118,8 +182,15 @@ class Dataset:
 
         Of arrays, it is that of all images and labels in order. Of files, it is that of their
         `content`, the transform and the number of channels: the same whether they are in memory
-        and whichever splits are loaded.
+        and whichever splits are loaded. It is computed once.
+
+        Raises:
+            UserError: files that have to be read for it cannot be.
         """
+        return self._fingerprint
+
+    @functools.cached_property
+    def _fingerprint(self) -> str:
         digest = hashlib.sha256()
         if self.content is not None:
             settings = self.transform.to_dict() if self.transform else None
@@ -128,16 +199,27 @@ class Dataset:
         for name in SPLITS:
             images = all_images(self.split(name))
             digest.update(f"{name} {images.shape}".encode())
-            digest.update(np.ascontiguousarray(images).tobytes())
+            for part in in_parts(images):
+                digest.update(np.ascontiguousarray(part).data)
             digest.update(self.split(name).labels.astype("<i4").tobytes())
         return digest.hexdigest()
+
+
+def _checked_source(images: Any, labels: Any, split: str, name: str) -> ArraySource:
+    images = checked_images(images, f"{name}: images of {split}")
+    if not len(images):
+        raise UserError(f"{name}: {split} is empty. Give examples, or leave the split out.")
+    return ArraySource(images, checked_labels(labels, len(images), f"{name}: labels of {split}"))
 
 
 def all_images(source: Source) -> np.ndarray:
     """Returns all images of a split: [examples, height, width, channels] uint8."""
     if isinstance(source, ArraySource):
         return source.images
-    return np.stack([source[index]["image"] for index in range(len(source))])
+    images = np.empty((len(source), *source.image_shape), np.uint8)
+    for index in range(len(source)):
+        images[index] = source[index]["image"]
+    return images
 
 
 def _joined(parts: list[Source]) -> Source:

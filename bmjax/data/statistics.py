@@ -1,12 +1,18 @@
 """Mean and standard deviation of a dataset's pixels, and what a run keeps of its data."""
 
+import threading
 from typing import Any
 
 import numpy as np
 
 from bmjax.config import BaseConfig
 from bmjax.data import ArraySource, Dataset, preprocess
+from bmjax.data.kinds.files import FileSource
+from bmjax.data.kinds.kept import made_by, remembered_of
+from bmjax.data.kinds.prepare import in_threads
 from bmjax.data.preprocess import Normalization
+from bmjax.data.sources import Source
+from bmjax.errors import UserError
 
 # Images that the statistics of pixels are taken from, of files: the same whether they are in
 # memory or not.
@@ -33,16 +39,36 @@ def describe(dataset: Dataset, normalization: Normalization | None = None) -> di
 
 def pixel_statistics(dataset: Dataset) -> Normalization:
     """Returns mean and deviation of the training split's pixels, of a sample where it is large."""
-    return preprocess.pixel_statistics(_some_images(dataset))
-
-
-def _some_images(dataset: Dataset) -> np.ndarray:
     source = dataset.train
+    if isinstance(source, ArraySource) and (dataset.content is None or len(source) <= _SAMPLE):
+        return preprocess.pixel_statistics(source.images)
     some = np.unique(np.linspace(0, len(source) - 1, _SAMPLE).astype(int))
+    if isinstance(source, FileSource):
+        what = f"values of {_SAMPLE} by {made_by(source.view)}"
+        counts = remembered_of([source.encoded], what, lambda: _count(source, some).tolist())
+        return preprocess.statistics_of_counts(np.array(counts))
+    return preprocess.statistics_of_counts(_count(source, some))
+
+
+def _count(source: Source, some: np.ndarray) -> np.ndarray:
+    """Counts the values in some images, one at a time: together they may not fit into memory."""
+    counts = np.zeros((source.image_shape[2], 256), np.int64)
+    lock = threading.Lock()
+
+    def add(number: int) -> None:
+        image = source[int(some[number])]["image"]
+        found = preprocess.count_values(image[None])
+        with lock:
+            np.add(counts, found, out=counts)
+
     if isinstance(source, ArraySource):
-        few = dataset.content is None or len(source) <= _SAMPLE
-        return source.images if few else source.images[some]
-    return np.stack([source[int(index)]["image"] for index in some])
+        for number in range(len(some)):
+            add(number)
+    elif problems := in_threads(add, len(some), "measuring pixels"):
+        number, reason = next(iter(problems.items()))
+        source[int(some[number])]  # raises, naming the image
+        raise UserError(f"image {some[number]} of train could not be read ({reason}).")
+    return counts
 
 
 def loss_weights(

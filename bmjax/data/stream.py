@@ -1,6 +1,7 @@
 """Windows of examples, read ahead in threads by Grain while the device computes."""
 
-from collections.abc import Generator
+import threading
+from collections.abc import Callable, Generator
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from bmjax.machine.quiet import errors_only
 class _Ordered:
     """Random access to a source in an order, as Grain takes it."""
 
-    def __init__(self, source: Source, order: np.ndarray, wide: bool):
+    def __init__(self, source: Source, order: "np.ndarray | Orders", wide: bool):
         self._source, self._order, self._wide = source, order, wide
 
     def __len__(self) -> int:
@@ -38,9 +39,80 @@ class _Ordered:
         return f"_Ordered({self._source!r}, {len(self)}, {self._wide})"
 
 
+class Orders:
+    """The orders of several epochs, one after the other; the threads draw each when it begins.
+
+    Args:
+        draw: `draw(epoch, index)` returns the order of an epoch from batch `index` on: arrays of
+            integers that are of one length for all epochs from batch 0 on.
+        first: the first epoch.
+        epochs: how many there are, at least 1.
+        index: the batch that the first epoch begins with.
+        size: examples in a window. Each epoch is filled up with its first example to whole windows.
+    """
+
+    def __init__(
+        self,
+        draw: Callable[[int, int], np.ndarray],
+        first: int,
+        epochs: int,
+        index: int,
+        size: int,
+    ):
+        self._draw, self._epoch, self._size = draw, first, size
+        self._drawn = {0: self._filled_up(draw(first, index))}
+        self._begin = len(self._drawn[0])
+        # Orders have one length, so that this one tells that of later epochs.
+        self._length = len(self._filled_up(draw(first, 0))) if index and epochs > 1 else self._begin
+        self._number = self._begin + (epochs - 1) * self._length
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return self._number
+
+    def __getitem__(self, position: int) -> int:
+        later, place = divmod(position - self._begin, self._length)
+        if later < 0:
+            later, place = -1, position
+        return int(self._order(later + 1)[place])
+
+    def _order(self, number: int) -> np.ndarray:
+        with self._lock:
+            if number not in self._drawn:
+                self._drawn[number] = self._filled_up(self._draw(self._epoch + number, 0))
+                # Threads are at work on two windows, which may lie in more epochs than two.
+                for done in [old for old in self._drawn if old < number - 3]:
+                    del self._drawn[done]
+            return self._drawn[number]
+
+    def _filled_up(self, order: np.ndarray) -> np.ndarray:
+        return _filled_up(order, self._size)
+
+
+def own_order(
+    num_examples: int,
+    batch_size: int,
+    own: slice,
+    draw_order: Callable[[int], np.ndarray] | None,
+    epoch: int,
+    index: int,
+) -> np.ndarray:
+    """Returns a process's part of the batches of an epoch, from batch `index` on."""
+    order = np.arange(num_examples, dtype=np.int32)
+    if draw_order is not None:
+        order = draw_order(epoch)[:num_examples]
+    # Filled up to whole batches, of which this process has its part.
+    batches = np.pad(order, (0, -num_examples % batch_size), constant_values=order[0])
+    return np.ascontiguousarray(batches.reshape(-1, batch_size)[index:, own]).reshape(-1)
+
+
+def _filled_up(order: np.ndarray, size: int) -> np.ndarray:
+    return np.pad(order, (0, -len(order) % size), constant_values=order[0])
+
+
 def windows(
     source: Source,
-    order: np.ndarray,
+    order: np.ndarray | Orders,
     size: int,
     *,
     wide: bool,
@@ -53,7 +125,8 @@ def windows(
 
     Args:
         source: random access to the examples.
-        order: [examples] integers, the place in the source of the first, second, ... example.
+        order: [examples] integers, the place in the source of the first, second, ... example; or
+            those of several epochs.
         size: examples in a window, at least 1.
         wide: whether images come with the margin that random views are cut from.
         threads: that decode; None takes one per processor.
@@ -70,10 +143,10 @@ def windows(
     with errors_only():
         import grain  # type: ignore[import-untyped]
 
-    order = np.asarray(order)
     if not len(order):
         return
-    order = np.pad(order, (0, -len(order) % size), constant_values=order[0])
+    if not isinstance(order, Orders):
+        order = _filled_up(np.asarray(order), size)
     buffered = ahead * size
     options = grain.ReadOptions(min(threads or num_threads(), buffered), buffered)
     examples = grain.MapDataset.source(_Ordered(source, order, wide))

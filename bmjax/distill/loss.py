@@ -16,8 +16,9 @@ from bmjax.distill.feature_matching import Matching, feature_shapes, match
 from bmjax.distill.teacher_cache import TEACHER_LOGITS, logits_of_batch
 from bmjax.losses import logits as losses
 from bmjax.losses.table import LOSS_PARAMS
+from bmjax.runs.inference import predict_features, predict_logits
 from bmjax.runs.trained import TrainedRun
-from bmjax.train.apply import apply_with_features, predict_features, predict_logits
+from bmjax.train.apply import apply_with_features
 from bmjax.train.step import Batch, LossFn, label_loss
 
 

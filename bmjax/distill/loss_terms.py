@@ -18,13 +18,14 @@ from bmjax.data.preprocess import Normalization
 from bmjax.data.statistics import loss_weights, pixel_statistics
 from bmjax.distill.feature_matching import Matching
 from bmjax.distill.loss import logit_loss
-from bmjax.distill.tour import initial_variables, load_data, load_teachers, match_with
+from bmjax.distill.tour import as_one, initial_variables, load_data, load_teachers, match_with
 from bmjax.losses.conventions import called_elsewhere
 from bmjax.losses.table import _CONVENTIONS, LOSS_PARAMS
 from bmjax.machine.cache import use_compilation_cache
 from bmjax.machine.parallel import Parallel, request_devices
 from bmjax.models.build import build_model
-from bmjax.train.apply import apply_with_features, predict_features
+from bmjax.runs.inference import predict_features
+from bmjax.train.apply import apply_with_features
 from bmjax.train.compiled import draw_batches
 from bmjax.train.step import Batch, label_loss, run_keys
 
@@ -47,8 +48,9 @@ def explain(config: DistillConfig, console: Console | None = None) -> dict[str, 
     check_distill(config)
     request_devices(config.device)
     use_compilation_cache()
-    teachers, teacher = load_teachers(config, console)
+    teachers = load_teachers(config, console)
     dataset = load_data(config, teachers)
+    teacher = as_one(config, teachers, dataset, console)
     train = config.train_config(config.student, "none")
     model = build_model(train, dataset.num_classes)
     normalization = pixel_statistics(dataset)

@@ -31,8 +31,8 @@ from bmjax.errors import UserError
 from bmjax.machine import hosts
 from bmjax.machine.parallel import Parallel
 from bmjax.machine.storage import make_folder, read_json, write_atomically
+from bmjax.runs.inference import predict_logits
 from bmjax.runs.trained import TrainedRun
-from bmjax.train.apply import predict_logits
 from bmjax.train.compiled import draw_batches
 from bmjax.train.step import Batch, run_keys
 
@@ -245,7 +245,7 @@ def _ask_all(
     parallel = Parallel("jit", jax.local_devices()[:1])
     _, key = run_keys(config.seed)
     orders = epoch_orders(key, dataset, config)
-    feed = loader.Feed(dataset.train, parallel, config.batch_size, orders, wide=True)
+    feed = loader.Feed(dataset.train, parallel, config.batch_size, orders, True, until=total)
     view = loader.make_view(config.views, dataset.image_shape[:2], mean)
 
     # In a loop, as the steps of the training are: the compiler then makes the same of the views,

@@ -8,17 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
+import numpy as np
 from jax import Array
 from rich.console import Console
 
 from bmjax.config import TrainConfig
+from bmjax.config.paths import user_path
+from bmjax.data.classes import match_classes
 from bmjax.data.preprocess import Normalization
 from bmjax.errors import UserError
 from bmjax.machine import hosts
 from bmjax.models import RESNETS, create_model
+from bmjax.runs import checkpoint
 from bmjax.runs.folder import Run
-from bmjax.runs.trained import TrainedRun, load_run, same_classes
-from bmjax.train.apply import predict_logits
+from bmjax.runs.inference import predict_logits
+from bmjax.runs.trained import TrainedRun, load_run
+from bmjax.weights.convert import refuse_not_finite
 from bmjax.weights.pretrained import read_pretrained
 
 
@@ -56,32 +61,104 @@ def _of_member(variables: dict[str, Any], index: int) -> dict[str, Any]:
     return {name: tree[f"member{index}"] for name, tree in variables.items()}
 
 
+@dataclass(frozen=True, eq=False)
+class OutputsOf:
+    """A model of which some outputs are taken, in another order; it is only applied.
+
+    Attributes:
+        model: the Linen module.
+        columns: the outputs that are taken, in order.
+    """
+
+    model: Any
+    columns: tuple[int, ...]
+
+    @property
+    def dtype(self) -> Any:
+        """What the model computes in."""
+        return getattr(self.model, "dtype", None)
+
+    def init(self, key: Array, images: Array) -> Any:
+        """Returns random variables of the model."""
+        return self.model.init(key, images)
+
+    def apply(self, variables: Any, images: Array, **options: Any) -> Any:
+        """Applies the model as `model.apply`, and takes these columns of its logits."""
+        result, columns = self.model.apply(variables, images, **options), np.array(self.columns)
+        if isinstance(result, tuple):  # what it was asked to keep comes beside
+            return result[0][:, columns], *result[1:]
+        return result[:, columns]
+
+
+def with_classes(teacher: TrainedRun, class_names: Sequence[str], owner: str) -> TrainedRun:
+    """Returns a teacher with logits for these classes, in this order.
+
+    Of one that knows more classes, the logits of the others are left out: its predictions are then
+    those given that the class is one of these. What the user should know is among the `warnings`.
+
+    Args:
+        teacher: one model.
+        class_names: of the data or of another teacher.
+        owner: whose classes these are, for messages.
+
+    Raises:
+        UserError: there are classes that the teacher does not know.
+    """
+    path, own = teacher.run.path, teacher.class_names
+    remedy = "Choose a teacher and data of the same classes."
+    match = match_classes(own, class_names, f"the teacher {path}", owner, remedy)
+    if own == tuple(class_names):
+        return teacher
+    data = {**teacher.run.data, "class_names": list(class_names)}
+    teacher = dataclasses.replace(
+        teacher,
+        run=dataclasses.replace(teacher.run, data=data),
+        warnings=(*teacher.warnings, *match.warnings),
+    )
+    if match.is_identity:
+        return teacher
+    digest = hashlib.sha256(f"{match.places} of {teacher.fingerprint}".encode())
+    model: Any = OutputsOf(teacher.model, match.places)
+    return dataclasses.replace(teacher, model=model, fingerprint=digest.hexdigest())
+
+
 def load_teacher(
     source: str,
     model: str | None = None,
     image_size: int | None = None,
     console: Console | None = None,
+    *,
+    key: str | None = None,
 ) -> TrainedRun:
     """Reads a teacher.
 
     Args:
-        source: a run's folder, or a torchvision checkpoint.
+        source: a run's folder, or a torchvision checkpoint: any file is one, whatever its suffix.
         model: name of the ResNet that a checkpoint is of.
         image_size: side of the images that a checkpoint is given; None: 224.
         console: where it is said what damage of a file cannot be seen.
+        key: which state dict of a checkpoint with several; a run has none.
 
     Raises:
         UserError: a source that is not there, cannot be read, or does not fit the model.
     """
-    path = Path(source)
-    if not path.suffix or hosts.on_first(path.is_dir):
-        return load_run(path)
+    path = user_path(source)
+    if hosts.on_first(path.is_dir):
+        trained = load_run(path)
+        refuse_not_finite(checkpoint.to_named(trained.variables), f"the run in {path}")
+        return trained
+    if not hosts.on_first(path.is_file):
+        raise UserError(
+            f"--teacher {source} is not there: neither a run's folder nor a file of weights. Check "
+            "the path."
+        )
     if model not in RESNETS:
         raise UserError(
             f"--teacher {source} is a file, which does not name its own model: --teacher-model "
-            f"says which ResNet, but is {model!r}. Known: {', '.join(sorted(RESNETS))}."
+            f"says which ResNet{f', but is {model!r}' if model else ''}. Known: "
+            f"{', '.join(sorted(RESNETS))}."
         )
-    weights = read_pretrained(source, model, image_size=image_size, console=console)
+    weights = read_pretrained(source, model, key=key, image_size=image_size, console=console)
     run = Run(path, TrainConfig(model=model, data="", out=source), weights.data, {})
     module = create_model(model, len(weights.data["class_names"]))
     return TrainedRun(run, module, weights.variables, 0, weights.fingerprint(), ())
@@ -97,12 +174,11 @@ def combine(teachers: Sequence[TrainedRun], weights: Sequence[float] = ()) -> Tr
     Raises:
         UserError: teachers that do not fit each other, or weights that do not fit them.
     """
-    shares = _shares(len(teachers), weights)
+    shares = check_together(teachers, weights)
     first = teachers[0]
     if len(teachers) == 1:
         return first
-    for other in teachers[1:]:
-        _check_alike(first, other)
+    teachers = [first, *(_alike(first, other) for other in teachers[1:])]
     digest = hashlib.sha256()
     for share, teacher in zip(shares, teachers, strict=True):
         digest.update(f"{share!r} {teacher.fingerprint}\n".encode())
@@ -144,16 +220,30 @@ def _shares(number: int, weights: Sequence[float]) -> tuple[float, ...]:
     return tuple(weight / total for weight in weights)
 
 
-def _check_alike(first: TrainedRun, other: TrainedRun) -> None:
-    one, two = first.run.data, other.run.data
-    names = tuple(one["class_names"]), tuple(two["class_names"])
-    if len(names[0]) != len(names[1]) or not same_classes(*names):
-        raise UserError(
-            f"the teachers {first.run.path} and {other.run.path} know different classes: "
-            f"{', '.join(names[0])}; and {', '.join(names[1])}."
-        )
-    if tuple(one["image_shape"]) != tuple(two["image_shape"]):
-        raise UserError(
-            f"the teachers {first.run.path} and {other.run.path} take images of different shapes, "
-            f"{tuple(one['image_shape'])} and {tuple(two['image_shape'])}."
-        )
+def check_together(teachers: Sequence[TrainedRun], weights: Sequence[float]) -> tuple[float, ...]:
+    """Checks all of several teachers but their classes; returns their weights, adding up to 1.
+
+    Raises:
+        UserError: weights that do not fit, or teachers that take images of different shapes.
+    """
+    shares = _shares(len(teachers), weights)
+    first, *others = teachers
+    for other in others:
+        one, two = (tuple(each.run.data["image_shape"]) for each in (first, other))
+        if one != two:
+            raise UserError(
+                f"the teachers {first.run.path} and {other.run.path} take images of different "
+                f"shapes, {one} and {two}."
+            )
+    return shares
+
+
+def _alike(first: TrainedRun, other: TrainedRun) -> TrainedRun:
+    """Returns a teacher with its logits in the order of the first one's."""
+    both = f"the teachers {first.run.path} and {other.run.path} know different classes"
+    if len(first.class_names) != len(other.class_names):
+        raise UserError(f"{both}: {first.num_classes} and {other.num_classes} of them.")
+    try:
+        return with_classes(other, first.class_names, f"the teacher {first.run.path}")
+    except UserError as error:
+        raise UserError(f"{both}: {error}") from None

@@ -13,9 +13,10 @@ from rich.console import Console
 from bmjax.config import DistillConfig, EvaluateConfig, TrainConfig
 from bmjax.config.checks import check_distill, checked
 from bmjax.config.flat import contradictions, flatten, settings_to_keep, unflatten
+from bmjax.config.paths import user_path
 from bmjax.data import Dataset, load_dataset, loader
 from bmjax.data.preprocess import Normalization
-from bmjax.data.sources import Source
+from bmjax.data.sources import HELD_OUT, Source
 from bmjax.data.statistics import loss_weights, pixel_statistics
 from bmjax.distill.feature_matching import Matching
 from bmjax.distill.loss import distillation_loss, match_features
@@ -28,18 +29,20 @@ from bmjax.distill.resumption import (
     update_settings,
 )
 from bmjax.distill.teacher_cache import NoCache, cached_teacher
-from bmjax.distill.teachers import combine, load_teacher
+from bmjax.distill.teachers import check_together, combine, load_teacher, with_classes
 from bmjax.errors import DivergenceError, StoppedError, UserError
 from bmjax.evaluate.measure import measure
 from bmjax.losses.table import LOSS_PARAMS
 from bmjax.machine import hosts
 from bmjax.machine.parallel import request_devices
+from bmjax.machine.progress import shown_on, stage
 from bmjax.machine.storage import free_folder, make_folder, write_atomically, write_settings
 from bmjax.machine.storage import read_settings as read_file
+from bmjax.machine.terminal import forgiving_console
 from bmjax.models import num_params
 from bmjax.models.build import build_model
 from bmjax.runs.folder import CONFIG, TOUR, check_kind, read_run, refuse_existing
-from bmjax.runs.trained import TrainedRun, check_fits, load_for, load_run
+from bmjax.runs.trained import TrainedRun, load_for, load_run, match_data
 from bmjax.train.job import Job, StartingPoint
 from bmjax.train.loop import train
 from bmjax.train.programs import check_possible
@@ -51,6 +54,7 @@ _OF_BOTH = (
     "data",
     "image_size",
     "split_seed",
+    "max_unreadable",
     "batch_size",
     "seed",
     "precision",
@@ -81,7 +85,7 @@ def distill(config: DistillConfig, console: Console | None = None) -> dict[str, 
     config = checked(config)
     if config.explain_loss:
         raise ValueError("explain_loss trains nothing: call bmjax.distill.loss_terms.explain.")
-    return run(config, console or Console())
+    return run(config, forgiving_console(console))
 
 
 def run(config: DistillConfig, console: Console) -> dict[str, Any]:
@@ -90,15 +94,17 @@ def run(config: DistillConfig, console: Console) -> dict[str, Any]:
     config = hosts.on_first(_settled, config)
     out = Path(config.folder)
     try:
-        return _distill(config, out, console)
+        with shown_on(console):
+            return _distill(config, out, console)
     except StoppedError as error:
         go_on = f"bmjax distill --resume --out {out}"
         raise StoppedError(error.progress, go_on, error.exit_code) from None
 
 
 def _distill(config: DistillConfig, out: Path, console: Console) -> dict[str, Any]:
-    teachers, teacher = load_teachers(config, console)
+    teachers = load_teachers(config, console)
     dataset = load_data(config, teachers)
+    teacher = as_one(config, teachers, dataset, console)
     plan = _Plan(config, out, dataset, console)
     plan.check(teacher)
     if len(plan.folders) > 1 and not config.run.resume:
@@ -125,15 +131,45 @@ def _distill(config: DistillConfig, out: Path, console: Console) -> dict[str, An
     return _finish(config, dataset, plan, teacher)
 
 
-def load_teachers(
-    config: DistillConfig, console: Console | None = None
-) -> tuple[list[TrainedRun], TrainedRun | None]:
-    """Reads the teachers that are named; returns them, and all of them as one, or None."""
-    teachers = [
-        load_teacher(source, config.teacher_model, config.image_size, console)
-        for source in ([] if config.follows_student else config.teacher)
-    ]
-    return teachers, combine(teachers, config.teacher_weights) if teachers else None
+def load_teachers(config: DistillConfig, console: Console | None = None) -> list[TrainedRun]:
+    """Reads the teachers that are named, as they are, and checks that they fit each other."""
+    teachers = []
+    for source in () if config.follows_student else config.teacher:
+        with stage(f"reading the teacher {source}"):
+            teachers.append(
+                load_teacher(
+                    source, config.teacher_model, config.image_size, console, key=config.weights_key
+                )
+            )
+    if teachers:
+        check_together(teachers, config.teacher_weights)
+    return teachers
+
+
+def as_one(
+    config: DistillConfig, teachers: list[TrainedRun], dataset: Dataset, console: Console | None
+) -> TrainedRun | None:
+    """Returns all teachers as one with logits for the classes of the data; None: there are none.
+
+    Args:
+        config: `teacher_weights`.
+        teachers: from `load_teachers`.
+        dataset: from `load_data`.
+        console: where warnings are shown.
+
+    Raises:
+        UserError: the data have classes that a teacher does not know.
+    """
+    if not teachers:
+        return None
+    teacher = combine(
+        [with_classes(each, dataset.class_names, dataset.name) for each in teachers],
+        config.teacher_weights,
+    )
+    for line in dict.fromkeys(teacher.warnings):
+        if console is not None:
+            console.print(f"warning: {line}", highlight=False, markup=False, soft_wrap=True)
+    return teacher
 
 
 def match_with(
@@ -204,18 +240,18 @@ def _num_params(model: Any, shape: tuple[int, int, int]) -> int:
 
 def load_data(config: DistillConfig, teachers: list[TrainedRun]) -> Dataset:
     """Loads the data as the teachers take images; checks that they fit all of them."""
-    memory_gib, seed = config.device.memory_gib, config.split_seed
+    how: dict[str, Any] = {
+        "split_seed": config.split_seed,
+        "memory_gib": config.device.memory_gib,
+        "max_unreadable": config.max_unreadable,
+    }
     if not teachers:
-        return load_dataset(
-            config.data_name, config.image_size, split_seed=seed, memory_gib=memory_gib
-        )
+        return load_dataset(config.data_name, config.image_size, **how)
     for teacher in teachers:
         _check_split(config, teacher)
-    dataset = load_for(
-        teachers[0], config.data_name, config.image_size, memory_gib=memory_gib, split_seed=seed
-    )
+    dataset = load_for(teachers[0], config.data_name, config.image_size, **how)
     for teacher in teachers:
-        check_fits(teacher, dataset)
+        match_data(teacher, dataset)
     return dataset
 
 
@@ -250,7 +286,7 @@ def _settled(config: DistillConfig) -> DistillConfig:
 def folder_of(config: DistillConfig) -> Path:
     """Returns the folder; where none is given, a new one, or for a resumption the newest."""
     if config.out:
-        return Path(config.out)
+        return user_path(config.out)
     default = Path(DEFAULT_OUT)
     if not config.run.resume:
         return free_folder(default)
@@ -295,9 +331,12 @@ def train_student(
 ) -> None:
     """Trains one student; without a teacher it follows the running average of its own params."""
     student = config.train_config(config.student, str(out))
+    if teacher is not None:
+        teacher = with_classes(teacher, dataset.class_names, dataset.name)
     extra = {
         "teacher": list(config.teacher) or [str(teacher.run.path) if teacher else ""],
         "teacher_model": config.teacher_model,
+        "weights_key": config.weights_key,
         "teacher_fingerprint": teacher.fingerprint if teacher else "",
         **config.loss_settings(),
     }
@@ -308,7 +347,7 @@ def train_student(
     if teacher is not None and matching is None:
         view_targets = NoCache(config.batch_size, dataset.num_classes)
     if teacher is not None and config.teacher_cache:
-        folder = Path(config.teacher_cache)
+        folder = user_path(config.teacher_cache)
         folder = folder / out.name if config.generations > 1 else folder
         mean = pixel_statistics(dataset).mean
         view_targets = cached_teacher(folder, teacher, dataset, config, mean, console)
@@ -343,9 +382,10 @@ def _finish(
 ) -> dict[str, Any]:
     """Measures teacher and students on the test split, which nothing before has looked at.
 
-    A folder without one is measured on its validation split; no params were chosen by it.
+    Data without one is measured on its validation split; no params were chosen by it. Where that
+    is empty too, it is the training split.
     """
-    split = "test" if len(dataset.test) else "validation"
+    split = next((name for name in HELD_OUT if len(dataset.split(name))), "train")
     which = "best" if config.patience else "latest"
     source = dataset.split(split)
     students = [load_run(path, which) for path in plan.students]
@@ -354,7 +394,8 @@ def _finish(
     if not config.teacher:
         trained.insert(0, ("alone", load_run(plan.alone.folder, which)))
     measured = [("teacher", teacher)] if teacher else []
-    rows = [_row(role, run, source, config) for role, run in [*measured, *trained]]
+    with stage(f"measuring {len(measured + trained)} models"):
+        rows = [_row(role, run, source, config) for role, run in [*measured, *trained]]
     result: dict[str, Any] = {
         "rows": rows,
         "split": split,

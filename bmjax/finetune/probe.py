@@ -18,6 +18,8 @@ from bmjax.losses import logits as losses
 
 # From nearly none to so much that all classes look alike.
 _PENALTIES = tuple(10.0**power for power in range(-5, 2))
+# Where nothing says which is best: enough not to be sure of one image per class.
+_UNVALIDATED = 0.1
 _ITERATIONS = 200
 
 
@@ -29,7 +31,8 @@ class Probe:
         kernel: [features, classes] float32.
         bias: [classes] float32.
         penalty: the one of `tried` with the lowest validation loss.
-        tried: `(penalty, validation loss in nats, validation accuracy in [0, 1])`.
+        tried: `(penalty, validation loss in nats, validation accuracy in [0, 1])`; none without
+            a validation split.
     """
 
     kernel: np.ndarray
@@ -38,9 +41,9 @@ class Probe:
     tried: tuple[tuple[float, float, float], ...]
 
     @property
-    def accuracy(self) -> float:
-        """Accuracy on the validation split, in [0, 1]."""
-        return min(self.tried, key=lambda row: row[1])[2]
+    def accuracy(self) -> float | None:
+        """Accuracy on the validation split, in [0, 1]; None where that is empty."""
+        return min(self.tried, key=lambda row: row[1])[2] if self.tried else None
 
 
 def probe_head(
@@ -55,7 +58,8 @@ def probe_head(
     Minimises the mean cross entropy plus `penalty / 2` times the squared kernel, on features
     brought to mean 0 and variance 1, by L-BFGS; of seven penalties from 1e-5 to 10 takes the one
     with the lowest cross entropy on the validation split: one with the best accuracy may be far
-    too sure of itself, and training would begin by unlearning that.
+    too sure of itself, and training would begin by unlearning that. Where that split is empty, the
+    penalty is 0.1.
 
     Args:
         model: of the weights; its own head is not used.
@@ -65,15 +69,19 @@ def probe_head(
         weights: a factor of the loss per class; None: 1.
     """
     features, labels = compute_features(model, variables, normalization, dataset.train)
-    others, other_labels = compute_features(model, variables, normalization, dataset.validation)
     mean, std = features.mean(axis=0), features.std(axis=0)
     std = np.where(std > 0, std, 1.0)
-    inputs, other_inputs = (features - mean) / std, (others - mean) / std
+    inputs = (features - mean) / std
     factors = np.ones(dataset.num_classes) if weights is None else np.array(weights)
     start = (
         jnp.zeros((inputs.shape[1], dataset.num_classes)),
         jnp.zeros(dataset.num_classes),
     )
+    if not len(dataset.validation):
+        head = fit_logistic(start, jnp.asarray(inputs), labels, factors[labels], _UNVALIDATED)
+        return _probe(np.asarray(head[0]), np.asarray(head[1]), mean, std, _UNVALIDATED, ())
+    others, other_labels = compute_features(model, variables, normalization, dataset.validation)
+    other_inputs = (others - mean) / std
     best, tried = None, []
     for penalty in reversed(_PENALTIES):
         # Each begins where the one before ended, which is near.
@@ -86,10 +94,21 @@ def probe_head(
             best = (loss, penalty, kernel, bias)
     assert best is not None
     _, penalty, kernel, bias = best
+    return _probe(kernel, bias, mean, std, penalty, tuple(tried))
+
+
+def _probe(
+    kernel: np.ndarray,
+    bias: np.ndarray,
+    mean: np.ndarray,
+    std: np.ndarray,
+    penalty: float,
+    tried: tuple[tuple[float, float, float], ...],
+) -> Probe:
+    """Returns a head of standardised features as one of the features themselves."""
     kernel = kernel / std[:, None]
-    return Probe(
-        kernel.astype(np.float32), (bias - mean @ kernel).astype(np.float32), penalty, tuple(tried)
-    )
+    bias = bias - mean @ kernel
+    return Probe(kernel.astype(np.float32), bias.astype(np.float32), penalty, tried)
 
 
 @jax.jit

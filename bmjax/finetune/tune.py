@@ -14,6 +14,7 @@ from bmjax.config import FinetuneConfig, TrainConfig
 from bmjax.config.checks import checked
 from bmjax.config.flat import flatten, unflatten
 from bmjax.data import Dataset, load_dataset, preprocess
+from bmjax.data.classes import match_classes
 from bmjax.data.load import with_channels
 from bmjax.data.statistics import describe, loss_weights
 from bmjax.errors import StoppedError, UserError
@@ -21,11 +22,12 @@ from bmjax.finetune.probe import Probe, probe_head
 from bmjax.machine import hosts
 from bmjax.machine.cache import use_compilation_cache
 from bmjax.machine.parallel import request_devices
+from bmjax.machine.progress import shown_on, stage
+from bmjax.machine.terminal import forgiving_console
 from bmjax.models.build import build_model
 from bmjax.ops.memory import share_memory
 from bmjax.runs import checkpoint
 from bmjax.runs.folder import CONFIG, Run, check_kind, read_run, refuse_existing
-from bmjax.runs.trained import same_classes
 from bmjax.train.finder import find_learning_rate
 from bmjax.train.job import Job, StartingPoint
 from bmjax.train.loop import train
@@ -34,7 +36,7 @@ from bmjax.train.programs import check_possible
 from bmjax.weights.pretrained import Pretrained, read_pretrained, write_run
 
 # Settings beyond those of training; `weights_fingerprint` stands beside them in a run's config.
-_OWN = ("weights", "head", "head_epochs", "freeze", "layer_decay", "probe_only")
+_OWN = ("weights", "weights_key", "head", "head_epochs", "freeze", "layer_decay", "probe_only")
 
 
 def finetune(config: FinetuneConfig, console: Console | None = None) -> dict[str, Any]:
@@ -53,7 +55,7 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> dict[str
         UserError: wrong settings, weights, data or folder; nothing was written.
         DivergenceError, StoppedError: see `fit`.
     """
-    return run(checked(config), console or Console())
+    return run(checked(config), forgiving_console(console))
 
 
 def run(config: FinetuneConfig, console: Console) -> dict[str, Any]:
@@ -74,9 +76,10 @@ def run(config: FinetuneConfig, console: Console) -> dict[str, Any]:
             )
     use_compilation_cache()
     try:
-        if saved is not None and hosts.on_first(_has_checkpoint, saved):
-            return _go_on(config, saved, console)
-        return _begin(config, train_config, saved, console)
+        with shown_on(console):
+            if saved is not None and hosts.on_first(_has_checkpoint, saved):
+                return _go_on(config, saved, console)
+            return _begin(config, train_config, saved, console)
     except StoppedError as error:
         go_on = f"bmjax finetune --resume --out {path}" if error.go_on else ""
         raise StoppedError(error.progress, go_on, error.exit_code) from None
@@ -92,15 +95,12 @@ def _begin(
     weights = hosts.on_first(_read_weights, config, console)
     train_config = _settle(train_config, weights)
     dataset = _load(train_config, saved.data if saved else weights.data)
-    if config.head == "keep":
-        _check_kept(weights, dataset)
+    fitting = _with_head_for(weights, dataset, console) if config.head == "keep" else weights
     check_possible(train_config, dataset)
-    start, probe = _make_start(config, train_config, weights, dataset)
+    start, probe = _make_start(config, train_config, fitting, dataset)
     if probe is not None:
-        console.print(
-            f"linear probe on {len(dataset.train):,} images: validation {probe.accuracy:.2%}",
-            highlight=False,
-        )
+        reached = "no validation" if probe.accuracy is None else f"validation {probe.accuracy:.2%}"
+        console.print(f"linear probe on {len(dataset.train):,} images: {reached}", highlight=False)
     result: dict[str, Any] = {"out": train_config.out, "probe": probe, "finding": None}
     extra = {name: _plain(getattr(config, name)) for name in _OWN}
     extra["weights_fingerprint"] = weights.fingerprint()
@@ -111,29 +111,35 @@ def _begin(
         assert probe is not None
         data = describe(dataset, start.normalization)
         run = Run(Path(train_config.folder), train_config, data, extra, "finetune")
-        record = {"step": 0, "epoch": 0, "split": "validation", "accuracy": probe.accuracy}
-        hosts.on_first(write_run, run, start.variables, probe.accuracy, [record])
-        return {**result, "history": [record]}
+        place = {"step": 0, "epoch": 0, "split": "validation"}
+        known = probe.accuracy is not None
+        records = [{**place, "accuracy": probe.accuracy}] if known else []
+        accuracy = -1.0 if probe.accuracy is None else probe.accuracy
+        hosts.on_first(write_run, run, start.variables, accuracy, records)
+        return {**result, "history": records}
     _, history = train(train_config, dataset, Job("finetune", extra, start=start), console)
     return {**result, "history": history}
 
 
 def _read_weights(config: FinetuneConfig, console: Console | None = None) -> Pretrained:
     assert config.weights is not None  # which is checked at the door
-    return read_pretrained(
-        config.weights,
-        config.model,
-        head=config.head == "keep",
-        image_size=config.image_size,
-        console=console,
-    )
+    with stage(f"reading the weights {config.weights}"):
+        return read_pretrained(
+            config.weights,
+            config.model,
+            head=config.head == "keep",
+            key=config.weights_key,
+            image_size=config.image_size,
+            console=console,
+        )
 
 
 def _go_on(config: FinetuneConfig, saved: Run, console: Console) -> dict[str, Any]:
     """Goes on from a checkpoint, for which the weights need not be there any more."""
     extra = {name: _plain(getattr(config, name)) for name in _OWN}
     extra["weights_fingerprint"] = saved.extra["weights_fingerprint"]
-    if config.weights != saved.extra["weights"]:
+    before = saved.extra["weights"], saved.extra.get("weights_key")
+    if (config.weights, config.weights_key) != before:
         extra["weights_fingerprint"] = hosts.on_first(_read_weights, config).fingerprint()
     settled = ("model", "norm", "hidden_sizes", "image_size")
     train_config = config.train_config()
@@ -207,30 +213,38 @@ def _load(config: TrainConfig, like: dict[str, Any]) -> Dataset:
         transform=transform,
         split_seed=config.split_seed,
         memory_gib=config.device.memory_gib,
+        max_unreadable=config.max_unreadable,
         channels=shape[2],
     )
     return with_channels(dataset, shape[2])
 
 
-def _check_kept(weights: Pretrained, dataset: Dataset) -> None:
-    own, theirs = tuple(weights.data["class_names"]), dataset.class_names
-    if len(own) != len(theirs):
-        raise UserError(
-            f"--head keep: the weights tell {len(own)} classes apart, but {dataset.name} has "
-            f"{len(theirs)}. Leave --head out for a new one."
-        )
-    if not same_classes(own, theirs):
-        raise UserError(
-            f"--head keep: the weights know the classes {', '.join(own)}, but {dataset.name} has "
-            f"{', '.join(theirs)}, in this order. Leave --head out for a new one."
-        )
+def _with_head_for(weights: Pretrained, dataset: Dataset, console: Console) -> Pretrained:
+    """Returns weights with outputs for the classes of the data alone, in their order."""
+    match = match_classes(
+        weights.data["class_names"],
+        dataset.class_names,
+        "--head keep: the head of the weights",
+        dataset.name,
+        "Leave --head out for a new one.",
+    )
+    for line in match.warnings:
+        console.print(f"warning: {line}", highlight=False, markup=False, soft_wrap=True)
+    params = weights.variables["params"]
+    head = jax.tree.map(lambda leaf: leaf[..., list(match.places)], params["head"])
+    return dataclasses.replace(
+        weights,
+        variables={**weights.variables, "params": {**params, "head": head}},
+        data={**weights.data, "class_names": list(dataset.class_names)},
+    )
 
 
 def _make_start(
     config: FinetuneConfig, train_config: TrainConfig, weights: Pretrained, dataset: Dataset
 ) -> tuple[StartingPoint, Probe | None]:
     model = build_model(train_config, dataset.num_classes)
-    variables = _init(model, dataset, config.seed)
+    with stage(f"preparing {train_config.model}"):
+        variables = _init(model, dataset, config.seed)
     head = variables["params"]["head"]
     params = {"head": head, **weights.variables["params"]}
     start_variables = {"params": params, "batch_stats": weights.variables["batch_stats"]}
@@ -243,7 +257,8 @@ def _make_start(
     probe = None
     if config.head == "probe":
         factors = loss_weights(config, dataset.train.labels, dataset.num_classes)
-        probe = probe_head(model, start_variables, weights.normalization, dataset, factors)
+        with stage("fitting the new head to the features of all images"):
+            probe = probe_head(model, start_variables, weights.normalization, dataset, factors)
         params["head"] = {"kernel": probe.kernel, "bias": probe.bias}
     start = StartingPoint(
         start_variables,

@@ -49,7 +49,7 @@ def _has_tpu_chip() -> bool:
 
 
 def _text(path: Path) -> str:
-    return path.read_text().strip() if path.is_file() else ""
+    return path.read_text("utf-8").strip() if path.is_file() else ""
 
 
 def absent(backend: str | None, expected: str) -> list[str]:
@@ -177,7 +177,12 @@ def _lines(
     """
     try:
         done = subprocess.run(
-            words, capture_output=True, text=True, timeout=_SECONDS, env=environment
+            words,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=_SECONDS,
+            env=environment,
         )
     except (OSError, subprocess.TimeoutExpired):
         return []

@@ -2,13 +2,11 @@
 
 import os
 import platform
-import tempfile
-from pathlib import Path
 from typing import Any
 
 from bmjax.machine import accelerators
 from bmjax.machine.accelerators import installed_version
-from bmjax.machine.cache import cache_folder
+from bmjax.machine.cache import cache_folder, why_unusable
 from bmjax.version import __version__
 
 _PACKAGES = (
@@ -35,7 +33,8 @@ def examine(expected: str = "any") -> dict[str, Any]:
 
     Returns:
         `bmjax`, `python`, `platform`, `versions` by package (None: not installed), `backend`,
-        `devices`, `cores`, `cache`, and `problems`: for each what it is and the remedy.
+        `devices`, `cores`, `cache` (None: it cannot be written), and `problems`: for each what it
+        is and the remedy.
     """
     problems: list[str] = []
     backend, devices = _devices(problems)
@@ -54,10 +53,8 @@ def examine(expected: str = "any") -> dict[str, Any]:
         problems += accelerators.taken()
     if backend == "cpu":
         problems += _slow_convolutions()
-    if not _can_write(cache_folder()):
-        problems.append(
-            f"the cache folder {cache_folder()} cannot be written. Set BMJAX_CACHE to one that can."
-        )
+    if why := why_unusable():
+        problems.append(f"the cache has no folder: {why}. Set BMJAX_CACHE to one that it can have.")
     return {
         "bmjax": __version__,
         "python": platform.python_version(),
@@ -66,7 +63,7 @@ def examine(expected: str = "any") -> dict[str, Any]:
         "backend": backend,
         "devices": devices,
         "cores": os.cpu_count(),
-        "cache": str(cache_folder()),
+        "cache": None if why else str(cache_folder()),
         "problems": problems,
     }
 
@@ -102,12 +99,3 @@ def _slow_convolutions() -> list[str]:
     elif installed_version(onednn.PACKAGE) is None:
         cause, remedy = "is not installed", f"pip install {onednn.PACKAGE}"
     return [f"oneDNN {cause}, so that convolutions are slower; {remedy}."]
-
-
-def _can_write(folder: Path) -> bool:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder):
-            return True
-    except OSError:
-        return False

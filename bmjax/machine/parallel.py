@@ -50,11 +50,27 @@ class Parallel:
         """
         # device_put may hand out the memory of its source, and a call that is donated the result
         # would destroy both; may_alias=False does not help where there are several devices.
-        tree = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), tree)
-        if len(self._own) < len(self.devices) or self.axis_name:
+        return self.put_data(jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), tree))
+
+    def put_data(self, tree: Any) -> Any:
+        """Gives a tree of arrays to every device, without a copy where the device can do without.
+
+        On a CPU the result may be the memory of the originals: they must not change afterwards, and
+        no call may be donated the result. `arrays.empty_images` makes such memory.
+
+        Where there are several processes, each has to give the same tree.
+        """
+        if self.axis_name:
+            return jax.tree.map(self._put_stacked, tree)
+        if len(self._own) < len(self.devices):
             copies = [jax.device_put(tree, device) for device in self._own]
-            return jax.tree.map(self._stack if self.axis_name else self._replicate, *copies)
+            return jax.tree.map(self._replicate, *copies)
         return jax.device_put(tree, self._everywhere)
+
+    def _put_stacked(self, leaf: Any) -> jax.Array:
+        parts = [jax.device_put(leaf[None], device) for device in self._own]
+        shape = (len(parts), *leaf.shape)
+        return jax.make_array_from_single_device_arrays(shape, self._divided, parts)
 
     def _replicate(self, *copies: jax.Array) -> jax.Array:
         shape = copies[0].shape

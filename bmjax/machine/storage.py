@@ -34,7 +34,7 @@ def read_settings(file: Path) -> dict[str, Any]:
 def read_json(file: Path) -> dict[str, Any]:
     """Returns the object that a file of JSON holds; raises ValueError where it holds none."""
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_text("utf-8"))
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     if not isinstance(content, dict):
@@ -61,7 +61,7 @@ def make_folder(path: Path) -> None:
 def write_atomically(path: Path, text: str) -> None:
     """Writes a file so that it is either the old one or the new one, never a part."""
     with replacing(path) as file:
-        file.write(text.encode())
+        file.write(text.encode("utf-8", "backslashreplace"))
 
 
 @contextlib.contextmanager

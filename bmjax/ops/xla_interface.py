@@ -22,7 +22,7 @@ def version() -> tuple[int, int] | None:
     if not header.is_file():
         return None
     pattern = r"#define XLA_FFI_API_(?:MAJOR|MINOR) (\d+)"
-    major, minor = (int(number) for number in re.findall(pattern, header.read_text()))
+    major, minor = (int(number) for number in re.findall(pattern, header.read_text("utf-8")))
     return (major, minor) if major == 0 and 1 <= minor <= 5 else None
 
 

@@ -34,6 +34,8 @@ DAMAGED = "damaged"
 BEST_IN_STATE = "best_in_state"
 # Before and after a checkpoint has its name; a killed process leaves such folders behind.
 SAVING, REMOVING = ".saving-", ".removing-"
+# In one message.
+_MAX_NAMES = 10
 
 Named = dict[str, np.ndarray]
 
@@ -63,7 +65,7 @@ def from_named(named: Named, like: Any, where: str) -> Any:
         where: what the arrays come from, for the message.
 
     Raises:
-        UserError: a name is missing or unexpected, or a shape or type differs; all are listed.
+        UserError: a name is missing or unexpected, or a shape or type differs; ten are listed.
     """
     template = outline(like)
     problems = [f"missing {name}" for name in template if name not in named]
@@ -75,8 +77,10 @@ def from_named(named: Named, like: Any, where: str) -> Any:
                 f"{name} is {new.dtype}{list(new.shape)}, needed {old.dtype}{list(old.shape)}"
             )
     if problems:
+        shown = "; ".join(sorted(problems)[:_MAX_NAMES])
+        more = f" and {len(problems) - _MAX_NAMES} more" if len(problems) > _MAX_NAMES else ""
         raise UserError(
-            f"{where} does not fit the run's settings: {'; '.join(sorted(problems))}. "
+            f"{where} does not fit the run's settings: {shown}{more}. "
             "It was saved by another model, optimizer or version."
         )
     leaves, structure = jax.tree.flatten(like)
@@ -358,7 +362,7 @@ def read_newest(
 def _write_manifest(path: Path) -> None:
     hashes = {name: _sha256(path / name) for name in _files(path)}
     content = {"sha256": hashes, "own_sha256": _own_sha256(hashes)}
-    (path / MANIFEST).write_text(json.dumps(content, indent=1))
+    (path / MANIFEST).write_text(json.dumps(content, indent=1), "utf-8")
     for each in (path, *path.rglob("*")):
         _sync(each)
 

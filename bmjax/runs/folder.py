@@ -15,7 +15,7 @@ from bmjax.config import DistillConfig, FinetuneConfig, TrainConfig
 from bmjax.config.checks import check_train
 from bmjax.config.flat import CHANGEABLE, contradictions, flatten, settings_to_keep, unflatten
 from bmjax.data.preprocess import Normalization
-from bmjax.errors import UserError
+from bmjax.errors import UserError, listed
 from bmjax.machine import hosts
 from bmjax.machine.storage import make_folder, read_settings, write_settings
 from bmjax.runs import checkpoint
@@ -163,6 +163,7 @@ def read_run(path: Path) -> Run:
     """
     file = path / CONFIG
     if not file.is_file():
+        _refuse_other_folder(path)
         raise UserError(f"there is no run in {path} (no {CONFIG} there). Check the path.")
     try:
         content = read_settings(file)
@@ -190,6 +191,7 @@ def read_run(path: Path) -> Run:
     except UserError:
         raise
     except (ValueError, KeyError, TypeError, OverflowError) as error:
+        _refuse_other_folder(path)
         raise UserError(
             f"{file} cannot be read ({type(error).__name__}: {error}). It was changed or cut off; "
             "restore it, or start anew."
@@ -227,6 +229,34 @@ def check_kind(run: Run, kind: str) -> None:
     )
 
 
+def _refuse_other_folder(path: Path) -> None:
+    """Raises UserError where a folder that is no run holds weights as other programs keep them."""
+    if (path / "checkpoints").exists() or not path.is_dir():
+        return
+    names = sorted(entry.name for entry in path.iterdir())
+    files = [name for name in names if name.endswith((".safetensors", ".bin", ".pth", ".pt"))]
+    if any(name.endswith((".safetensors.index.json", ".bin.index.json")) for name in names):
+        raise UserError(
+            f"{path} is no run but a folder as Hugging Face keeps models, and its weights are in "
+            f"several files ({listed(files)}). Load it with the program that wrote it, and save "
+            "the weights as one file."
+        )
+    if any(name.endswith(".distcp") for name in names):
+        raise UserError(
+            f"{path} is no run but a distributed checkpoint of PyTorch. Make one file of it by "
+            f"`python -m torch.distributed.checkpoint.format_utils dcp_to_torch {path} FILE.pth`."
+        )
+    if files:
+        kind = "a folder as Hugging Face keeps models" if CONFIG in names else "a folder of weights"
+        usual = [name for name in ("model.safetensors", "pytorch_model.bin") if name in files]
+        named = path / (usual or files)[0]
+        raise UserError(
+            f"{path} is no run but {kind}. Name the file in it, as in `bmjax finetune --weights "
+            f"{named} --model NAME`; `bmjax convert {named} --model NAME --out RUN` makes a run "
+            "of it."
+        )
+
+
 def _check_form(config: Any, data: dict[str, Any], extra: Any) -> None:
     shape, mean, std = data["image_shape"], data["mean"], data["std"]
     fits = (
@@ -246,9 +276,10 @@ def _check_form(config: Any, data: dict[str, Any], extra: Any) -> None:
 
 def check_same_settings(saved: Run, config: TrainConfig, extra: dict[str, Any]) -> None:
     """Raises UserError where a resumption contradicts the run, with each field and both values."""
+    _check_same_parts(saved, extra)
     differing = contradictions(saved.config, config)
     # Where the teacher or the weights lie may change; their fingerprint says if they are the same.
-    for name in sorted({*saved.extra, *extra} - {"teacher", "weights"}):
+    for name in sorted({*saved.extra, *extra} - {"teacher", "weights", "weights_key", "own_parts"}):
         before, after = saved.extra.get(name, _EXTRA.get(name)), extra.get(name)
         if before != after:
             differing.append(f"{name} is {before!r} in the run and {after!r} now")
@@ -257,6 +288,29 @@ def check_same_settings(saved: Run, config: TrainConfig, extra: dict[str, Any]) 
             f"--resume contradicts the run in {saved.path}: {'; '.join(differing)}. "
             "Leave these flags out, or start another run in another --out."
         )
+
+
+def _check_same_parts(saved: Run, extra: dict[str, Any]) -> None:
+    """Raises UserError where a run was trained with other own parts than it is to go on with."""
+    before, now = saved.extra.get("own_parts", []), extra.get("own_parts", [])
+    if before == now:
+        return
+    if not before:
+        raise UserError(
+            f"the run in {saved.path} was trained without an own {_both(now)}. Leave them out, or "
+            "start another run in another --out."
+        )
+    script = f"the run in {saved.path} was trained by a script with its own {_both(before)}"
+    raise UserError(
+        f"{script}, which no file can keep"
+        + (f", and not with an own {_both(now)}" if now else "")
+        + ". Go on with it by that script, with run=bmjax.config.RunConfig(resume=True) in its "
+        "config."
+    )
+
+
+def _both(names: list[str]) -> str:
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 def check_same_data(saved: Run, name: str, fingerprint: str) -> None:

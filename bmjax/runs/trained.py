@@ -1,6 +1,7 @@
 """A trained run, read back from its folder."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,16 +9,38 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import Array
 
-from bmjax.data import Dataset, load_dataset, preprocess
+from bmjax.config import DeviceConfig
+from bmjax.config.paths import user_path
+from bmjax.data import Dataset, load_dataset, loader, preprocess
+from bmjax.data.classes import ClassMatch, match_classes, relabelled
 from bmjax.data.load import with_channels
-from bmjax.data.sources import SPLITS
+from bmjax.data.own import as_split
+from bmjax.data.sources import SPLITS, Source
 from bmjax.errors import UserError
 from bmjax.losses.table import LOSS_PARAMS
 from bmjax.machine import hosts
+from bmjax.machine.parallel import make_parallel
+from bmjax.metrics import summarize
 from bmjax.models.build import build_model
 from bmjax.runs import checkpoint
 from bmjax.runs.folder import Run, read_run
+from bmjax.runs.history import by_epoch, read_metrics
+from bmjax.runs.inference import evaluate_split, logits_of_pixels, make_evaluate
+
+# Batches of few sizes, filled up: each size is a program to compile.
+_BATCH_SIZES = (1, 8, 64)
+
+
+class NoSplitError(UserError):
+    """A dataset has no example in the split that was asked for."""
+
+    def __init__(self, dataset: str, split: str):
+        super().__init__(
+            f"{dataset} has no {split} split. Choose another --split, such as validation."
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,9 +77,133 @@ class TrainedRun:
         return preprocess.EvaluationTransform.from_dict(settings)
 
     @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes it tells apart, in order of its outputs."""
+        return tuple(self.run.data["class_names"])
+
+    @property
     def num_classes(self) -> int:
         """Number of classes it tells apart."""
-        return len(self.run.data["class_names"])
+        return len(self.class_names)
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """Its metrics as a table with one row per epoch, see `history.by_epoch`.
+
+        `pandas.DataFrame(run.history)` makes a data frame of it.
+        """
+        return by_epoch(read_metrics(self.run.metrics))
+
+    def predict(self, images: np.ndarray, batch_size: int | None = None) -> np.ndarray:
+        """Returns the probabilities of all classes.
+
+        >>> run = bmjax.load_run("runs/mlp")  # doctest: +SKIP
+        >>> run.predict(dataset.test.images).argmax(axis=1)  # doctest: +SKIP
+
+        Args:
+            images: [batch, height, width, channels] uint8, from 0 to 255, of the size that the run
+                takes; `transform` makes one of a picture.
+            batch_size: images at once; the last ones are filled up. None: 1, 8 or 64, so that few
+                programs are compiled whatever the number of images.
+
+        Returns:
+            [batch, classes] float32; each row sums to 1.
+
+        Raises:
+            UserError: images of another type or shape, or outputs that are not finite.
+        """
+        images = self._checked(images)
+        size, rows = batch_size or batch_size_for(len(images)), []
+        for first in range(0, len(images), size):
+            batch = images[first : first + size]
+            padded = np.zeros((size, *batch.shape[1:]), np.uint8)
+            padded[: len(batch)] = batch
+            rows.append(np.asarray(self._apply(padded))[: len(batch)])
+        probabilities = np.concatenate(rows) if rows else np.zeros((0, self.num_classes), "float32")
+        if not np.isfinite(probabilities).all():
+            raise UserError(
+                f"the run in {self.run.path} gives outputs that are not finite (NaN or infinite): "
+                "its weights are damaged or diverged. Take another checkpoint or run."
+            )
+        return probabilities
+
+    def _checked(self, images: np.ndarray) -> np.ndarray:
+        images, shape = np.asarray(images), tuple(self.run.data["image_shape"])
+        if images.dtype != np.uint8:
+            remedy = "Give whole numbers from 0 to 255, by images.astype(np.uint8)."
+            if np.issubdtype(images.dtype, np.floating):
+                remedy = "Give 0 to 255; from 0 to 1, by (images * 255).round().astype(np.uint8)."
+            raise UserError(f"images must be uint8, but are {images.dtype}. {remedy}")
+        if images.shape[1:] != shape:
+            raise UserError(
+                f"images must have the shape [batch, {', '.join(map(str, shape))}] (height, width, "
+                f"channels) that the run in {self.run.path} takes, but have {list(images.shape)}. "
+                "The run's transform.apply makes such an image of a picture."
+            )
+        return images
+
+    @functools.cached_property
+    def _apply(self) -> Callable[[np.ndarray], Array]:
+        variables = jax.device_put(self.variables)
+
+        @jax.jit
+        def probabilities(variables: Any, images: Array) -> Array:
+            logits = logits_of_pixels(self.model, self.normalization, variables, images)
+            return jax.nn.softmax(logits.astype(jnp.float32))
+
+        return functools.partial(probabilities, variables)
+
+    def evaluate(self, dataset: Any, split: str = "test") -> dict[str, Any]:
+        """Measures the run on a split of a dataset.
+
+        >>> bmjax.load_run("runs/mlp").evaluate((images, labels))  # doctest: +SKIP
+
+        Args:
+            dataset: a `bmjax.Dataset`; or a pair (images, labels) of arrays or anything else that
+                `data.own.as_dataset` takes, which is the split as a whole where it has none, and
+                is resized to what the run takes. Classes are matched by name.
+            split: train, validation, test or all.
+
+        Returns:
+            The metrics of `metrics.summarize` by name: `accuracy`, `loss` (nats), ..., by class in
+            the order of `class_names`; and `warnings`, such as of classes that the data lack.
+
+        Raises:
+            UserError: a dataset that does not fit, or a split without examples.
+        """
+        fitting = Fitting.of(self, dataset, split)
+        metrics = self.measure(fitting.source, classes=fitting.match.places)
+        return {**metrics, "warnings": list(fitting.warnings)}
+
+    def measure(
+        self,
+        source: Source,
+        device: DeviceConfig | None = None,
+        batch_size: int = 256,
+        classes: Sequence[int] | None = None,
+    ) -> dict[str, Any]:
+        """Returns the metrics of `metrics.summarize` over a split.
+
+        Args:
+            source: the split, which fits.
+            device: what is computed on.
+            batch_size: images at once, rounded up to what divides over the devices.
+            classes: those that the data have, see `metrics.summarize`.
+        """
+        parallel = make_parallel(device or DeviceConfig())
+        # Padding is masked, so the batch may grow.
+        batch_size = -(-batch_size // len(parallel.devices)) * len(parallel.devices)
+        run_evaluate = make_evaluate(
+            parallel, self.model, self.normalization, self.num_classes, batch_size
+        )
+        feed = loader.Feed(source, parallel, batch_size, share=hosts.share())
+        sums = evaluate_split(run_evaluate, parallel.put(self.variables), feed)
+        return summarize(parallel.get(sums), classes)
+
+
+def batch_size_for(number: int) -> int:
+    """Returns the size of the batches in which so many images are classified."""
+    return next((size for size in _BATCH_SIZES if size >= number), _BATCH_SIZES[-1])
 
 
 def load_run(path: str | Path, which: str = "latest") -> TrainedRun:
@@ -70,7 +217,7 @@ def load_run(path: str | Path, which: str = "latest") -> TrainedRun:
     Raises:
         UserError: there is no run, no sound checkpoint of it, or no best params yet.
     """
-    run, step, warnings, named = hosts.on_first(_read, Path(path), which)
+    run, step, warnings, named = hosts.on_first(_read, user_path(path), which)
     model = build_model(run.config, len(run.data["class_names"]))
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *run.data["image_shape"])))
     where = f"checkpoint {run.checkpoints / str(step)}"
@@ -105,6 +252,7 @@ def load_for(
     splits: Sequence[str] = SPLITS,
     memory_gib: float = 4.0,
     split_seed: int | None = None,
+    max_unreadable: float = 0.01,
 ) -> Dataset:
     """Loads a dataset as a run takes images.
 
@@ -115,9 +263,12 @@ def load_for(
         splits: those that are needed; of a folder, no other is read.
         memory_gib: see `load_dataset`.
         split_seed: see `load_dataset`; None: the run's.
+        max_unreadable: see `load_dataset`; of the run's own data at least what it was trained with.
     """
     own, data = trained.run.config, trained.run.data
     height, width, channels = data["image_shape"]
+    if name == own.data:
+        max_unreadable = max(max_unreadable, own.max_unreadable)
     fitting = image_size or (height if height == width else None)
     dataset = load_dataset(
         name,
@@ -125,35 +276,59 @@ def load_for(
         transform=trained.transform if image_size in (None, height) else None,
         split_seed=own.split_seed if split_seed is None else split_seed,
         memory_gib=memory_gib,
+        max_unreadable=max_unreadable,
         splits=splits,
         channels=channels,
     )
     return with_channels(dataset, channels)
 
 
-def check_fits(trained: TrainedRun, dataset: Dataset) -> None:
-    """Raises UserError where a dataset has other classes or other images than a run learned."""
+def match_data(trained: TrainedRun, dataset: Dataset) -> ClassMatch:
+    """Finds the classes of a dataset among those that a run knows.
+
+    Raises:
+        UserError: the dataset has classes that the run does not know, or images of another shape.
+    """
     path, shape = trained.run.path, tuple(trained.run.data["image_shape"])
-    if dataset.num_classes != trained.num_classes:
-        raise UserError(
-            f"the run in {path} tells {trained.num_classes} classes apart, but {dataset.name} has "
-            f"{dataset.num_classes}. Choose data with the same classes."
-        )
-    ours, theirs = tuple(trained.run.data["class_names"]), dataset.class_names
-    if not same_classes(ours, theirs):
-        raise UserError(
-            f"the run in {path} knows the classes {', '.join(ours)}, but {dataset.name} has "
-            f"{', '.join(theirs)}, in this order. Number the classes alike."
-        )
+    match = match_classes(
+        trained.class_names,
+        dataset.class_names,
+        f"the run in {path}",
+        dataset.name,
+        "Choose data of classes that it knows.",
+    )
     if dataset.image_shape != shape:
         raise UserError(
             f"the run in {path} takes images of shape {shape}, but those of {dataset.name} have "
             f"{dataset.image_shape} (height, width, channels). Choose data of that shape, or "
             "--image-size where only the size differs."
         )
+    return match
 
 
-def same_classes(ours: tuple[str, ...], theirs: tuple[str, ...]) -> bool:
-    """Whether as many names of classes may mean the same: equal, or one side knows numbers only."""
-    numbers = tuple(map(str, range(len(ours))))
-    return ours == theirs or numbers in (ours, theirs)
+@dataclass(frozen=True, eq=False)
+class Fitting:
+    """A split of data as a run takes it.
+
+    Attributes:
+        source: the images, with the run's labels.
+        match: the data's classes among those of the run.
+        warnings: of the data, and of the match.
+    """
+
+    source: Source
+    match: ClassMatch
+    warnings: tuple[str, ...]
+
+    @classmethod
+    def of(cls, trained: TrainedRun, data: Any, split: str) -> "Fitting":
+        """Returns that of data in any form, see `TrainedRun.evaluate`."""
+        height, width, channels = trained.run.data["image_shape"]
+        size = height if height == width else None
+        dataset = as_split(data, split, trained.class_names, image_size=size)
+        dataset = with_channels(dataset, channels)
+        match = match_data(trained, dataset)
+        source = relabelled(dataset, match).split(split)
+        if not len(source):
+            raise NoSplitError(dataset.name, split)
+        return cls(source, match, (*dataset.warnings, *match.warnings))

@@ -1,15 +1,11 @@
-"""A model applied: in training mode, in evaluation mode, with features of named layers."""
+"""A model applied in training mode, with features of named layers."""
 
 import inspect
 from collections.abc import Sequence
 from typing import Any, cast
 
 import flax.linen as nn
-import jax.numpy as jnp
 from jax import Array
-
-from bmjax.data import preprocess
-from bmjax.data.preprocess import Normalization
 
 
 def apply_train(
@@ -45,38 +41,3 @@ def apply_with_features(
     logits, new = model.apply(variables, images, train=True, mutable=mutable, **masked)
     features = {name: new["intermediates"][name] for name in layers}
     return cast(Array, logits), new.get("batch_stats", {}), features
-
-
-def predict_logits(
-    model: nn.Module, normalization: Normalization, variables: Any, images: Array
-) -> Array:
-    """Applies the model in evaluation mode to images with values in [0, 1].
-
-    Args:
-        model: the Linen module.
-        normalization: `mean` and `std` that the images are normalised by.
-        variables: `params` and `batch_stats`.
-        images: [batch, height, width, channels] float32.
-
-    Returns:
-        Logits [batch, classes] float32.
-    """
-    dtype = getattr(model, "dtype", None) or jnp.float32
-    logits = model.apply(variables, preprocess.normalize(images, normalization, dtype))
-    return cast(Array, logits)
-
-
-def predict_features(
-    model: nn.Module,
-    normalization: Normalization,
-    variables: Any,
-    images: Array,
-    layers: Sequence[str],
-) -> tuple[Array, dict[str, Array]]:
-    """Returns what `predict_logits` does, and the named intermediates of `layers`."""
-    if not layers:
-        return predict_logits(model, normalization, variables, images), {}
-    dtype = getattr(model, "dtype", None) or jnp.float32
-    images = preprocess.normalize(images, normalization, dtype)
-    logits, new = model.apply(variables, images, mutable=["intermediates"])
-    return cast(Array, logits), {name: new["intermediates"][name] for name in layers}

@@ -1,11 +1,8 @@
-"""The training step and the evaluation, compiled into loops over data on the device."""
+"""The training step, compiled into a loop over data on the device."""
 
-from collections.abc import Callable, Mapping
-from functools import partial
-from types import MappingProxyType
+from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -13,10 +10,8 @@ from jax import Array, lax
 from jax.tree_util import Partial
 
 from bmjax.data import loader
-from bmjax.data.preprocess import Normalization
+from bmjax.errors import UserError
 from bmjax.machine.parallel import AXIS, Parallel
-from bmjax.metrics import ClassificationSums, OwnMetric
-from bmjax.train.apply import predict_logits
 from bmjax.train.gradients import Batch, Gradient, whole_batch
 from bmjax.train.step import LossFn, TrainState, train_step, with_average
 
@@ -169,62 +164,35 @@ def zero_totals(
 
     on_one = jax.vmap(of_batch, (None, None, None, None, None), axis_name=AXIS, axis_size=1)
     held = (state.ema_params, state.params, state.batch_stats, batch, state.key)
-    _, (_, metrics) = jax.eval_shape(on_one, *held)
+    metrics = _metrics_of(jax.eval_shape(on_one, *held))
     totals = {name: jnp.zeros(()) for name in ("count", "loss", *metrics)}
     return {**totals, "bad_step": jnp.full((), -1, jnp.int32)}
 
 
-def make_evaluate(
-    parallel: Parallel,
-    model: nn.Module,
-    normalization: Normalization,
-    num_classes: int,
-    batch_size: int,
-    own_metrics: Mapping[str, OwnMetric] = MappingProxyType({}),
-) -> Callable[[Any, Any], ClassificationSums]:
-    """Compiles evaluation over a split that lies on the device, each example exactly once.
+def _metrics_of(result: Any) -> dict[str, Any]:
+    """Returns the metrics of what a loss function gave for one example on one device.
 
-    Args:
-        parallel: the devices.
-        model: the Linen module.
-        normalization: what its images are normalised by.
-        num_classes: number of classes.
-        batch_size: over all devices.
-        own_metrics: see `metrics.OwnMetric`, by name.
-
-    Returns:
-        `evaluate(variables, arrays) -> ClassificationSums`, over a split or a window of one.
+    Raises:
+        UserError: the loss function does not keep to `step.LossFn`.
     """
-    axis_name = parallel.axis_name
-    predict = partial(predict_logits, model, normalization)
-
-    def evaluate(variables: Any, arrays: Any) -> ClassificationSums:
-        number, order = len(arrays["label"]), None
-        if "count" not in arrays:
-            order = loader.natural_order(number, batch_size)
-            number = loader.num_batches(number, batch_size)
-
-        def add_batch(index: Array, sums: ClassificationSums) -> ClassificationSums:
-            batch = loader.take_batch(arrays, order, index, batch_size, axis_name)
-            batch = parallel.divide(batch)
-            logits = predict(variables, batch["image"])
-            part = ClassificationSums.of_batch(logits, batch["label"], batch["mask"], own_metrics)
-            return sums + (lax.psum(part, axis_name) if axis_name else part)
-
-        zeros = ClassificationSums.zeros(num_classes, own_metrics)
-        return lax.fori_loop(0, number, add_batch, zeros)
-
-    return parallel.compile(evaluate, held=2)
-
-
-def evaluate_split(
-    run_evaluate: Callable[[Any, Any], ClassificationSums], variables: Any, feed: loader.Feed
-) -> Any:
-    """Adds up what `make_evaluate` made gives for all windows of a split."""
-    sums, step = None, 0
-    while step < feed.num_batches:
-        arrays, step = feed.at(step)
-        part = run_evaluate(variables, arrays)
-        feed.read_ahead()
-        sums = part if sums is None else jax.tree.map(jnp.add, sums, part)
-    return sums
+    match result:
+        case (loss, (_, dict() as metrics)):
+            pass
+        case _:
+            raise UserError(
+                "the loss function must return (loss, (batch_stats, metrics)), with metrics as a "
+                "dict, such as (loss, (batch_stats, {}))."
+            )
+    for name, value in {"loss": loss, **metrics}.items():
+        shape = getattr(value, "shape", (None,))[1:]
+        if shape != (1,):
+            raise UserError(
+                f"the loss function gives {name!r} of shape {shape} for 1 example, but it must "
+                "give one number for each: [batch]. The mean is taken afterwards."
+            )
+    if taken := {"count", "loss", "bad_step"} & metrics.keys():
+        raise UserError(
+            f"the loss function has a metric called {', '.join(sorted(taken))}, a name that is "
+            "taken. Choose another."
+        )
+    return metrics

@@ -26,6 +26,7 @@ from bmjax.errors import UserError
 from bmjax.machine import hosts
 from bmjax.machine.parallel import make_parallel
 from bmjax.machine.storage import make_folder, replacing, write_atomically
+from bmjax.machine.terminal import forgiving_console
 from bmjax.train.job import Job, StartingPoint
 from bmjax.train.programs import TrainingPrograms
 from bmjax.train.step import run_keys
@@ -77,7 +78,7 @@ def find_learning_rate(
     Raises:
         UserError: the folder cannot be written, or the loss never falls.
     """
-    console = console or Console()
+    console = forgiving_console(console)
     out = Path(config.folder)
     hosts.on_first(make_folder, out.parent)
     rates, losses = _try_rates(config, dataset, start, console)
@@ -174,6 +175,7 @@ def _try_rates(
         epoch_orders(run_keys(config.seed)[1], dataset, config),
         True,
         share=hosts.share(),
+        until=_STEPS,
     )
     state, totals = parallel.put(phase.make_fresh()), parallel.put(programs.zeros(normalization))
     losses: list[float] = []

@@ -5,10 +5,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import optax
-from jax import Array
 
-from bmjax.data.loader import OwnView, ViewTargets
+from bmjax.data.loader import OwnView, ViewTargets, check_view_shape
 from bmjax.data.preprocess import Normalization
 from bmjax.errors import UserError
 from bmjax.metrics import OwnMetric
@@ -48,6 +49,12 @@ class Epoch:
 
 
 OnEpoch = Callable[[Epoch], bool | None]
+# Names in the records of a run.
+_TAKEN = {"split", "step", "epoch", "learning_rate", "examples_per_second", "examples", "loss"}
+_TAKEN |= {"accuracy", "top5_accuracy", "expected_calibration_error", "precision", "recall", "f1"}
+_TAKEN |= {"macro_f1", "confusion"}
+# A number of examples that is hardly the number of anything else.
+_EXAMPLES = 7
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,10 +153,42 @@ def as_callbacks(on_epoch: OnEpoch | Sequence[OnEpoch] | None) -> tuple[OnEpoch,
     return given
 
 
-def check_own_metric(name: str, value: Array, num_examples: int) -> None:
+def check_own_parts(job: Job, num_classes: int, image_shape: tuple[int, int, int]) -> None:
+    """Checks the view and the metrics of a job, by their shapes alone.
+
+    Args:
+        job: the run's own parts.
+        num_classes: number of classes.
+        image_shape: height, width and channels of an image.
+
+    Raises:
+        UserError: a view of another shape, or a metric that is not one number for each example.
+    """
+    if job.view is not None:
+        image = jax.ShapeDtypeStruct(image_shape, jnp.float32)
+        check_view_shape(jax.eval_shape(job.view, jax.random.key(0), image), image_shape)
+    for name, metric in job.metrics.items():
+        if name in _TAKEN:
+            raise UserError(
+                f"the metric {name!r} has a name that the records use already. Choose another than "
+                f"{', '.join(sorted(_TAKEN))}."
+            )
+        if not callable(metric):
+            raise UserError(
+                f"the metric {name!r} is {metric!r}, but must be a function of logits [batch, "
+                "classes] and labels [batch]."
+            )
+        logits = jax.ShapeDtypeStruct((_EXAMPLES, num_classes), jnp.float32)
+        labels = jax.ShapeDtypeStruct((_EXAMPLES,), jnp.int32)
+        check_own_metric(name, jax.eval_shape(metric, logits, labels), _EXAMPLES)
+
+
+def check_own_metric(name: str, value: Any, num_examples: int) -> None:
     """Raises UserError where an own metric does not give one number for each example."""
-    if value.shape != (num_examples,):
+    shape = getattr(value, "shape", None)
+    if shape != (num_examples,):
+        what = f"of shape {shape}" if shape is not None else f"no array but {value!r}"
         raise UserError(
-            f"the metric {name!r} gives an array of shape {value.shape} for {num_examples} "
-            "examples, but it must give one number for each: [batch]."
+            f"the metric {name!r} gives {what} for {num_examples} examples, but it must give one "
+            "number for each: [batch]. The mean over the split is taken afterwards."
         )

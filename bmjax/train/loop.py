@@ -13,13 +13,16 @@ from bmjax.config import TrainConfig
 from bmjax.config.checks import checked
 from bmjax.config.flat import settings_to_keep
 from bmjax.data import Dataset, loader
+from bmjax.data.own import NAME, as_dataset
 from bmjax.data.sources import DatasetSpec
 from bmjax.data.statistics import describe
 from bmjax.errors import StoppedError
 from bmjax.machine import hosts
 from bmjax.machine.cache import use_compilation_cache
 from bmjax.machine.parallel import make_parallel, request_devices
+from bmjax.machine.progress import shown_on
 from bmjax.machine.signals import noting_signals
+from bmjax.machine.terminal import forgiving_console
 from bmjax.machine.threads import compute_in_calling_thread, suits_one_thread
 from bmjax.metrics import OwnMetric
 from bmjax.models import forward_flops
@@ -44,15 +47,16 @@ from bmjax.train.job import (
     OnEpoch,
     as_callbacks,
     as_make_optimizer,
+    check_own_parts,
 )
-from bmjax.train.programs import TrainingPrograms, check_possible, load_and_compile
+from bmjax.train.programs import TrainingPrograms, check_possible, check_splits, load_and_compile
 from bmjax.train.session import Session
 from bmjax.train.step import TrainState
 
 
 def fit(
     config: TrainConfig,
-    dataset: Dataset | None = None,
+    dataset: Any = None,
     *,
     model: nn.Module | None = None,
     make_loss: MakeLoss | None = None,
@@ -71,7 +75,9 @@ def fit(
 
     Args:
         config: everything else that the run depends on.
-        dataset: used instead of `config.data`, which then only names it.
+        dataset: used instead of `config.data`, which then only names it: a `bmjax.Dataset`, a
+            pair (images, labels) of arrays, any object with `len()` and `[i]`, or a dict of
+            splits, see `data.own.as_dataset`.
         model: a Linen module, used instead of `config.model`, which then only names it: it maps
             images [batch, height, width, channels] to logits [batch, classes], and takes
             `train=True` in training. `bmjax.register_model` makes it known to all commands.
@@ -113,7 +119,15 @@ def fit(
         metrics=dict(metrics or {}),
         on_epoch=as_callbacks(on_epoch),
     )
-    return train(checked(config.resolved()), dataset, job, console)
+    config = checked(config.resolved())
+    if dataset is not None:
+        dataset = as_dataset(
+            dataset,
+            name=NAME if config.data in (None, TrainConfig.data) else config.data,
+            image_size=config.image_size,
+            memory_gib=config.device.memory_gib,
+        )
+    return train(config, dataset, job, console)
 
 
 def train(
@@ -132,7 +146,7 @@ def train(
 
     Returns and raises as `fit`.
     """
-    job, path = job or Job(), Path(config.folder)
+    job, path, console = job or Job(), Path(config.folder), forgiving_console(console)
     request_devices(config.device)
     hosts.check_same("settings", settings_to_keep(config), "Start all with the same flags.")
     saved = hosts.on_first(read_run, path) if config.run.resume else None
@@ -148,6 +162,7 @@ def train(
     use_compilation_cache()
 
     def make_programs(spec: DatasetSpec) -> TrainingPrograms:
+        check_own_parts(job, spec.num_classes, spec.image_shape)
         model = job.model or build_model(config, spec.num_classes)
         flops = config.batch_size * forward_flops(model, spec.image_shape)
         # Random views are several times the work of a small model, and gain by a second thread.
@@ -159,8 +174,11 @@ def train(
         return TrainingPrograms(config, make_parallel(config.device), spec, with_model)
 
     if dataset is None:
-        dataset, programs = load_and_compile(config, make_programs)
+        with shown_on(console):
+            dataset, programs = load_and_compile(config, make_programs)
+        check_splits(config, dataset)
     else:
+        check_splits(config, dataset)
         programs = make_programs(DatasetSpec.of(dataset))
     normalization = job.start.normalization if job.start else None
     if saved is not None:
@@ -170,8 +188,12 @@ def train(
     if saved is not None:
         check_same_data(saved, data["name"], data["fingerprint"])
     hosts.check_same("data", data, "Give every machine a copy of the same.")
-    console = console or Console()
-    lines = [f"warning: {line}" for line in dataset.warnings]
+    unvalidated = (
+        f"{dataset.name} has no validation split: the last epoch counts as the best. To have "
+        "one, give it a validation split, or at least two images per class to cut it from"
+    )
+    warnings = [*dataset.warnings, *([] if len(dataset.validation) else [unvalidated])]
+    lines = [f"warning: {line}" for line in warnings]
     if saved is not None:
         lines += _what_is_new(saved, run, programs.num_batches)
     for line in lines:

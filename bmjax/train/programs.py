@@ -17,12 +17,15 @@ from bmjax.data.sources import DatasetSpec
 from bmjax.data.statistics import loss_weights
 from bmjax.errors import UserError
 from bmjax.machine.parallel import Parallel, check_divides, make_parallel
+from bmjax.machine.progress import stage
 from bmjax.models.build import build_model, has_axis
 from bmjax.train.compiled import make_train_steps, zero_totals
 from bmjax.train.gradients import accumulated
 from bmjax.train.job import Job, MakeLoss
 from bmjax.train.phases import Phase, make_phases
 from bmjax.train.step import Batch, classification_loss
+
+COMPILING = "compiling the training step"
 
 
 class TrainingPrograms:
@@ -43,6 +46,7 @@ class TrainingPrograms:
         num_batches: updates in an epoch.
         model: the Linen module.
         phases: of the run, in order.
+        compiled_ahead: whether `compile_ahead` compiled the first phase's steps.
 
     Raises:
         UserError: a rule of `start.freeze` that does not fit.
@@ -68,6 +72,7 @@ class TrainingPrograms:
         self._view = loader.make_view(
             config.views, size, [0.0] * channels, parallel.axis_name, job.view
         )
+        self.compiled_ahead = False
         self._steps: dict[Hashable, Callable[..., Any]] = {}
 
     def steps(self, phase: Phase) -> Callable[..., Any]:
@@ -120,7 +125,9 @@ class TrainingPrograms:
             self.functions(phase, any_normalization),
             loader.shapes_of_train(self.spec, self._config.batch_size, self.parallel),
         )
-        self.parallel.compile_ahead(self.steps(phase), held, np.int32(1))
+        with stage(COMPILING):
+            self.parallel.compile_ahead(self.steps(phase), held, np.int32(1))
+        self.compiled_ahead = True
 
 
 def check_possible(
@@ -134,14 +141,28 @@ def check_possible(
         model: the Linen module; None: the one that the config names.
 
     Raises:
-        UserError: a batch that does not divide, or a model that cannot take the images.
+        UserError: a batch that does not divide, a model that cannot take the images, or see
+            `check_splits`.
     """
+    if isinstance(data, Dataset):
+        check_splits(config, data)
     check_divides(make_parallel(config.device), config.batch_size, config.accumulate)
     model = model or build_model(config, data.num_classes)
     try:
         jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *data.image_shape)))
     except ValueError as error:
         raise UserError(f"{config.model} cannot take these images: {error}") from error
+
+
+def check_splits(config: TrainConfig, dataset: Dataset) -> None:
+    """Raises UserError where a split is empty that the settings cannot do without."""
+    if not len(dataset.train):
+        raise UserError(f"{dataset.name} has no example to train on. Give it some.")
+    if config.patience is not None and not len(dataset.validation):
+        raise UserError(
+            f"--patience waits for a better validation accuracy, but {dataset.name} has no "
+            "validation split. Leave it out, or give the data a validation split."
+        )
 
 
 def load_and_compile(
@@ -167,6 +188,7 @@ def load_and_compile(
         config.image_size,
         split_seed=config.split_seed,
         memory_gib=config.device.memory_gib,
+        max_unreadable=config.max_unreadable,
         meanwhile=compile_ahead,
     )
     spec = DatasetSpec.of(dataset)

@@ -10,7 +10,7 @@ import numpy as np
 from bmjax.machine.storage import read_settings
 from bmjax.runs import checkpoint
 from bmjax.runs.folder import CONFIG
-from bmjax.train.tracking import read_metrics
+from bmjax.runs.history import read_metrics
 
 _SPEEDS = ("examples_per_second", "inference_images_per_second")
 
@@ -48,7 +48,7 @@ def contents(out: Path) -> dict[str, Any]:
                 found |= {f"{name}: {item}/{key}": array for key, array in arrays.items()}
     results = out / "results.json"
     if results.is_file():
-        rows = json.loads(results.read_text())["rows"]
+        rows = json.loads(results.read_text("utf-8"))["rows"]
         found["results"] = [_without_speed(row) for row in rows]
     return found
 

@@ -17,11 +17,11 @@ from bmjax.machine.signals import Stop
 from bmjax.metrics import summarize
 from bmjax.runs import checkpoint
 from bmjax.runs.folder import KINDS, Run
-from bmjax.train.compiled import evaluate_split, make_evaluate
+from bmjax.runs.inference import evaluate_split, make_evaluate
 from bmjax.train.job import Epoch, Job
 from bmjax.train.optim import as_saved_today
 from bmjax.train.phases import Phase
-from bmjax.train.programs import TrainingPrograms
+from bmjax.train.programs import COMPILING, TrainingPrograms
 from bmjax.train.step import TrainState, run_keys
 from bmjax.train.tracking import Display, EventFiles, MetricsFile, Profile
 
@@ -68,6 +68,7 @@ class Session:
             True,
             job.view_targets,
             hosts.share(),
+            self._total,
         )
         self._validation = loader.Feed(
             dataset.validation, parallel, config.batch_size, share=hosts.share()
@@ -175,6 +176,8 @@ class Session:
         functions = self._parallel.put(self._programs.functions(phase, self._normalization))
         calls = _Calls()
         fitting = calls.steps_that_fit()
+        if phase.first or not self._programs.compiled_ahead:
+            self._display.say_stage(COMPILING)
         while step < phase.last and not self._gave_up(step):
             arrays, end = self._train.at(step)
             until = min(end, step + fitting)
@@ -190,6 +193,7 @@ class Session:
             self._display.advance(step, figures)
             if step % self._num_batches == 0:
                 self._end_epoch(state, step, figures, phase)
+                calls.begin_epoch()
             late = time.monotonic() - self._saved_at > 60 * config.run.save_minutes
             # All processes do the same: what one was told, or found, is true of all. The signal is
             # read once, as it may come between two readings.
@@ -246,12 +250,14 @@ class Session:
             if good is not None
             else "there is no checkpoint yet"
         )
-        command = f"{KINDS[self._job.kind]} --resume --out {self._run.path}"
+        lower = f"--learning-rate {self._config.optim.learning_rate / 10:.2g}"
+        command = f"{KINDS[self._job.kind]} --resume --out {self._run.path} {lower}"
         raise DivergenceError(
             f"the loss is not finite at step {step} (learning rate "
             f"{phase.learning_rate(step):.3g}); {kept}. A lower --learning-rate, a longer "
             "--warmup-epochs or --clip-norm 1 usually helps",
-            f"{command} --learning-rate {self._config.optim.learning_rate / 10:.2g}",
+            # A run with own parts is gone on with by the script that has them.
+            "" if self._job.extra.get("own_parts") else command,
         )
 
     def _last_good(self) -> int | None:
@@ -264,6 +270,15 @@ class Session:
             figures = {**figures, "learning_rate": phase.learning_rate(step - 1)}
         place = {"step": step, "epoch": epoch}
         self._record({**place, "split": "train", **figures})
+        values = self._validate(state, step, phase) if self._validation.num_batches else {}
+        if values:
+            self._record({**place, "split": "validation", **values})
+        self._keep_if_best(state, epoch, values.get("accuracy"))
+        shown = {"validation_accuracy": values["accuracy"]} if values else {}
+        self._display.epoch(epoch, {**figures, **shown})
+        self._call_back(state, epoch, figures, values)
+
+    def _validate(self, state: Any, step: int, phase: Phase) -> dict[str, float]:
         sums = evaluate_split(self._evaluate, state.variables, self._validation)
         metrics = summarize(self._parallel.get(sums))
         kept = ("loss", "accuracy", "top5_accuracy", "expected_calibration_error")
@@ -271,14 +286,19 @@ class Session:
         values = {name: metrics[name] for name in names}
         if not math.isfinite(values["loss"]):
             self._diverged(step - 1, phase)
-        self._record({**place, "split": "validation", **values})
-        # Of equals the later one: it has seen more.
-        if values["accuracy"] >= self._best.accuracy:
-            improved = epoch if values["accuracy"] > self._best.accuracy else self._best.improved
+        return values
+
+    def _keep_if_best(self, state: Any, epoch: int, accuracy: float | None) -> None:
+        """Keeps the params of an epoch that is the best so far; without validation, of the last.
+
+        Of equals the later one: it has seen more.
+        """
+        best = self._best
+        accuracy = best.accuracy if accuracy is None else accuracy
+        if accuracy >= best.accuracy:
+            improved = epoch if accuracy > best.accuracy else best.improved
             variables = checkpoint.to_named(self._parallel.get(state.variables))
-            self._best = _Best(values["accuracy"], epoch, improved, variables)
-        self._display.epoch(epoch, {**figures, "validation_accuracy": values["accuracy"]})
-        self._call_back(state, epoch, figures, values)
+            self._best = _Best(accuracy, epoch, improved, variables)
 
     def _call_back(
         self, state: Any, epoch: int, train: dict[str, float], validation: dict[str, float]
@@ -325,22 +345,27 @@ class Session:
 
 
 class _Calls:
-    """How fast the steps go, and how many of them fill a call.
+    """How fast the steps of an epoch go, and how many of them fill a call.
 
     The first call is one step, which may be compiled first; it is not counted in the speed.
     """
 
     def __init__(self) -> None:
-        self._steps, self._seconds, self._number = 0, 0.0, 0
+        self._number, self._speed = 0, 0.0
+        self.begin_epoch()
+
+    def begin_epoch(self) -> None:
+        self._steps, self._seconds = 0, 0.0
 
     def add(self, steps: int, seconds: float) -> None:
         self._number += 1
         if self._number > 1:
             self._steps += steps
             self._seconds += seconds
+            self._speed = self.steps_per_second()
 
     def steps_per_second(self) -> float:
         return self._steps / self._seconds if self._seconds else 0.0
 
     def steps_that_fit(self) -> int:
-        return max(1, int(self.steps_per_second() * _CALL_SECONDS))
+        return max(1, int(self._speed * _CALL_SECONDS))

@@ -11,11 +11,13 @@ from rich.progress import (
     BarColumn,
     Progress,
     TextColumn,
+    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
 from bmjax.machine import hosts
 from bmjax.machine.storage import write_atomically
+from bmjax.runs.history import read_metrics
 
 _PLAIN_LINES = 20
 # Columns that a terminal needs for all that stands beside the bar, and leave some for it.
@@ -38,7 +40,7 @@ class MetricsFile:
             return records
 
         self.records = hosts.on_first(begin)
-        self._file = path.open("a") if hosts.is_first() else None
+        self._file = path.open("a", encoding="utf-8") if hosts.is_first() else None
 
     def write(self, record: dict[str, Any]) -> None:
         """Appends one record, which has `step`, `epoch` and `split`."""
@@ -51,21 +53,6 @@ class MetricsFile:
         """Closes the file."""
         if self._file:
             self._file.close()
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Reads a `metrics.jsonl`; lines that are no records (cut off by a kill) are left out."""
-    if not path.is_file():
-        return []
-    records = []
-    for line in path.read_text(errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
-            records.append(record)
-    return records
 
 
 class Profile:
@@ -144,6 +131,8 @@ class Display:
                 TextColumn("[bold]{task.description}"),
                 BarColumn(bar_width=None),
                 TextColumn("{task.fields[figures]}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
                 TimeRemainingColumn(),
                 console=console,
                 transient=True,
@@ -152,7 +141,7 @@ class Display:
                 f"{title} epoch 1/{epochs}",
                 total=epochs * steps_per_epoch,
                 completed=start,
-                figures="compiling",
+                figures="",
             )
             self._progress.start()
 
@@ -168,9 +157,7 @@ class Display:
             )
 
     def epoch(self, epoch: int, figures: dict[str, float]) -> None:
-        """Says how an epoch went: about 20 lines a run, on a terminal the last one alone."""
-        if self._progress is not None and epoch < self._epochs:
-            return
+        """Says how an epoch went: about 20 lines a run, on a terminal above the bar."""
         if epoch in (1, self._epochs) or epoch % self._lines_every == 0:
             share = (epoch * self._steps - self._start) / (self._epochs * self._steps - self._start)
             left = (time.monotonic() - self._begin) * (1 / share - 1) if share > 0 else 0.0
@@ -178,6 +165,13 @@ class Display:
                 f"{self._title} epoch {epoch}/{self._epochs}  {_figures(figures)}  "
                 f"{_duration(left)} left"
             )
+
+    def say_stage(self, text: str) -> None:
+        """Says what is done before the next step: beside the bar, or in a line."""
+        if self._progress is None:
+            self.say(text)
+        else:
+            self._progress.update(self._task, figures=text)
 
     def say(self, text: str) -> None:
         """Prints a line."""
@@ -195,9 +189,11 @@ def _figures(figures: dict[str, float], with_speed: bool = True) -> str:
     formats["validation_accuracy"] = "validation {:.2%}"
     if with_speed:
         formats["examples_per_second"] = "{:,.0f} images/s"
-    return "  ".join(
-        form.format(figures[name]) for name, form in formats.items() if name in figures
-    )
+    # A speed of 0: there was no call but the first, which may have compiled.
+    shown = {
+        name: value for name, value in figures.items() if value or name != "examples_per_second"
+    }
+    return "  ".join(form.format(shown[name]) for name, form in formats.items() if name in shown)
 
 
 def _duration(seconds: float) -> str:

@@ -23,6 +23,7 @@ from rich.console import Console
 from bmjax.config import VerifyResumeConfig
 from bmjax.errors import UserError
 from bmjax.machine.storage import make_folder, write_atomically
+from bmjax.machine.terminal import forgiving_console
 from bmjax.runs import checkpoint
 from bmjax.runs.folder import CONFIG, TOUR
 from bmjax.train.run_contents import contents, differences, run_folders
@@ -100,7 +101,7 @@ def verify_resume(config: VerifyResumeConfig, console: Console | None = None) ->
             by itself with exit code 0.
     """
     check(config)
-    out, console = Path(config.out), console or Console()
+    out, console = Path(config.out), forgiving_console(console)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is there already. Remove it, or choose another --out.")
     make_folder(out)
@@ -160,7 +161,11 @@ class _Process:
     def __init__(self, words: Sequence[str], out: Path, log: Path, compiled: Path):
         self.out, self._log = out, log
         self._words = [sys.executable, "-m", "bmjax.cli", *words, "--out", str(out)]
-        self._environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(compiled.absolute())}
+        self._environment = {
+            **os.environ,
+            "JAX_COMPILATION_CACHE_DIR": str(compiled.absolute()),
+            "PYTHONIOENCODING": "utf-8",  # of the log
+        }
 
     def start(self) -> "subprocess.Popen[bytes]":
         """Starts or resumes the command; what it prints goes to the log."""
@@ -176,7 +181,7 @@ class _Process:
 
     def said(self) -> str:
         """Returns the last line that it printed."""
-        lines = self._log.read_text(errors="replace").strip().splitlines()
+        lines = self._log.read_text("utf-8", errors="replace").strip().splitlines()
         return lines[-1] if lines else ""
 
     def begun(self) -> bool:

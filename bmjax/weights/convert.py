@@ -1,7 +1,7 @@
 """torchvision's state dicts to Flax variables and back: a table of names, strict both ways."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from bmjax.errors import UserError, unknown_name
+from bmjax.errors import UserError, listed, unknown_name
 from bmjax.models import RESNETS
 from bmjax.weights.files import read_state_dict
+from bmjax.weights.name_fitting import Fitted, explain, fit_names, under_one_prefix
 
 Flat = dict[str, Any]
 
@@ -37,7 +38,10 @@ _LEAVES = {
     "count": "num_batches_tracked",
 }
 _HEAD = "params/head/"
+_HEAD_NAME = "fc"
 _COUNT = ".num_batches_tracked"
+# In one message, all its lists together.
+_MAX_NAMES = 10
 
 
 def torchvision_name(path: str) -> str:
@@ -84,38 +88,73 @@ def from_torchvision(
         norm: of the model, see `bmjax.models.ResNet`.
         where: what messages call a state dict that is no file.
 
+    Prefixes of names (`module.`, `backbone.`), heads of other names, and entries that are no
+    weights are seen to first, see `fit_names`.
+
     Returns:
         `{"params": ..., "batch_stats": ...}` of float32 numpy arrays.
 
     Raises:
-        UserError: a file that cannot be read; an unknown model; or names and shapes other than
-            the model's: all that is missing, unexpected or of another shape, in one message.
+        UserError: a file that cannot be read; an unknown model; names and shapes other than the
+            model's: what is missing, unexpected or of another shape, in one message of at most
+            ten names; or values that are not finite as float32.
     """
     if isinstance(source, str | Path):
         where, source = str(source), read_state_dict(source)
-    arrays = {name: np.asarray(value) for name, value in source.items()}
+    arrays = fit_state_dict(source, model, head=head, norm=norm, where=where).arrays
     if num_classes is None:
-        num_classes = _num_classes(arrays.get("fc.bias"))
-    if not head:
-        arrays = {name: value for name, value in arrays.items() if not name.startswith("fc.")}
+        num_classes = _num_classes(arrays)
     expected = _wanted(model, num_classes, head, norm)
-    problems = _differences(arrays, expected)
-    if problems:
-        own_classes = _num_classes(arrays.get("fc.bias"))
-        fitting = [
-            name
-            for name in RESNETS
-            if name != model and not _differences(arrays, _wanted(name, own_classes, head, norm))
-        ]
-        hint = (
-            f"It fits {' and '.join(fitting)}: give --model {fitting[0]}."
-            if fitting
-            else "Check --model, and that the file is a torchvision ResNet's state dict."
-        )
+    if problems := _differences(arrays, expected):
+        hint = _hint(source, arrays, model, head, norm, where)
         raise UserError(f"{where} does not fit {model}: {'; '.join(problems)}. {hint}")
     flat = {path: _to_flax(path, leaf, arrays) for path, leaf in expected.items()}
+    values = {torchvision_name(path): array for path, array in flat.items()}
+    refuse_not_finite(
+        {n: arrays.get(n, a) if n.endswith(_COUNT) else a for n, a in values.items()}, where
+    )
     variables = traverse_util.unflatten_dict(flat, sep="/")
     return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
+
+
+def fit_state_dict(
+    source: Mapping[str, np.ndarray],
+    model: str,
+    *,
+    head: bool = True,
+    norm: str = "batch",
+    where: str = "the state dict",
+) -> Fitted:
+    """Brings a state dict's names to those of torchvision's `model`, see `fit_names`.
+
+    Args:
+        source: arrays by name.
+        model: name of the ResNet.
+        head: whether the last layer is wanted.
+        norm: of the model.
+        where: what messages call the state dict.
+
+    Raises:
+        UserError: an unknown model, or one that the source holds several times.
+    """
+    arrays = {name: np.asarray(value) for name, value in source.items()}
+    names = _torch_names(model, norm)
+    return fit_names(arrays, names, head=_HEAD_NAME, keep_head=head, where=where)
+
+
+def refuse_not_finite(arrays: Mapping[str, np.ndarray], where: str) -> None:
+    """Raises UserError where values are not finite; the message names the arrays."""
+    broken = [
+        f"{name} ({'NaN' if np.isnan(array).any() else 'infinite'})"
+        for name, array in arrays.items()
+        if _is_float(array) and not np.isfinite(array).all()
+    ]
+    if broken:
+        raise UserError(
+            f"{where} has values that are not finite in {len(broken)} of {len(arrays)} arrays: "
+            f"{listed(broken)}. The training that made it diverged, or the file is damaged: take "
+            "an earlier checkpoint."
+        )
 
 
 def to_torchvision(variables: Mapping[str, Any], model: str) -> dict[str, np.ndarray]:
@@ -137,7 +176,7 @@ def to_torchvision(variables: Mapping[str, Any], model: str) -> dict[str, np.nda
         UserError: an unknown model, or variables that are not this model's, all differences named.
     """
     flat = _flatten(variables)
-    num_classes = _num_classes(flat.get(_HEAD + "bias"))
+    num_classes = max(1, np.size(flat[_HEAD + "bias"])) if _HEAD + "bias" in flat else 1000
     norm = "batch" if any(path.endswith("/mean") for path in flat) else "group"
     expected = expected_arrays(model, num_classes, norm)
     shapes = {path: tuple(leaf.shape) for path, leaf in expected.items()}
@@ -178,9 +217,27 @@ def _torch_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     return (shape[3], shape[2], *shape[:2]) if len(shape) == 4 else shape[::-1]
 
 
-def _num_classes(bias: Any) -> int:
-    """Returns the number of logits that the head's bias tells of; ImageNet's where it is absent."""
-    return 1000 if bias is None else max(1, np.size(bias))
+def _num_classes(arrays: Mapping[str, np.ndarray]) -> int:
+    """Returns the number of logits that the head tells of; ImageNet's where it is absent."""
+    weight = arrays.get(f"{_HEAD_NAME}.weight")
+    return 1000 if weight is None or not weight.ndim else max(1, len(weight))
+
+
+def _torch_names(model: str, norm: str) -> list[str]:
+    return [torchvision_name(path) for path in expected_arrays(model, 1000, norm)]
+
+
+def _hint(
+    source: Mapping[str, np.ndarray], arrays: Flat, model: str, head: bool, norm: str, where: str
+) -> str:
+    """Returns the likely cause and the remedy where a state dict does not fit."""
+    cause = explain(arrays, _torch_names(model, norm), _HEAD_NAME)
+    for name in RESNETS if not cause else ():
+        if name != model:
+            fitted = fit_state_dict(source, name, head=head, norm=norm, where=where).arrays
+            if not _differences(fitted, _wanted(name, _num_classes(fitted), head, norm)):
+                return f"It fits {name}: give --model {name}."
+    return cause or "Check --model, and that the file is a torchvision ResNet's state dict."
 
 
 def _wanted(model: str, num_classes: int, head: bool, norm: str) -> Flat:
@@ -196,15 +253,12 @@ def _differences(arrays: Flat, expected: Flat) -> list[str]:
     given = {name: value.shape for name, value in arrays.items()}
     if not any(name.endswith(_COUNT) for name in given):
         shapes = {name: shape for name, shape in shapes.items() if not name.endswith(_COUNT)}
-    problems = _list_differences(given, shapes)
     no_floats = [
         f"{name} ({arrays[name].dtype})"
         for name in shapes
         if name in arrays and not name.endswith(_COUNT) and not _is_float(arrays[name])
     ]
-    if no_floats:
-        problems.append(f"not of a float type: {', '.join(no_floats)}")
-    return problems
+    return _list_differences(given, shapes, no_floats)
 
 
 def _is_float(array: np.ndarray) -> bool:
@@ -212,7 +266,9 @@ def _is_float(array: np.ndarray) -> bool:
 
 
 def _list_differences(
-    given: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
+    given: Mapping[str, tuple[int, ...]],
+    expected: Mapping[str, tuple[int, ...]],
+    no_floats: Sequence[str] = (),
 ) -> list[str]:
     missing = [name for name in expected if name not in given]
     unexpected = [name for name in given if name not in expected]
@@ -221,16 +277,31 @@ def _list_differences(
         for name, shape in expected.items()
         if name in given and tuple(given[name]) != shape
     ]
-    named = (("missing", missing), ("unexpected", unexpected), ("wrong shape", wrong))
-    return [f"{len(names)} {kind}: {', '.join(names)}" for kind, names in named if names]
+    kinds = {
+        "missing": missing,
+        "unexpected": unexpected,
+        "wrong shape": wrong,
+        "not of a float type": no_floats,
+    }
+    kinds = {kind: names for kind, names in kinds.items() if names}
+    prefix = under_one_prefix(unexpected)
+    all_under = {"unexpected": f", all under the prefix {prefix}" if prefix else ""}
+    most = _MAX_NAMES // max(len(kinds), 1)
+    return [
+        f"{len(names)} {kind}{all_under.get(kind, '')}: {listed(names, most)}"
+        for kind, names in kinds.items()
+    ]
 
 
 def _to_flax(path: str, leaf: Any, arrays: Flat) -> np.ndarray:
     name = torchvision_name(path)
     if name.endswith(_COUNT):
-        count = np.clip(arrays.get(name, 0), 0, np.iinfo(np.int32).max)
+        # Averages of models hold counts as floats.
+        count = np.clip(np.nan_to_num(arrays.get(name, 0)), 0, np.iinfo(np.int32).max)
         return np.asarray(count, np.int32)
-    array = np.asarray(arrays[name]).astype(np.float32)
+    # What is too large for float32 becomes infinite, and is refused by its name.
+    with np.errstate(over="ignore"):
+        array = np.asarray(arrays[name]).astype(np.float32)
     if path.endswith("/kernel"):
         array = array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
     return np.ascontiguousarray(array).reshape(leaf.shape)

@@ -87,6 +87,7 @@ def _read(config: ConvertConfig, console: Console | None) -> Pretrained:
     return read_pretrained(
         config.path,
         config.model,
+        key=config.weights_key,
         image_size=config.image_size,
         resize_size=config.resize_size,
         class_names=config.class_names,

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from bmjax.errors import UserError
+from bmjax.machine.terminal import forgiving_console
 
 PAUSES = (1.0, 2.0, 4.0)
 _TIMEOUTS = (10.0, 30.0)  # seconds to connect, and between two pieces of the answer
@@ -53,7 +54,7 @@ class _Part:
 
     @property
     def tag(self) -> str:
-        return self._tag_path.read_text() if self._tag_path.exists() else ""
+        return self._tag_path.read_text("utf-8") if self._tag_path.exists() else ""
 
     @property
     def _tag_path(self) -> Path:
@@ -65,7 +66,7 @@ class _Part:
         self._tag_path.unlink(missing_ok=True)
         # A weak tag may stand for different bytes, so If-Range does not admit it.
         if tag and not tag.startswith("W/"):
-            self._tag_path.write_text(tag)
+            self._tag_path.write_text(tag, "utf-8")
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)
@@ -107,7 +108,7 @@ def download(
         UserError: the file cannot be had from `url`, is not the one meant, or `target` cannot
             be written.
     """
-    console = console or Console(stderr=True)
+    console = forgiving_console(console, stderr=True)
     try:
         # Before the lock: a cache that is shared may be readable only.
         if _is_intact(target, sha256_prefix):

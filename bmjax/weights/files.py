@@ -19,33 +19,22 @@ import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import safetensors
 
-from bmjax.errors import UserError
+from bmjax.config.paths import user_path
+from bmjax.errors import UserError, listed
 from bmjax.weights import pickles
+from bmjax.weights.state_dicts import WRAPPERS, Chosen, choose, choose_names, to_said
 from bmjax.weights.tensors import SAFETENSORS, BadFileError, Storage, Tensor, damaged
 from bmjax.weights.writing import promised_hash, write_state_dict
 
 __all__ = ["read_state_dict", "unseen_damage", "write_state_dict"]
-
-# Where training programs keep the state dict within a checkpoint.
-STATE_DICT_KEYS = (
-    "state_dict",
-    "model_state_dict",
-    "model_state",
-    "model",
-    "net",
-    "network",
-    "model_ema",
-    "state_dict_ema",
-)
-# What wrappers of a model put before all names: DataParallel and torch.compile.
-PREFIXES = ("module.", "_orig_mod.")
 
 _ZIP_START = b"PK\x03\x04"
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -56,19 +45,22 @@ _USUAL_FLAGS = 0x0808
 # Views of one storage may be many and large; this bounds what a small file can unpack to.
 _MAX_GROWTH = 8
 _FREE_BYTES = 64 * 2**20
-_MAX_SHOWN = 12
 
 
-def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
+def read_state_dict(path: str | Path, key: str | None = None) -> dict[str, np.ndarray]:
     """Reads the named arrays of a weight file; nothing that the file says is run.
 
-    A training checkpoint may hold the state dict under one of `STATE_DICT_KEYS`. A prefix that all
-    names share because the model was wrapped (`module.`, `_orig_mod.`) is taken off. Devices are
-    ignored. Values are not judged: they may be not finite.
+    A training checkpoint may hold the state dict beside other things, and under any key; of
+    several, the plain one is read and not its averages. A whole model that was saved without its
+    `state_dict()` is read as if with it. A prefix that all names share because the model was
+    wrapped (`module.`, `_orig_mod.`) is taken off. Devices are ignored. Values are not judged:
+    they may be not finite.
 
     Args:
         path: a `.pth` or `.pt` file of PyTorch, in the zip container or in the one before
             version 1.6, or a `.safetensors` file.
+        key: which of several state dicts, its place joined by dots, such as `state_dict_ema`; or
+            the prefix of the names to read. None given: see above.
 
     Returns:
         C-contiguous, writable arrays of their own, in the order of the file; by name where that
@@ -76,18 +68,37 @@ def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
 
     Raises:
         UserError: the file is missing, of another kind, damaged as far as can be seen (the top of
-            this module says how far), or asks for more than tensors; or it has no state dict, or
-            several.
+            this module says how far), or asks for what can run commands; or it has no state dict,
+            none under `key`, or several of which none is the plain one.
 
     Source: https://pytorch.org/docs/stable/notes/serialization.html.
     """
-    path = Path(path)
+    return read_checkpoint(path, key).named
+
+
+@dataclass(frozen=True, eq=False)
+class WeightFile:
+    """What was read of a weight file.
+
+    Attributes:
+        named: the arrays, as `read_state_dict` returns them.
+        notes: what to tell the user of it, a line each.
+    """
+
+    named: dict[str, np.ndarray]
+    notes: tuple[str, ...] = ()
+
+
+def read_checkpoint(path: str | Path, key: str | None = None) -> WeightFile:
+    """Reads the named arrays of a weight file as `read_state_dict` does, and says what it chose."""
+    path = user_path(path)
     try:
         if path.exists() and not path.is_file():
             raise BadFileError("is not a file. If it is a folder, name the weight file in it.")
         content = path.read_bytes()
         _check_hash(path, content)
-        return _strip_prefixes(_read(content))
+        chosen, arrays = _read(content, key)
+        return WeightFile(_strip_wrappers(arrays), tuple(filter(None, [to_said(path, chosen)])))
     except BadFileError as error:
         raise UserError(f"{path}: {error}") from error
     except FileNotFoundError as error:
@@ -126,14 +137,20 @@ def _check_hash(path: Path, content: bytes) -> None:
         )
 
 
-def _read(content: bytes) -> dict[str, np.ndarray]:
-    if content.startswith(_ZIP_START):
-        return _read_zip(content)
-    if content.startswith(b"\x80"):
-        return _read_legacy(content)
+def _read(content: bytes, key: str | None) -> tuple[Chosen, dict[str, np.ndarray]]:
+    # Before pickles: the length that begins a safetensors file may begin as they do.
     if content[8:9] == b"{" and int.from_bytes(content[:8], "little") < 2**32:
-        return _read_safetensors(content)
-    raise BadFileError(f"is not a weight file: {_looks_like(content)}.")
+        named, storages = _read_safetensors(content)
+        chosen = Chosen(choose_names(named, key) if key else named, key or "")
+        return chosen, _to_arrays(chosen.named, storages, len(content))
+    if content.startswith(_ZIP_START):
+        loaded, storages = _read_zip(content)
+    elif content.startswith(b"\x80"):
+        loaded, storages = _read_legacy(content)
+    else:
+        raise BadFileError(f"is not a weight file: {_looks_like(content)}.")
+    chosen = choose(loaded, key)
+    return chosen, _to_arrays(chosen.named, storages, len(content))
 
 
 def _looks_like(content: bytes) -> str:
@@ -159,10 +176,10 @@ def _looks_like(content: bytes) -> str:
     )
 
 
-def _read_zip(content: bytes) -> dict[str, np.ndarray]:
+def _read_zip(content: bytes) -> tuple[Any, Mapping[str, memoryview]]:
     entries = _entries(content)
+    prefix = _prefix([entry.orig_filename for entry in entries])
     records = {entry.orig_filename: _record(content, entry) for entry in entries}
-    prefix = _prefix(records)
     if records.get(f"{prefix}byteorder", b"little") != b"little":
         raise BadFileError(
             "was written on a big-endian machine. Load it with torch and save it on another one."
@@ -178,7 +195,7 @@ def _read_zip(content: bytes) -> dict[str, np.ndarray]:
     }
     _check_storages(loaded.storages, found)
     _check_order([entry.orig_filename for entry in entries], start)
-    return _to_arrays(_find(loaded.value), found, len(content))
+    return loaded.value, found
 
 
 def _entries(content: bytes) -> list[zipfile.ZipInfo]:
@@ -221,7 +238,18 @@ def _record(content: bytes, entry: zipfile.ZipInfo) -> memoryview:
     return data
 
 
-def _prefix(records: Mapping[str, memoryview]) -> str:
+def _prefix(records: list[str]) -> str:
+    """Returns what the names of all records begin with."""
+    if any(re.fullmatch(r"([^/]+/)?constants\.pkl", name) for name in records):
+        raise BadFileError(
+            "is a TorchScript program. Load it with torch.jit.load, and save its state_dict() by "
+            "torch.save."
+        )
+    if any("serialized_exported_program" in name or "/models/" in name for name in records):
+        raise BadFileError(
+            "is a program of torch.export. Load it with torch.export.load, and save its "
+            "state_dict by torch.save."
+        )
     pickled = [name for name in records if re.fullmatch(r"([^/]+/)?data\.pkl", name)]
     if len(pickled) != 1:
         raise BadFileError(
@@ -232,10 +260,6 @@ def _prefix(records: Mapping[str, memoryview]) -> str:
     strange = [name for name in records if not name.startswith(prefix)]
     if strange:
         raise damaged(f"it has records of another archive ({_list(strange)})")
-    if f"{prefix}constants.pkl" in records:
-        raise BadFileError(
-            "is a TorchScript program. Load it with torch.jit.load and save its state_dict()."
-        )
     return prefix
 
 
@@ -267,7 +291,7 @@ def _check_storages(storages: Mapping[str, Storage], found: Mapping[str, memoryv
             )
 
 
-def _read_legacy(content: bytes) -> dict[str, np.ndarray]:
+def _read_legacy(content: bytes) -> tuple[Any, Mapping[str, memoryview]]:
     magic = pickles.load(content)
     if magic.value != _LEGACY_MAGIC:
         raise BadFileError(
@@ -286,7 +310,7 @@ def _read_legacy(content: bytes) -> dict[str, np.ndarray]:
     loaded = pickles.load(content, system.end)
     keys = pickles.load(content, loaded.end)
     found = _legacy_storages(content, keys, loaded.storages)
-    return _to_arrays(_find(loaded.value), found, len(content))
+    return loaded.value, found
 
 
 def _legacy_storages(
@@ -310,7 +334,9 @@ def _legacy_storages(
     return found
 
 
-def _read_safetensors(content: bytes) -> dict[str, np.ndarray]:
+def _read_safetensors(
+    content: bytes,
+) -> tuple[dict[str, Tensor], Mapping[str, memoryview]]:
     try:
         tensors = sorted(safetensors.deserialize(content), key=lambda tensor: tensor[0])
     except (safetensors.SafetensorError, ValueError, OverflowError) as error:
@@ -325,40 +351,7 @@ def _read_safetensors(content: bytes) -> dict[str, np.ndarray]:
         storage = Storage(name, dtype, len(entry["data"]) // dtype.itemsize)
         named[name] = Tensor.contiguous(storage, shape)
     data = {name: memoryview(entry["data"]) for name, entry in tensors}
-    return _to_arrays(named, data, len(content))
-
-
-def _find(value: Any) -> dict[str, Tensor]:
-    """Returns the state dict: `value` itself, or what a checkpoint has under a known key."""
-    if _is_state_dict(value):
-        return value
-    if not isinstance(value, dict):
-        raise BadFileError(
-            "holds no dictionary of named tensors. Load it with torch and save model.state_dict()."
-        )
-    inside = [key for key in STATE_DICT_KEYS if _is_state_dict(value.get(key))]
-    if len(inside) == 1:
-        found: dict[str, Tensor] = value[inside[0]]
-        return found
-    if inside:
-        raise BadFileError(
-            f"holds several state dicts ({', '.join(inside)}). Load it with torch and save the one "
-            "that you want."
-        )
-    raise BadFileError(
-        f"holds no state dict; its keys are {_list(value)}. A state dict has tensors only, and "
-        f"stands alone or under one of {', '.join(STATE_DICT_KEYS)}. Load it with torch and save "
-        "model.state_dict()."
-    )
-
-
-def _is_state_dict(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and len(value) > 0
-        and all(isinstance(name, str) for name in value)
-        and all(isinstance(tensor, Tensor) for tensor in value.values())
-    )
+    return named, data
 
 
 def _to_arrays(
@@ -372,14 +365,12 @@ def _to_arrays(
     return {name: tensor.to_array(content[tensor.storage.key]) for name, tensor in named.items()}
 
 
-def _strip_prefixes(named: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    for prefix in PREFIXES * 2:
+def _strip_wrappers(named: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    for prefix in [f"{wrapper}." for wrapper in WRAPPERS] * 2:
         if all(name.startswith(prefix) and len(name) > len(prefix) for name in named):
             named = {name.removeprefix(prefix): array for name, array in named.items()}
     return named
 
 
-def _list(names: Any) -> str:
-    shown = [repr(name)[:60] for name in list(names)[:_MAX_SHOWN]]
-    more = ["..."] if len(names) > _MAX_SHOWN else []
-    return ", ".join(shown + more) or "none"
+def _list(names: Iterable[str]) -> str:
+    return listed(repr(name)[:60] for name in names)

@@ -3,7 +3,8 @@
 `pickle.Unpickler` imports and calls what a file names. `load` is no such machine: it knows the
 opcodes below, and a global is a name that it compares with a fixed list. It can make plain data
 and tensors, and has no way to import or to call anything else. What stands in training
-checkpoints beside tensors (settings, NumPy scalars) becomes the mark `INERT`, which holds nothing.
+checkpoints beside tensors (settings, paths, dates, NumPy scalars, a user's own classes) becomes
+`Inert`: the name of its kind, and the plain data that it was given.
 
 Sources: CPython's `pickletools` for the opcodes, and PyTorch's serialization notes,
 https://pytorch.org/docs/stable/notes/serialization.html, for what a tensor is made of.
@@ -15,11 +16,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
+from bmjax.weights import pickle_names as names
+from bmjax.weights.pickle_names import shorten
 from bmjax.weights.tensors import (
-    DTYPES,
-    STORAGES,
     BadFileError,
     Storage,
     Tensor,
@@ -28,57 +27,29 @@ from bmjax.weights.tensors import (
     is_count,
 )
 
-_STORAGE_OF = {f"torch.{name}": dtype for name, dtype in STORAGES.items()}
-_STORAGE_OF |= {f"torch.cuda.{name}": dtype for name, dtype in STORAGES.items()}
-_STORAGE_OF["torch.storage.UntypedStorage"] = np.dtype(np.uint8)
-_DTYPE_OF = {f"torch.{name}": dtype for name, dtype in DTYPES.items()}
-
-_DICTS = {"collections.OrderedDict", "collections.defaultdict"}
-_REBUILD = "torch._utils._rebuild_"
-_TENSORS = {
-    f"{_REBUILD}tensor": (4, 4),
-    f"{_REBUILD}tensor_v2": (6, 7),
-    f"{_REBUILD}tensor_v3": (7, 8),
-}
-_PARAMETERS = {
-    f"{_REBUILD}parameter": (3, 3),
-    f"{_REBUILD}parameter_with_state": (4, 4),
-    # Before version 0.4 a parameter was called as a class, and its settings came after.
-    "torch.nn.parameter.Parameter": (1, 2),
-}
-_BESIDE_TENSORS = {
-    "argparse.Namespace",
-    "_codecs.encode",
-    "builtins.set",
-    "collections.Counter",
-    "numpy.dtype",
-    "numpy.ndarray",
-    "numpy.core.multiarray.scalar",
-    "numpy.core.multiarray._reconstruct",
-    "numpy._core.multiarray.scalar",
-    "numpy._core.multiarray._reconstruct",
-    "torch.device",
-}
-_KNOWN = {
-    *_STORAGE_OF,
-    *_DTYPE_OF,
-    *_DICTS,
-    *_TENSORS,
-    *_PARAMETERS,
-    *_BESIDE_TENSORS,
-    "torch.Size",
-}
-
 # An opcode of one byte can make a dictionary of 64: this bounds them at some 300 MB.
 MAX_OPCODES = 5_000_000
 _MAX_NAME = 300
 
 
-class _Inert:
-    """Data of a kind that weights do not need."""
+class Inert:
+    """An object of any other kind, which was not made.
+
+    Attributes:
+        kind: module and name of its class or of the function that makes it; may be empty.
+        items: what it was given as a dictionary.
+        state: its attributes, where they are a dictionary.
+    """
+
+    __slots__ = ("items", "kind", "state")
+
+    def __init__(self, kind: str = ""):
+        self.kind = kind
+        self.items: dict[Any, Any] | None = None
+        self.state: dict[Any, Any] | None = None
 
 
-INERT = _Inert()
+INERT = Inert()
 
 
 @dataclass(frozen=True)
@@ -97,7 +68,7 @@ class Loaded:
     """What one pickle held.
 
     Attributes:
-        value: plain data, tensors, `INERT`.
+        value: plain data, tensors, `Inert`.
         end: the position after it.
         storages: all that it names, by their key.
     """
@@ -136,7 +107,12 @@ _TEXTS = {
     pickle.SHORT_BINSTRING: ("<B", "latin-1"),
     pickle.BINSTRING: ("<i", "latin-1"),
 }
-_BYTES = {pickle.SHORT_BINBYTES: "<B", pickle.BINBYTES: "<I", pickle.BINBYTES8: "<Q"}
+_BYTES = {
+    pickle.SHORT_BINBYTES: "<B",
+    pickle.BINBYTES: "<I",
+    pickle.BINBYTES8: "<Q",
+    pickle.BYTEARRAY8: "<Q",
+}
 _PUTS = {pickle.BINPUT: "<B", pickle.LONG_BINPUT: "<I"}
 _GETS = {pickle.BINGET: "<B", pickle.LONG_BINGET: "<I"}
 _TUPLES = {pickle.TUPLE1: 1, pickle.TUPLE2: 2, pickle.TUPLE3: 3}
@@ -167,6 +143,8 @@ class _Machine:
             pickle.STACK_GLOBAL: lambda: self._global(*self._pop_some(2)),
             pickle.REDUCE: self._reduce,
             pickle.NEWOBJ: self._new_object,
+            pickle.NEWOBJ_EX: self._new_object_of_named,
+            pickle.FROZENSET: self._frozen_set,
             pickle.BUILD: self._build,
             pickle.BINPERSID: self._storage,
         }
@@ -266,6 +244,10 @@ class _Machine:
         values, self._stack = self._stack, self._below.pop()
         return values
 
+    def _frozen_set(self) -> None:
+        self._to_mark()
+        self._push(INERT)
+
     def _put(self, index: int) -> None:
         self._memo[index] = self._top()
 
@@ -278,11 +260,14 @@ class _Machine:
         target = self._top()
         if isinstance(target, list):
             target.extend(values)
-        elif target is not INERT:
+        elif not isinstance(target, Inert):
             raise damaged("its pickle appends to something that is not a list")
 
     def _set_items(self, values: list[Any]) -> None:
         target = self._top()
+        if isinstance(target, Inert) and target is not INERT:
+            target.items = {} if target.items is None else target.items
+            target = target.items
         if isinstance(target, dict) and len(values) % 2 == 0:
             self._fill(target, zip(values[::2], values[1::2], strict=True))
         elif target is not INERT:
@@ -294,36 +279,39 @@ class _Machine:
             # No other key can name a tensor, and hashing deeply nested ones overflows the stack.
             if isinstance(key, str | int | float | None):
                 if key in target:
-                    raise damaged(f"its pickle sets {_shorten(key)} twice")
+                    raise damaged(f"its pickle sets {shorten(key)} twice")
                 target[key] = value
 
     def _global(self, module: Any, name: Any) -> None:
         if not (isinstance(module, str) and isinstance(name, str)):
             raise damaged("its pickle has a name that is not a text")
-        full = f"{module}.{name}".replace("__builtin__.", "builtins.")
-        if full not in _KNOWN:
-            raise BadFileError(
-                f"refused to import {_shorten(full)[1:-1]}, which its pickle asks for and weights "
-                "do not need; nothing of the file was run. It holds more than tensors (a whole "
-                "model or training state), is damaged, or is hostile. Only if you trust it, load "
-                "it with torch and save model.state_dict() alone."
-            )
-        self._push(Global(full))
+        self._push(Global(names.check(module, name)))
 
     def _reduce(self) -> None:
         function, arguments = self._pop_some(2)
-        if not (isinstance(function, Global) and isinstance(arguments, tuple)):
+        if not (isinstance(function, Global | Inert) and isinstance(arguments, tuple)):
             raise damaged("its pickle calls something that is not a function")
-        self._push(self._result(function.name, arguments))
+        self._push(self._result(function, arguments))
 
-    def _result(self, name: str, arguments: tuple[Any, ...]) -> Any:
-        if name in _BESIDE_TENSORS:
-            return INERT
-        if name in _DICTS:
+    def _result(self, function: Global | Inert, arguments: tuple[Any, ...]) -> Any:
+        """Returns what a call would give: a tensor, plain data, or the name of what was called."""
+        if isinstance(function, Inert):
+            return Inert(function.kind)
+        name = function.name
+        if name == names.GETATTR and not _is_plain_attribute(arguments):
+            raise damaged("its pickle looks up something that is no attribute of an object")
+        if name not in names.KNOWN:
+            return Inert(name)
+        if name in names.DICTS:
             return self._dict(name, arguments)
-        if name == "torch.Size" and len(arguments) == 1 and isinstance(arguments[0], tuple | list):
+        if name == names.SIZE and len(arguments) == 1 and isinstance(arguments[0], tuple | list):
             return tuple(arguments[0])
-        for table, make in ((_TENSORS, _tensor), (_PARAMETERS, _data_of)):
+        if name == names.FROM_TYPE and len(arguments) == 4:
+            rebuild, _, given, _ = arguments
+            inner = isinstance(rebuild, Global) and rebuild.name in names.TENSOR_MAKERS
+            if inner and isinstance(given, tuple):
+                return self._result(rebuild, given)
+        for table, make in ((names.TENSORS, _tensor), (names.PARAMETERS, _data_of)):
             if name in table and table[name][0] <= len(arguments) <= table[name][1]:
                 return make(*arguments)
         raise damaged(f"its pickle calls {name} with arguments that PyTorch does not use")
@@ -342,15 +330,22 @@ class _Machine:
 
     def _new_object(self) -> None:
         kind, arguments = self._pop_some(2)
-        if not (isinstance(kind, Global) and isinstance(arguments, tuple)):
+        if not (isinstance(kind, Global | Inert) and isinstance(arguments, tuple)):
             raise damaged("its pickle makes an object of something that is not a class")
-        self._push(self._result(kind.name, arguments))
+        self._push(self._result(kind, arguments))
+
+    def _new_object_of_named(self) -> None:
+        if not isinstance(self._pop(), dict):
+            raise damaged("its pickle makes an object with names that are not a dictionary")
+        self._new_object()
 
     def _build(self) -> None:
         state, target = self._pop(), self._top()
+        if isinstance(target, Inert) and target is not INERT and isinstance(state, dict):
+            target.state = state
         settings = isinstance(target, Tensor) and isinstance(state, tuple) and len(state) == 3
         # PyTorch keeps the versions of modules beside an OrderedDict; they are not needed.
-        if not (target is INERT or isinstance(target, dict) or settings):
+        if not (isinstance(target, Inert | dict) or settings):
             raise damaged("its pickle sets the state of something that has none")
 
     def _storage(self) -> None:
@@ -359,7 +354,7 @@ class _Machine:
         if not isinstance(identity, tuple) or len(identity) not in (5, 6):
             raise damaged("its pickle refers to something that is not a storage")
         word, kind, key, _, numel = identity[:5]
-        known = isinstance(kind, Global) and kind.name in _STORAGE_OF
+        known = isinstance(kind, Global) and kind.name in names.STORAGE_OF
         if not (word == "storage" and known and isinstance(key, str) and is_count(numel)):
             raise damaged("its pickle describes a storage in a way that PyTorch does not")
         if identity[5:] not in ((), (None,)):
@@ -367,9 +362,9 @@ class _Machine:
                 "it has a view of a storage, as only old versions of PyTorch saved. Load it with "
                 "torch and save the state_dict() again."
             )
-        storage = Storage(key, _STORAGE_OF[kind.name], numel)
+        storage = Storage(key, names.STORAGE_OF[kind.name], numel)
         if self.storages.setdefault(key, storage) != storage:
-            raise damaged(f"its pickle describes storage {_shorten(key)} in two ways")
+            raise damaged(f"its pickle describes storage {shorten(key)} in two ways")
         self._push(storage)
 
 
@@ -383,9 +378,9 @@ def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> 
         raise damaged("its pickle has a tensor with more sizes than strides, or fewer")
     dtype = storage.dtype
     if len(rest) > 2 and isinstance(rest[2], Global):
-        if rest[2].name not in _DTYPE_OF:
+        if rest[2].name not in names.DTYPE_OF:
             raise damaged(f"its pickle makes a tensor of {rest[2].name}, which is not a dtype")
-        dtype = _DTYPE_OF[rest[2].name]
+        dtype = names.DTYPE_OF[rest[2].name]
     return Tensor(storage, dtype, offset, tuple(shape), tuple(strides))
 
 
@@ -395,6 +390,11 @@ def _data_of(data: Any, *_: Any) -> Tensor:
     return data
 
 
-def _shorten(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) < 100 else f"{text[:95]}...'"
+def _is_plain_attribute(arguments: tuple[Any, ...]) -> bool:
+    """Tells whether `getattr` is asked for a method or a nested class, as pickles need it."""
+    return (
+        len(arguments) == 2
+        and isinstance(arguments[0], Global | Inert)
+        and isinstance(arguments[1], str)
+        and not names.reaches_inside(arguments[1])
+    )

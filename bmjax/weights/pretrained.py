@@ -10,16 +10,22 @@ import numpy as np
 from flax import serialization
 from rich.console import Console
 
+from bmjax.config.paths import user_path
 from bmjax.data import preprocess
 from bmjax.data.preprocess import Normalization
-from bmjax.errors import UserError
+from bmjax.errors import UserError, printable
 from bmjax.machine.storage import write_atomically
 from bmjax.models import RESNETS
 from bmjax.runs import checkpoint
 from bmjax.runs.folder import Run, create_run
 from bmjax.runs.trained import load_run
-from bmjax.weights.convert import from_torchvision, to_torchvision
-from bmjax.weights.files import read_state_dict, unseen_damage
+from bmjax.weights.convert import (
+    fit_state_dict,
+    from_torchvision,
+    refuse_not_finite,
+    to_torchvision,
+)
+from bmjax.weights.files import read_checkpoint, unseen_damage
 from bmjax.weights.named import fetch, imagenet_classes, published
 
 NAMES = ("imagenet-v1", "imagenet-v2")
@@ -63,6 +69,7 @@ def read_pretrained(
     model: str | None,
     *,
     head: bool = True,
+    key: str | None = None,
     image_size: int | None = None,
     resize_size: int | None = None,
     class_names: tuple[str, ...] = (),
@@ -76,35 +83,49 @@ def read_pretrained(
             file of that name goes first.
         model: name of the ResNet; a run knows its own, and it may be empty then.
         head: whether the last layer is wanted; without it, it may be absent or of any size.
+        key: which state dict of a file with several, see `read_state_dict`.
         image_size: side of the images that the model takes; None: the weights' own, or 224. A run
             keeps its own.
         resize_size: shorter side that images are resized to before the middle is cut out; None: the
             weights' own, or 8/7 of the image size. A run keeps its own.
         class_names: of the weights' classes; none given: ImageNet's where there are 1000, numbers
             otherwise. A run keeps its own.
-        console: where the progress of a download is shown, and what damage cannot be seen.
+        console: where the progress of a download is shown, what damage cannot be seen, and what
+            was chosen among the things in a file.
 
     Raises:
-        UserError: a source that is not there, cannot be read, or does not fit the model.
+        UserError: a source that is not there, cannot be read, or does not fit the model; values
+            that are not finite; or a head of a single output.
     """
-    path = Path(source)
+    path = user_path(source)
+    if key and (path.is_dir() or path.suffix == FLAX_SUFFIX):
+        raise UserError(
+            f"--weights-key {key} chooses within a file of PyTorch, and {source} is none: leave "
+            "it out."
+        )
     if path.is_dir():
         return _from_run(path, model, head)
     if model not in RESNETS:
         known = ", ".join(sorted(RESNETS))
         said = f"--model {model} is none" if model else "--model says which ResNet"
         raise UserError(f"{said}: a file of weights does not name its own. Known: {known}.")
-    state_dict = None
+    state_dict, notes = None, []
     name = source if source in NAMES and not path.exists() else ""
     if path.suffix == FLAX_SUFFIX:
         variables = _read_flax(path, model)
     else:
         path = fetch(model, name, console) if name else path
-        state_dict = read_state_dict(path)
-        variables = from_torchvision(state_dict, model, head=head, where=str(path))
+        read = read_checkpoint(path, key)
+        fitted = fit_state_dict(read.named, model, head=head, where=str(path))
+        variables = from_torchvision(read.named, model, head=head, where=str(path))
+        state_dict = fitted.arrays
+        notes = [*read.notes, *(f"note: {path}: {note}" for note in fitted.notes)]
     variables = variables if head else _without_head(variables)
-    if console and (note := unseen_damage(path)):
-        console.print(note, highlight=False, markup=False, soft_wrap=True)
+    if head:
+        _refuse_one_output(variables, str(path))
+    if console:
+        for note in filter(None, [*notes, unseen_damage(path)]):
+            console.print(printable(note), highlight=False, markup=False, soft_wrap=True)
     data = {
         "name": "",
         "fingerprint": "",
@@ -122,9 +143,19 @@ def _from_run(path: Path, model: str | None, head: bool) -> Pretrained:
         raise UserError(f"the run in {path} is of {own}, but --model is {model}.")
     settings, data = trained.run.config, trained.run.data
     variables = trained.variables if head else _without_head(trained.variables)
+    refuse_not_finite(checkpoint.to_named(variables), f"the run in {path}")
     if not head:
         data = {**data, "class_names": []}
     return Pretrained(own, variables, data, None, settings.norm, settings.hidden_sizes)
+
+
+def _refuse_one_output(variables: dict[str, Any], where: str) -> None:
+    if len(variables["params"]["head"]["bias"]) == 1:
+        raise UserError(
+            f"the head in {where} has one output, which tells no classes apart: it was trained "
+            "with a sigmoid. bmjax finetune begins with a new head of two; or give the head a row "
+            "of zeros for the other class before its own, with torch."
+        )
 
 
 def _without_head(variables: dict[str, Any]) -> dict[str, Any]:
@@ -146,7 +177,9 @@ def _read_flax(path: Path, model: str) -> dict[str, Any]:
             f"{path} cannot be read as Flax variables ({type(error).__name__}: {error}). "
             "It is damaged, or of another kind."
         ) from error
-    return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
+    variables = {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
+    refuse_not_finite(checkpoint.to_named(variables), str(path))
+    return variables
 
 
 def _names(variables: dict[str, Any], names: tuple[str, ...]) -> list[str]:

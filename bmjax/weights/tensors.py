@@ -138,6 +138,11 @@ class Tensor:
         return np.asarray(copy != 0) if self.dtype == np.bool_ else copy.view(self.dtype)
 
 
+def is_float(dtype: np.dtype[Any]) -> bool:
+    """Tells whether it is a float type, those that NumPy doesn't have among them."""
+    return dtype.kind == "f" or dtype.name.startswith(("bfloat", "float"))
+
+
 def is_count(value: Any) -> bool:
     """Tells whether it is an integer from 0 up to what 63 bits hold."""
     return type(value) is int and 0 <= value < 2**63

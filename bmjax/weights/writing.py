@@ -12,6 +12,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from bmjax.config.paths import user_path
 from bmjax.errors import UserError
 from bmjax.machine.storage import replacing
 from bmjax.weights.tensors import DTYPES, SAFETENSORS, STORAGES
@@ -50,7 +51,7 @@ def write_state_dict(path: str | Path, state_dict: Mapping[str, Any]) -> None:
     Source: https://pytorch.org/docs/stable/notes/serialization.html and
     https://huggingface.co/docs/safetensors for the layouts.
     """
-    path = Path(path)
+    path = user_path(path)
     make = {".pth": _zip, ".pt": _zip, ".safetensors": _safetensors}.get(path.suffix.lower())
     if make is None:
         raise UserError(f"{path} ends in {path.suffix!r}. Use .pth, .pt or .safetensors.")

@@ -2,7 +2,7 @@
 
 import contextlib
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -11,6 +11,10 @@ from PIL import Image, UnidentifiedImageError
 
 from bmjax.data import preprocess
 from bmjax.errors import UserError
+
+# Two changes within the same tick of a file system's clock leave the same times; FAT's ticks last
+# longest, 2 s.
+TICK_NS = 2 * 10**9
 
 
 class DecodingError(UserError):
@@ -45,6 +49,10 @@ class Encoded:
         labels: [images] int32.
         identity: changes with the images: what is known of them is kept under it.
         refused: names of further files that are no images.
+        settled: whether every further change of the images would change `identity`: only then
+            does it stand for their bytes.
+        on_read: told the number and the bytes of every image that is read, in any thread; no bytes
+            where there is nothing to read.
     """
 
     reader: Reader
@@ -52,6 +60,8 @@ class Encoded:
     labels: np.ndarray
     identity: str
     refused: tuple[str, ...] = ()
+    settled: bool = False
+    on_read: Callable[[int, bytes], None] | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -60,9 +70,12 @@ class Encoded:
         return f"Encoded({self.reader!r}, {len(self)} images, {self.identity[:16]})"
 
     def without(self, rows: Sequence[int]) -> "Encoded":
-        """Returns what is left after some images are left out."""
+        """Returns what is left after some images are left out, of which nobody is told."""
+        if not rows:
+            return replace(self, on_read=None)
         keep = sorted(set(range(len(self))).difference(rows))
-        return replace(self, keys=[self.keys[row] for row in keep], labels=self.labels[keep])
+        keys = [self.keys[row] for row in keep]
+        return replace(self, keys=keys, labels=self.labels[keep], on_read=None)
 
     def read(self, index: int) -> io.BytesIO:
         """Returns an image's bytes.
@@ -73,7 +86,7 @@ class Encoded:
         """
         key = self.keys[index]
         try:
-            data = self.reader.read(key)
+            data = self._read(index)
         except PermissionError as error:
             raise UserError(
                 f"{self.reader.name(key)} cannot be read ({error.strerror}). Check its permissions."
@@ -83,6 +96,17 @@ class Encoded:
         if not data:
             raise DecodingError(self.reader.name(key), "empty")
         return io.BytesIO(data)
+
+    def _read(self, index: int) -> bytes:
+        try:
+            data = self.reader.read(self.keys[index])
+        except FileNotFoundError:
+            if self.on_read is not None:
+                self.on_read(index, b"")
+            raise
+        if self.on_read is not None:
+            self.on_read(index, data)
+        return data
 
     def decode(self, index: int, channels: int) -> Image.Image:
         """Returns an image as `preprocess.decode` does; raises as `read` does."""
@@ -146,7 +170,8 @@ def _reason(error: UserError) -> str:
     """Says in a few words why `preprocess.decode` or a transform failed."""
     cause = error.__cause__
     if cause is None:
-        return str(error).partition(". ")[0].removeprefix("the file ").removeprefix("a ")
+        reason = str(error).partition(". ")[0].removesuffix(".")
+        return reason.removeprefix("the file ").removeprefix("is ").removeprefix("a ")
     if isinstance(cause, UnidentifiedImageError):
         return "not an image"
     if isinstance(cause, Image.DecompressionBombError):

@@ -1,17 +1,20 @@
 """`folder:PATH`: images sorted into folders by split and class, or by class alone."""
 
-import functools
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import time
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
-from bmjax.data.kinds.files import Encoded
+from bmjax.config.paths import user_path
+from bmjax.data import formats, hints
+from bmjax.data.kinds.content import Content
+from bmjax.data.kinds.files import TICK_NS, Encoded
 from bmjax.data.kinds.prepare import Options, make_dataset
 from bmjax.data.sources import SPLITS, Dataset
 from bmjax.errors import UserError, printable
@@ -21,20 +24,28 @@ _FOLDERS = {"train": "train", "test": "test"} | dict.fromkeys(
 )
 # Most probably splits under another name; as classes they would make a useless classifier.
 _LIKE_SPLITS = {*_FOLDERS, "training", "testing", "eval", "evaluation", "dev"}
-_SKIPPED = {"thumbs.db", "desktop.ini", "__macosx"}
-# Files of more in all are told apart by their sizes, as reading them takes too long.
-_READ_BYTES = 2**30
+# What systems leave behind, in lower case: of Windows, macOS, Linux, Synology and QNAP.
+_SKIPPED = {
+    *("thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information"),
+    *("__macosx", "icon\r", "lost+found", "__pycache__"),
+    *("@eadir", "#recycle", "@recycle", "@__thumb", "@recently-snapshot"),
+}
+_SKIPPED_ENDING = ":zone.identifier"
 # File names need not be valid text.
 _ANY_NAME = ("utf-8", "surrogateescape")
 _SORTED = "PATH/train/CLASS/IMAGE and PATH/test/CLASS/IMAGE, or just PATH/CLASS/IMAGE"
 
 
 class _File(NamedTuple):
-    """A file by its path below the root, with slashes; size in bytes, and time of change in ns."""
+    """A file by its path below the root, with slashes; size in bytes, and times of change in ns.
+
+    The first can be set to anything, as copying does; the second is the system's own.
+    """
 
     name: str
     size: int
     changed: int
+    changed_really: int
 
 
 @dataclass
@@ -61,54 +72,14 @@ class PathReader:
         return _printable(key)
 
 
-@dataclass(eq=False)
-class Content:
-    """Computes a digest of image files when it is first called.
-
-    It is over split, name, label and bytes of every image; where they take more than 1 GiB in
-    all, over their sizes in place of their bytes.
-    """
-
-    parts: Mapping[str, Encoded]
-    sizes: Mapping[str, Sequence[int]]
-
-    def __call__(self) -> str:
-        """Returns 64 hexadecimal digits.
-
-        Raises:
-            UserError: a file can no longer be read.
-        """
-        return self._digest
-
-    @functools.cached_property
-    def _digest(self) -> str:
-        read = sum(map(sum, self.sizes.values())) <= _READ_BYTES
-        digest = hashlib.sha256()
-        for split, part in self.parts.items():
-            for key, label, size in zip(part.keys, part.labels, self.sizes[split], strict=True):
-                data = _bytes_of(part, key) if read else b""
-                length = len(data) if read else size
-                digest.update(f"{split}\0{key}\0{label}\0{length}\0".encode(*_ANY_NAME))
-                digest.update(data)
-        return digest.hexdigest()
-
-
-def _bytes_of(part: Encoded, key: str) -> bytes:
-    try:
-        return part.reader.read(key)
-    except PermissionError as error:
-        raise _unreadable(error) from error
-    except OSError:  # a broken link, which is left out of the dataset
-        return b""
-
-
 def load(path: str, options: Options) -> Dataset:
     """Loads the images below a folder.
 
     Splits are the folders `train`, `validation` (or `val`, `valid`) and `test`, classes the
-    folders in them, and images all image files in those at any depth. A missing validation split
+    folders in them, numbers among which are ordered by value, and images all image files in those
+    at any depth; what a file without an ending is, its content tells. A missing validation split
     is cut from train, 10% of each class; a missing test split stays empty. Without split folders,
-    20% and 10% of each class become test and validation.
+    20% and 10% of each class become test and validation. Of a class with one image, none does.
 
     Args:
         path: the folder, perhaps with `~`.
@@ -116,18 +87,25 @@ def load(path: str, options: Options) -> Dataset:
 
     Raises:
         UserError: no such folder, images that are not sorted into at least two classes, a class
-            without images, or more than 1% of a split's images that cannot be decoded.
+            without images, or more files than `options.max_unreadable` that cannot be decoded.
     """
-    root = Path(path).expanduser()
+    begin, root = time.time_ns(), user_path(path)
     if not root.is_dir():
-        what = "is a file, not a folder" if root.exists() else "does not exist"
-        raise UserError(f"{root} {what}. Check the path after 'folder:'.")
+        raise hints.no_folder(root)
     try:
         folders = _find_splits(root)
-        listed = {split: _list_classes(root, folder) for split, folder in folders.items()}
+        listed = {
+            split: _list_classes(root, folder, optional=split in ("validation", "test"))
+            for split, folder in folders.items()
+        }
     except OSError as error:
         raise _unreadable(error) from error
     class_names = _check_classes(root, folders, listed)
+    warnings = []
+    for split in [split for split in SPLITS if listed.get(split) == {}]:
+        instead = ": a tenth of train takes its place" if split == "validation" else ""
+        warnings.append(f"{root / folders[split]} has no image and counts as absent{instead}")
+        del listed[split]
     if "" in listed:
         shares = {"validation": 0.1, "test": 0.2}
         cut = _cut(listed.pop(""), shares, options.split_seed)
@@ -136,7 +114,7 @@ def load(path: str, options: Options) -> Dataset:
     else:
         cut = {}
     listed |= cut
-    return _make(root, f"folder:{path}", listed, class_names, options)
+    return _make(root, f"folder:{path}", listed, class_names, options, warnings, begin - TICK_NS)
 
 
 def _make(
@@ -145,8 +123,11 @@ def _make(
     listed: Mapping[str, Mapping[str, _Class]],
     class_names: Sequence[str],
     options: Options,
+    warnings: Sequence[str],
+    settled_before: int,
 ) -> Dataset:
-    parts, sizes = {}, {}
+    parts, sizes, newest = {}, {}, 0
+    where = os.path.realpath(root)
     for split in SPLITS:
         classes = listed.get(split, {})
         files = [
@@ -154,16 +135,22 @@ def _make(
             for label, class_name in enumerate(class_names)
             for file in classes.get(class_name, _Class([], [])).images
         ]
-        lines = "".join(f"{file.name}\0{file.size}\0{file.changed}\n" for file, _ in files)
+        identity = hashlib.sha256(f"{where}\n".encode(*_ANY_NAME))
+        for file, _ in files:
+            identity.update("\0".join(map(str, file)).encode(*_ANY_NAME) + b"\n")
+            newest = max(newest, file.changed, file.changed_really)
         parts[split] = Encoded(
             PathReader(str(root)),
             [file.name for file, _ in files],
             np.array([label for _, label in files], np.int32),
-            hashlib.sha256(lines.encode(*_ANY_NAME)).hexdigest(),
+            identity.hexdigest(),
             tuple(_printable(other) for each in classes.values() for other in each.others),
         )
         sizes[split] = [file.size for file, _ in files]
-    return make_dataset(name, parts, class_names, options, Content(parts, sizes))
+    settled = newest < settled_before
+    parts = {split: replace(part, settled=settled) for split, part in parts.items()}
+    content = Content(parts, sizes)
+    return make_dataset(name, content.listening(), class_names, options, content, warnings)
 
 
 def _find_splits(root: Path) -> dict[str, str]:
@@ -204,22 +191,31 @@ def _entries(folder: str | Path) -> Iterator["os.DirEntry[str]"]:
     """Yields what is in a folder except for what systems leave behind, in any order."""
     with os.scandir(folder) as entries:
         for entry in entries:
-            if not entry.name.startswith(".") and entry.name.lower() not in _SKIPPED:
+            name = entry.name.lower()
+            if not (name.startswith(".") or name in _SKIPPED or name.endswith(_SKIPPED_ENDING)):
                 yield entry
 
 
-def _list_classes(root: Path, folder: str) -> dict[str, _Class]:
-    classes, flat = {}, []
+def _list_classes(root: Path, folder: str, optional: bool) -> dict[str, _Class]:
+    """Returns the classes below a split's folder; none where that holds nothing and may be absent.
+
+    The same name composed and decomposed, as macOS writes it, is one class.
+    """
+    classes: dict[str, _Class] = {}
+    flat, others = [], 0
     for entry in _entries(root / folder):
         name = f"{folder}/{entry.name}" if folder else entry.name
         if entry.is_dir():
-            files = sorted(_files_below(entry, name, ()))
-            classes[entry.name] = _Class(
-                [file for file in files if _is_image(file.name)],
-                [file.name for file in files if not _is_image(file.name)],
+            found = _list_class(entry, name)
+            class_name = unicodedata.normalize("NFC", entry.name)
+            before = classes.get(class_name, _Class([], []))
+            classes[class_name] = _Class(
+                sorted(before.images + found.images), sorted(before.others + found.others)
             )
-        elif _is_image(entry.name):
+        elif formats.is_image(entry.path):
             flat.append(name)
+        else:
+            others += 1
     where = root / folder
     if flat:
         beside = "beside the folders of its classes" if classes else "and no folders of classes"
@@ -227,7 +223,9 @@ def _list_classes(root: Path, folder: str) -> dict[str, _Class]:
             f"{where} has {len(flat):,} images {beside}, such as {_printable(min(flat))}: their "
             f"class is not known. Put each into a folder named after its class: {_SORTED}."
         )
-    if not classes:
+    if optional:
+        classes = {name: each for name, each in classes.items() if each.images or each.others}
+    if not classes and not (optional and not others):
         raise UserError(f"{where} has no folders of classes. Sort the images as {_SORTED}.")
     if empty := sorted(name for name, each in classes.items() if not each.images):
         raise UserError(
@@ -237,10 +235,20 @@ def _list_classes(root: Path, folder: str) -> dict[str, _Class]:
     return classes
 
 
+def _list_class(entry: "os.DirEntry[str]", name: str) -> _Class:
+    images, others = [], []
+    for file, path in _files_below(entry, name, ()):
+        if formats.is_image(path):
+            images.append(file)
+        else:
+            others.append(file.name)
+    return _Class(sorted(images), sorted(others))
+
+
 def _files_below(
     folder: "os.DirEntry[str]", name: str, above: tuple[tuple[int, int], ...]
-) -> Iterator[_File]:
-    """Yields the files in a folder and all folders in it; links may lead to either."""
+) -> Iterator[tuple[_File, str]]:
+    """Yields the files in a folder and all folders in it with their paths; links may lead there."""
     status = folder.stat()
     here = (status.st_dev, status.st_ino)
     if here in above:
@@ -252,27 +260,36 @@ def _files_below(
             continue
         try:
             status = entry.stat()
-            yield _File(below, status.st_size, status.st_mtime_ns)
+            times = status.st_mtime_ns, status.st_ctime_ns
+            yield _File(below, status.st_size, *times), entry.path
         except FileNotFoundError:  # a broken link, which decoding will report
-            yield _File(below, 0, 0)
+            yield _File(below, 0, 0, 0), entry.path
 
 
-@functools.cache
-def _image_suffixes() -> frozenset[str]:
-    suffixes = Image.registered_extensions()
-    return frozenset(suffix for suffix, kind in suffixes.items() if kind in Image.OPEN)
+def images_below(folder: str) -> list[str]:
+    """Returns the paths of the images in a folder and all folders in it, sorted.
 
-
-def _is_image(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in _image_suffixes()
+    Raises:
+        UserError: a folder that cannot be read.
+    """
+    paths: list[str] = []
+    try:
+        for entry in _entries(folder):
+            if entry.is_dir():
+                paths += [path for _, path in _files_below(entry, entry.name, ())]
+            else:
+                paths.append(entry.path)
+    except OSError as error:
+        raise _unreadable(error) from error
+    return sorted(path for path in paths if formats.is_image(path))
 
 
 def _check_classes(
     root: Path, folders: Mapping[str, str], listed: Mapping[str, Mapping[str, _Class]]
 ) -> list[str]:
-    """Returns the classes, ordered by code point as torchvision's `ImageFolder` orders them."""
+    """Returns the classes: numbers by value, others as torchvision's `ImageFolder` orders them."""
     first = "" if "" in listed else "train"
-    known = sorted(listed[first])
+    known = _in_order(listed[first])
     if len(known) < 2:
         inner = root / folders[first] / known[0]
         hint = f"Do you mean folder:{inner}?" if _has_folders(inner) else f"Sort as {_SORTED}."
@@ -288,6 +305,13 @@ def _check_classes(
                 "them, or add training images of them."
             )
     return known
+
+
+def _in_order(names: Iterable[str]) -> list[str]:
+    names = list(names)
+    if all(name.isascii() and name.isdigit() for name in names):
+        return sorted(names, key=lambda name: (int(name), name))
+    return sorted(names)
 
 
 def _cut(

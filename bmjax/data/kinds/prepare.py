@@ -1,38 +1,36 @@
 """From encoded images to a dataset: every image is decoded once before it is used.
 
-What fits into memory stays there. Of the rest it is kept in the cache folder which files can be
-decoded, so that only the first start has to find out.
+What fits into memory stays there. The cache folder keeps the pixels of that, and of the rest which
+files can be decoded, so that only the first start has to find out.
 """
 
-import contextlib
 import functools
-import hashlib
+import math
 import os
-import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 from warnings import filterwarnings
 
 import numpy as np
 from PIL import Image
 
+from bmjax.data import formats
 from bmjax.data.kinds.files import DecodingError, Encoded, FileSource, View
+from bmjax.data.kinds.kept import keep_pixels, read_pixels, remembered, remembered_of
 from bmjax.data.preprocess import EvaluationTransform, margin_transform
 from bmjax.data.sources import SPLITS, ArraySource, Dataset, DatasetSpec, NotLoaded, Source
-from bmjax.errors import UserError, unknown_name
-from bmjax.machine.cache import cache_folder, prepare_once
-from bmjax.machine.storage import read_settings, write_settings
+from bmjax.errors import UserError, some_of, unknown_name
+from bmjax.machine.arrays import empty_images
+from bmjax.machine.progress import stage
 
-MOST_LEFT_OUT = 0.01
+_ALWAYS_LEFT_OUT = 5
 _LARGEST_AS_IT_IS = 512
-_PROGRESS_AFTER_SECONDS = 2.0
 _CHUNK = 32
 _NAMED = 5
-_KEPT = "kept.json"
+# Decoding that took longer is not done again where the cache has room.
+_KEEP_AFTER_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -49,6 +47,7 @@ class Options:
     memory_gib: float = 4.0
     splits: tuple[str, ...] = SPLITS
     channels: int = 3
+    max_unreadable: float = 0.01
     meanwhile: Callable[[DatasetSpec], None] | None = None
 
     def __post_init__(self) -> None:
@@ -61,6 +60,8 @@ class Options:
             raise UserError(f"image_size is {self.image_size}, but must be at least 1.")
         if self.memory_gib < 0:
             raise UserError(f"memory_gib is {self.memory_gib}, but must be at least 0.")
+        if not 0 <= self.max_unreadable <= 1:
+            raise UserError(f"max_unreadable is {self.max_unreadable}, but must be in [0, 1].")
 
 
 def make_dataset(
@@ -82,14 +83,15 @@ def make_dataset(
         warnings: that there already are.
 
     Raises:
-        UserError: more than 1% of the images of a split cannot be decoded, or all of a class.
+        UserError: more files than `options.max_unreadable` cannot be decoded, or none of a class.
     """
-    _quiet_pillow()
+    quiet_pillow()
     view = View(options.transform or _usual_transform(parts, options.image_size), options.channels)
     number = sum(len(parts[split]) for split in SPLITS if split in options.splits)
     in_memory = number * int(np.prod(view.wide_shape)) <= options.memory_gib * 2**30
     sources: dict[str, Source] = {}
     messages = list(warnings)
+    unreadable: list[str] = []
     meanwhile = None
     if options.meanwhile is not None:
         spec = DatasetSpec(
@@ -105,9 +107,14 @@ def make_dataset(
         sources[split], problems = load(
             split, parts[split], view, meanwhile if split == "train" else None
         )
-        messages += _tell(split, parts[split], problems)
+        named = _left_out(parts[split], problems)
+        unreadable += named
+        _check_share(unreadable, parts, options.max_unreadable)
+        if named:
+            messages.append(_tell(split, parts[split], named))
     if "train" in options.splits:
-        _check_classes(parts["train"].labels, sources["train"].labels, class_names)
+        before, after = parts["train"].labels, sources["train"].labels
+        _check_classes(before, after, class_names, unreadable)
     return Dataset(
         name,
         sources["train"],
@@ -120,7 +127,7 @@ def make_dataset(
     )
 
 
-def _quiet_pillow() -> None:
+def quiet_pillow() -> None:
     """Hides what Pillow warns of while it decodes, for good: also later, in other threads.
 
     It is of damaged notes beside a picture and of large pictures, and says not of which file.
@@ -130,9 +137,12 @@ def _quiet_pillow() -> None:
 
 
 def _usual_transform(parts: Mapping[str, Encoded], image_size: int | None) -> EvaluationTransform:
-    size = None if image_size else _common_size(parts.values())
-    if size is not None:
-        return EvaluationTransform(0, (size[1], size[0]))
+    if not image_size:
+        each = list(parts.values())
+        what = f"size {_LARGEST_AS_IT_IS} {formats.register_heif()}"
+        size = remembered_of(each, what, lambda: _common_size(each))
+        if size is not None:
+            return EvaluationTransform(0, (size[1], size[0]))
     return margin_transform(image_size or 224)
 
 
@@ -156,20 +166,33 @@ def _common_size(parts: Iterable[Encoded]) -> tuple[int, int] | None:
 def _load_into_memory(
     split: str, encoded: Encoded, view: View, meanwhile: Callable[[], None] | None
 ) -> tuple[ArraySource, dict[int, str]]:
-    wide = np.empty((len(encoded), *view.wide_shape), np.uint8)
+    found = read_pixels(encoded, view)
+    if found is None:
+        found = _decode(split, encoded, view, meanwhile)
+    wide, problems = found
+    labels = encoded.without(list(problems)).labels
+    if not view.margin:
+        return ArraySource(wide, labels), problems
+    return ArraySource(view.middle(wide), labels, wide), problems
+
+
+def _decode(
+    split: str, encoded: Encoded, view: View, meanwhile: Callable[[], None] | None
+) -> tuple[np.ndarray, dict[int, str]]:
+    wide, begin = empty_images((len(encoded), *view.wide_shape)), time.monotonic()
 
     def decode(index: int) -> None:
         wide[index] = encoded.wide(index, view)
 
-    problems = in_threads(decode, len(encoded), f"decoding {split}", meanwhile)
+    problems = in_threads(decode, len(encoded), "reading {} images of " + split, meanwhile)
     if problems:
         keep = np.delete(np.arange(len(encoded)), list(problems))
         for place, index in enumerate(keep):  # one by one: there may be no room for a copy
             wide[place] = wide[index]
-        wide, encoded = wide[: len(keep)], encoded.without(list(problems))
-    if not view.margin:
-        return ArraySource(wide, encoded.labels), problems
-    return ArraySource(view.middle(wide), encoded.labels, wide), problems
+        wide = wide[: len(keep)]
+    if time.monotonic() - begin > _KEEP_AFTER_SECONDS:
+        keep_pixels(encoded, view, wide, problems)
+    return wide, problems
 
 
 def _load_checked(
@@ -179,57 +202,54 @@ def _load_checked(
         encoded.check(index, view)
 
     def check_all() -> dict[int, str]:
-        return in_threads(check, len(encoded), f"checking {split}", meanwhile)
+        return in_threads(check, len(encoded), "checking {} images of " + split, meanwhile)
 
     # Whether a picture becomes too large depends on what its shorter side is resized to.
     known_by = f"{encoded.identity} {len(encoded)} {view.transform.resize_size}"
+    known_by += " heif" if formats.register_heif() else ""
     problems = {int(index): str(why) for index, why in remembered(known_by, check_all).items()}
-    left = encoded.without(list(problems)) if problems else encoded
-    return FileSource(left, view), problems
+    return FileSource(encoded.without(list(problems)), view), problems
 
 
-def remembered(key: str, compute: Callable[[], Any]) -> Any:
-    """Returns what `compute` once returned for a key, kept as JSON in the cache folder.
-
-    Raises:
-        UserError: the cache folder cannot be written.
-    """
-
-    def prepare(folder: Path) -> None:
-        write_settings(folder / _KEPT, {"kept": compute()})
-
-    folder = cache_folder() / "checked" / hashlib.sha256(key.encode()).hexdigest()
-    path = prepare_once(folder, prepare) / _KEPT
-    try:
-        return read_settings(path)["kept"]
-    except (OSError, ValueError, KeyError):  # damaged in the cache, or of an older version
-        shutil.rmtree(folder, ignore_errors=True)
-        return read_settings(prepare_once(folder, prepare) / _KEPT)["kept"]
-
-
-def _tell(split: str, encoded: Encoded, problems: Mapping[int, str]) -> list[str]:
-    """Returns the warning about files left out, if any; raises UserError where they are many."""
+def _left_out(encoded: Encoded, problems: Mapping[int, str]) -> list[str]:
+    """Returns the names of a split's files that are left out, each with the reason."""
     named = [f"{encoded.reader.name(encoded.keys[i])} ({problems[i]})" for i in sorted(problems)]
-    named += [f"{name} (not named like an image)" for name in encoded.refused]
-    total = len(encoded) + len(encoded.refused)
-    if not named:
-        return []
-    more = f", and {len(named) - _NAMED:,} more" if len(named) > _NAMED else ""
-    files = ", ".join(named[:_NAMED]) + more
-    what = f"{len(named):,} of {total:,} images of {split}"
-    if len(named) > MOST_LEFT_OUT * total:
+    return named + [f"{name} (not named like an image)" for name in encoded.refused]
+
+
+def _check_share(unreadable: Sequence[str], parts: Mapping[str, Encoded], most: float) -> None:
+    """Raises UserError where more files of the dataset are left out than may be.
+
+    The share is of all splits, whichever are loaded, so that a run can be measured on the data
+    that it could be trained on.
+    """
+    total = sum(len(part) + len(part.refused) for part in parts.values())
+    allowed = max(_ALWAYS_LEFT_OUT, math.floor(most * total)) if most else 0
+    if len(unreadable) > allowed:
+        share = len(unreadable) / total
         raise UserError(
-            f"{what} ({len(named) / total:.1%}) cannot be decoded, and only {MOST_LEFT_OUT:.0%} "
-            f"may be left out: {files}. Mend or remove them."
+            f"{len(unreadable):,} of {total:,} images ({share:.1%}) cannot be decoded, and only "
+            f"{allowed:,} may be left out: {some_of(unreadable, _NAMED)}. Mend or remove them, or "
+            f"set --max-unreadable (now {most:g}) to what may be missing."
         )
-    return [f"{what} cannot be decoded and {'is' if len(named) == 1 else 'are'} left out: {files}"]
 
 
-def _check_classes(before: np.ndarray, after: np.ndarray, class_names: Sequence[str]) -> None:
+def _tell(split: str, encoded: Encoded, named: Sequence[str]) -> str:
+    total = len(encoded) + len(encoded.refused)
+    are = "is" if len(named) == 1 else "are"
+    return (
+        f"{len(named):,} of {total:,} images of {split} cannot be decoded and {are} left out: "
+        f"{some_of(named, _NAMED)}"
+    )
+
+
+def _check_classes(
+    before: np.ndarray, after: np.ndarray, class_names: Sequence[str], unreadable: Sequence[str]
+) -> None:
     if lost := [class_names[label] for label in np.setdiff1d(before, after)]:
         raise UserError(
             f"train has no image that can be decoded of the class(es) {', '.join(lost)}. "
-            "Add images or remove the class."
+            f"Left out were {some_of(unreadable, _NAMED)}. Mend them, or remove the class."
         )
 
 
@@ -242,32 +262,33 @@ def in_threads(
     """Does `work(index)` for all of `count`; returns the reasons of those that cannot be decoded.
 
     Pillow lets other threads run while it reads pixels. `meanwhile` is called in this one, and
-    ends the work where it raises.
+    ends the work where it raises. `text` says what is done; `{}` in it stands for the count.
     """
+    # Of few files, which may be large, fewer at a time: what is read stays near their order.
+    size = min(_CHUNK, max(1, count // 512))
 
-    def do_chunk(first: int) -> tuple[int, dict[int, str]]:
+    def do_chunk(first: int) -> dict[int, str]:
         problems = {}
-        chunk = range(first, min(first + _CHUNK, count))
+        chunk = range(first, min(first + size, count))
         for index in chunk:
             try:
                 work(index)
             except DecodingError as error:
                 problems[index] = error.reason
-        return len(chunk), problems
+        advance(len(chunk))
+        return problems
 
     problems: dict[int, str] = {}
     executor = ThreadPoolExecutor(num_threads())
-    try:
-        futures = [executor.submit(do_chunk, first) for first in range(0, count, _CHUNK)]
-        if meanwhile is not None:
-            meanwhile()
-        with _progress(text, count) as advance:
-            for future in as_completed(futures):
-                done, found = future.result()
-                problems.update(found)
-                advance(done)
-    finally:
-        executor.shutdown(cancel_futures=True)
+    with stage(text.replace("{}", f"{count:,}"), count, line=count > 0) as advance:
+        try:
+            futures = [executor.submit(do_chunk, first) for first in range(0, count, size)]
+            if meanwhile is not None:
+                meanwhile()
+            for future in futures:  # in order: of several errors, it is the first that is raised
+                problems.update(future.result())
+        finally:
+            executor.shutdown(cancel_futures=True)
     return dict(sorted(problems.items()))
 
 
@@ -276,27 +297,3 @@ def num_threads() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-@contextlib.contextmanager
-def _progress(text: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Shows a bar on a terminal, on standard error, once there was time to wonder."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    bar = Progress(console=console, transient=True)
-    task = bar.add_task(text, total=total)
-    begin = time.monotonic()
-
-    def advance(number: int) -> None:
-        bar.advance(task, number)
-        waited = time.monotonic() - begin > _PROGRESS_AFTER_SECONDS
-        if waited and console.is_terminal and not bar.live.is_started:
-            bar.start()
-
-    try:
-        yield advance
-    finally:
-        if bar.live.is_started:
-            bar.stop()

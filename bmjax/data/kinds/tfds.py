@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from bmjax.data.kinds.files import Encoded
-from bmjax.data.kinds.prepare import Options, in_threads, make_dataset, remembered
+from bmjax.config.paths import user_path
+from bmjax.data.kinds.files import TICK_NS, Encoded
+from bmjax.data.kinds.kept import remembered
+from bmjax.data.kinds.prepare import Options, in_threads, make_dataset
 from bmjax.data.sources import SPLITS, Dataset
 from bmjax.errors import UserError
 from bmjax.machine.quiet import errors_only
@@ -111,7 +114,7 @@ def load(name: str, options: Options) -> Dataset:
         builder = _open(name)
         image, label = _find_features(builder, name)
     rows = _find_splits(builder, name, options.split_seed)
-    identity = _identity(builder)
+    identity, settled = _identity(builder)
     parts: dict[str, Encoded] = {}
     warnings: list[str] = []
     for split in SPLITS:
@@ -125,7 +128,7 @@ def load(name: str, options: Options) -> Dataset:
             warnings.append(f"{what} have no label and are left out")
             keys, labels = keys[labels >= 0], labels[labels >= 0]
         chosen = f"{identity} {own} {hashlib.sha256(keys.astype('<i8').tobytes()).hexdigest()}"
-        parts[split] = Encoded(reader, keys.tolist(), labels, chosen)
+        parts[split] = Encoded(reader, keys.tolist(), labels, chosen, settled=settled)
     class_names = tuple(builder.info.features[label].names)
     content = functools.partial(_digest, builder.info, rows)
     return make_dataset(f"tfds:{name}", parts, class_names, options, content, warnings)
@@ -141,7 +144,7 @@ def _quiet() -> Iterator[None]:
 
 def _open(name: str) -> Any:
     """Returns the builder of a dataset that can be read here."""
-    folder = Path(name).expanduser()
+    folder = user_path(name)
     is_folder = name.startswith(("/", "~", ".")) or (folder / _INFO).is_file()
     builder = _open_folder(folder) if is_folder else _open_named(name)
     how = (
@@ -165,7 +168,7 @@ def _open_named(name: str) -> Any:
     import tensorflow_datasets as tfds
 
     # TFDS itself looks at the variable only when it is imported.
-    data_dir = Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    data_dir = user_path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
     try:
         return tfds.builder(name, data_dir=str(data_dir))
     except tfds.core.DatasetNotFoundError as error:
@@ -251,13 +254,17 @@ def _hash(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()
 
 
-def _identity(builder: Any) -> str:
-    """Returns a digest that changes when the files of the dataset do."""
-    digest = hashlib.sha256(builder.info.full_name.encode())
-    for path in sorted(Path(builder.data_dir).iterdir()):
+def _identity(builder: Any) -> tuple[str, bool]:
+    """Returns a digest that changes when the files do, and whether it does so in any case."""
+    begin, newest = time.time_ns(), 0
+    folder = Path(builder.data_dir)
+    digest = hashlib.sha256(f"{os.path.realpath(folder)} {builder.info.full_name}".encode())
+    for path in sorted(folder.iterdir()):
         status = path.stat()
-        digest.update(f"{path.name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
-    return digest.hexdigest()
+        times = status.st_mtime_ns, status.st_ctime_ns
+        digest.update(f"{path.name}\0{status.st_size}\0{times}\n".encode())
+        newest = max(newest, *times)
+    return digest.hexdigest(), newest < begin - TICK_NS
 
 
 def _labels(reader: RecordReader, number: int, identity: str) -> np.ndarray:
