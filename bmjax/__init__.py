@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from bmjax.config import DistillConfig, FinetuneConfig, TrainConfig
     from bmjax.data import Dataset, load_dataset
     from bmjax.errors import UserError
-    from bmjax.models import create_model, list_models
+    from bmjax.models import create_model, list_models, register_model
     from bmjax.runs.trained import load_run
     from bmjax.train.loop import fit
     from bmjax.version import __version__ as __version__
@@ -30,6 +30,7 @@ _HOMES = {
     "list_models": "bmjax.models",
     "load_dataset": "bmjax.data",
     "load_run": "bmjax.runs.trained",
+    "register_model": "bmjax.models",
     "to_torchvision": "bmjax.weights.convert",
 }
 _MODULES = ("distill", "evaluate", "finetune", "losses", "metrics")
@@ -51,6 +52,7 @@ __all__ = [
     "load_run",
     "losses",
     "metrics",
+    "register_model",
     "to_torchvision",
 ]
 

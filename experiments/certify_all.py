@@ -67,10 +67,10 @@ import numpy as np
 import torch
 import torchvision
 
-from bmjax.models import RESNETS
+from bmjax.models import architectures
 from bmjax.weights.certificate import TOLERANCES, Row, certify
 
-MODELS = [name for name in RESNETS if hasattr(torchvision.models, name)]
+MODELS = [each.name for each in architectures() if each.published]
 # The columns beside the logits, by what the certificate calls them.
 PARTS = {
     "evaluation gradients": "eval. gradients",

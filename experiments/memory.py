@@ -5,8 +5,9 @@
 Compiles bmjax's training step, SGD with momentum, for the first device, and reads the compiler's
 plan: arguments (params, optimizer state, the images of the data on the device), and the temporaries
 of a step on top, which is what grows with the batch. Donation makes the new state overwrite the
-old. `--accumulate` computes the gradient of the same batch in parts, one after the other; `--remat`
-computes each residual block again in the backward pass.
+old. `--accumulate` computes the gradient of the same batch in parts, one after the other, each of
+which batch normalisation sees alone; `--remat` computes each residual block again in the backward
+pass.
 
 The process column is the peak of the resident memory of a process that takes one step on a CPU,
 less what it had before it compiled the step: it has the compiler's own memory in it, too.

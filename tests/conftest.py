@@ -5,6 +5,7 @@ import ctypes
 import dataclasses
 import os
 import shutil
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ from bmjax.config import AugmentConfig, DeviceConfig, RunConfig, TrainConfig  # 
 from bmjax.data import ArraySource, Dataset  # noqa: E402
 from bmjax.data.sources import all_images  # noqa: E402
 from bmjax.machine.cache import use_compilation_cache  # noqa: E402
+from bmjax.models import registry  # noqa: E402
 from bmjax.ops import onednn  # noqa: E402
 from bmjax.runs.trained import TrainedRun, load_run  # noqa: E402
 from bmjax.train.loop import fit  # noqa: E402
@@ -122,6 +124,17 @@ def teacher(small: TrainConfig, shapes: Dataset, quiet: Console, tmp_path: Path)
     )
     fit(config, shapes, console=quiet)
     return load_run(tmp_path / "teacher")
+
+
+@pytest.fixture
+def own_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Forgets after the test what models it registered, and what modules it imported."""
+    monkeypatch.setattr(registry, "_TABLE", dict(registry._TABLE))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", "")).startswith(str(tmp_path)):
+            del sys.modules[name]
 
 
 @pytest.fixture

@@ -261,7 +261,7 @@ def test_a_cache_holds_logits_in_the_order_of_the_data(trained, shapes, tmp_path
     )
     teachers = load_teachers(config)
     data = load_data(config, teachers)
-    teacher = as_one(config, teachers, data, None)
+    teacher = as_one(teachers, config.teacher_weights, data)
     assert teacher is not None
     mean = [0.0]
     here = cached_teacher(tmp_path / "cache", teacher, data, config, mean, quiet)

@@ -162,7 +162,7 @@ def test_a_run_predicts_by_torchvisions_preprocessing(capsys, weights):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("tiny.pth --out x.pth", "--model says which ResNet"),
+        ("tiny.pth --out x.pth", "--model says which model"),
         ("tiny.pth --model mlp --out x.pth", "--model mlp is none"),
         ("tiny.pth --model resnet18 --out x.pth", "give --model resnet_tiny"),
         ("nowhere.pth --model resnet_tiny --out x.pth", "nowhere.pth"),

@@ -9,7 +9,8 @@ import pytest
 
 from bmjax.config import AugmentConfig, DeviceConfig, DistillConfig, OptimConfig, RunConfig
 from bmjax.data import Dataset
-from bmjax.distill.tour import distill, read_settings
+from bmjax.distill.settings import read_settings
+from bmjax.distill.tour import distill
 from bmjax.errors import DivergenceError, UserError
 from bmjax.losses.table import LOSS_PARAMS
 from bmjax.runs import checkpoint
@@ -153,7 +154,7 @@ def test_misuse_is_named_and_nothing_is_written(teacher, tmp_path, quiet, shapes
         (dataclasses.replace(base, temperature=float("nan")), "must be positive"),
         (dataclasses.replace(base, alpha=1.5), r"--alpha is 1.5, but it must be in \[0, 1\]"),
         (dataclasses.replace(base, student="mpl"), "Did you mean mlp"),
-        (dataclasses.replace(base, teacher=("nowhere",)), "there is no run in nowhere"),
+        (dataclasses.replace(base, teacher=("nowhere",)), "--teacher nowhere is not there"),
         (dataclasses.replace(base, teacher=(str(teacher.run.path),)), "tells 3 classes apart"),
         (dataclasses.replace(base, run=RunConfig(resume=True)), "there is no run"),
         (dataclasses.replace(base, student="cnn_tiny"), "--hidden-sizes belongs to mlp"),
@@ -352,7 +353,7 @@ def test_flags_that_contradict_each_other_are_named(teacher, tmp_path, quiet, as
         ({"cache_top": 3}, "give its folder"),
         ({"cache_top": 3, "teacher_cache": "cache", "method": "mse"}, "leave out --cache-top"),
         ({"cache_top": 9, "teacher_cache": str(tmp_path / "c")}, "there are 3 classes"),
-        ({"teacher": (str(file),)}, "--teacher-model says which ResNet, but is 'cnn_tiny'"),
+        ({"teacher": (str(file),)}, "--teacher-model says which model, but is 'cnn_tiny'"),
         ({"teacher": ("no.pth",), "teacher_model": "resnet18"}, "no.pth"),
         ({"teacher": (), "explain_loss": True}, "give --teacher"),
     ]

@@ -200,7 +200,9 @@ def test_a_teacher_that_follows_is_the_average_in_evaluation_mode(small, shapes,
     loss_fn: Any = distillation_loss(model, teacher.normalization, None, config)
 
     def total(params, average):
-        loss, _ = loss_fn(params, {}, batch, jax.random.key(0), ema_params=average)
+        loss, _ = loss_fn(
+            params, {}, batch, jax.random.key(0), ema_params=average, ema_batch_stats={}
+        )
         return jnp.sum(loss)
 
     student, asked = (logits_of(model, teacher, {"params": p}, batch) for p in (params, average))

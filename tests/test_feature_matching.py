@@ -7,7 +7,7 @@ import bmjax
 from bmjax.distill.feature_matching import Shapes, adaptive_average_pool, feature_shapes, match
 from bmjax.errors import UserError
 from bmjax.losses import features as feature_losses
-from bmjax.losses.table import FEATURE_LOSSES
+from bmjax.losses.table import DISTILLATION_LOSSES
 
 WIDE: tuple[str, Shapes] = (
     "resnet20x4",
@@ -66,7 +66,7 @@ def names(matching):
 def test_layers_are_found_where_none_are_named(loss, student, teacher, expected):
     matching = match(loss, (), 0.0, student, teacher)
     assert names(matching) == expected
-    assert matching.weight == FEATURE_LOSSES[loss].weight
+    assert matching.weight == DISTILLATION_LOSSES[loss].weight
     assert match(loss, (), 2.5, student, teacher).weight == 2.5
 
 

@@ -30,8 +30,8 @@ from bmjax.data.kinds import mnist5k, prepare
 from bmjax.data.kinds.files import DecodingError, Encoded, View
 from bmjax.data.kinds.folder import PathReader
 from bmjax.data.preprocess import squash
+from bmjax.distill.settings import read_settings
 from bmjax.distill.teacher_cache import INDEX, _open
-from bmjax.distill.tour import read_settings
 from bmjax.errors import UserError, printable
 from bmjax.machine.storage import write_settings
 from bmjax.runs import checkpoint

@@ -11,9 +11,12 @@ import pytest
 
 import bmjax
 from bmjax.errors import UserError
-from bmjax.models import CIFAR_RESNETS, num_params
+from bmjax.models import num_params
+from bmjax.models.cifar_resnet import ARCHITECTURES
 from bmjax.models.layers import Conv, Dense
 from bmjax.train.optim import path_of
+
+CIFAR_RESNETS = [each.name for each in ARCHITECTURES]
 
 
 @pytest.mark.parametrize("name", ["cnn", "cnn_tiny", "mlp"])

@@ -7,6 +7,7 @@ import pytest
 
 from bmjax.config import OptimConfig
 from bmjax.errors import UserError
+from bmjax.models import find
 from bmjax.train.optim import (
     decay_mask,
     depth_scales,
@@ -115,6 +116,7 @@ def test_rules_are_strict_both_ways():
     assert values["norm"]["bias"] == 2
 
 
+RESNET = find("resnet18")
 RESNET_PARAMS = {
     "stem_conv": {"kernel": np.ones(2, np.float32)},
     "stem_norm": {"scale": np.ones(2, np.float32), "bias": np.ones(2, np.float32)},
@@ -148,14 +150,14 @@ RESNET_PARAMS = {
     ],
 )
 def test_what_is_frozen_is_named_by_stage_or_expression(freeze, frozen):
-    mask = trainable_mask(RESNET_PARAMS, freeze)
+    mask = trainable_mask(RESNET_PARAMS, freeze, RESNET)
     leaves = jax.tree_util.tree_leaves_with_path(mask)
     named = {jax.tree_util.keystr(path, simple=True, separator="/"): kept for path, kept in leaves}
     assert {name for name, kept in named.items() if not kept} == frozen
 
 
 def test_backbone_is_all_but_the_head():
-    mask = trainable_mask(RESNET_PARAMS, ["backbone"])
+    mask = trainable_mask(RESNET_PARAMS, ["backbone"], RESNET)
     assert mask["head"] == {"kernel": True, "bias": True}
     assert sum(jax.tree.leaves(mask)) == 2
     assert frozen_layers(mask) == {
@@ -169,12 +171,12 @@ def test_backbone_is_all_but_the_head():
 
 
 def test_a_layer_with_something_to_train_is_not_frozen():
-    mask = trainable_mask(RESNET_PARAMS, ["stem_norm/bias", "stage1_block1/norm1/.*"])
+    mask = trainable_mask(RESNET_PARAMS, ["stem_norm/bias", "stage1_block1/norm1/.*"], RESNET)
     assert frozen_layers(mask) == {"stage1_block1/norm1"}
 
 
 def test_select_leaves_no_leaf_where_the_mask_is_false_and_merge_puts_them_back():
-    mask = trainable_mask(RESNET_PARAMS, ["backbone"])
+    mask = trainable_mask(RESNET_PARAMS, ["backbone"], RESNET)
     selected = select(RESNET_PARAMS, mask)
     assert len(jax.tree.leaves(selected)) == 2
     doubled = jax.tree.map(lambda leaf: 2 * leaf, selected)
@@ -186,7 +188,7 @@ def test_select_leaves_no_leaf_where_the_mask_is_false_and_merge_puts_them_back(
 
 
 def test_the_learning_rate_falls_by_a_factor_from_stage_to_stage():
-    scales = depth_scales(RESNET_PARAMS, 0.5)
+    scales = depth_scales(RESNET_PARAMS, 0.5, RESNET)
     assert scales["head"] == {"kernel": 1.0, "bias": 1.0}
     assert scales["stage2_block1"]["conv1"]["kernel"] == 0.5
     assert scales["stage1_block1"]["norm1"]["scale"] == 0.25
@@ -197,7 +199,7 @@ def test_scaled_steps_are_the_usual_ones_times_the_scale():
     config = OptimConfig(optimizer="adamw", learning_rate=0.1, weight_decay=0.3)
     grads = jax.tree.map(lambda leaf: leaf * 0.7, RESNET_PARAMS)
     updates = []
-    for scales in (None, depth_scales(RESNET_PARAMS, 0.5)):
+    for scales in (None, depth_scales(RESNET_PARAMS, 0.5, RESNET)):
         optimizer = make_optimizer(config, lambda step: 0.1, scales)
         state = optimizer.init(RESNET_PARAMS)
         updates.append(optimizer.update(grads, state, RESNET_PARAMS)[0])

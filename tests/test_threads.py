@@ -6,7 +6,7 @@ import pytest
 
 from bmjax.machine import threads
 from bmjax.machine.threads import suits_one_thread
-from bmjax.models import create_model, forward_flops
+from bmjax.models import create_model, find
 
 # Counts the threads of a process that has computed, without those that are just about to end.
 CODE = """
@@ -62,13 +62,13 @@ def test_one_thread_computes_unless_told_otherwise():
     ],
 )
 def test_little_work_suits_one_thread(name, size, batch_size, suits):
-    flops = batch_size * forward_flops(create_model(name, 10), (size, size, 1))
+    flops = batch_size * find(name).forward_flops(create_model(name, 10), (size, size, 1))
     assert suits_one_thread(flops) == suits
 
 
 def test_flops_of_an_mlp_are_counted_by_hand():
     model = create_model("mlp", 10, hidden_sizes=(5, 3))
-    assert forward_flops(model, (7, 2, 1)) == 2 * (14 * 5 + 5 * 3 + 3 * 10)
+    assert find("mlp").forward_flops(model, (7, 2, 1)) == 2 * (14 * 5 + 5 * 3 + 3 * 10)
 
 
 @pytest.mark.parametrize(

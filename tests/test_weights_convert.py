@@ -1,5 +1,6 @@
 """Conversion against a ResNet written anew in NumPy float64, from torchvision's names alone."""
 
+import dataclasses
 import re
 from functools import partial
 
@@ -9,18 +10,24 @@ import pytest
 
 import bmjax
 from bmjax.errors import UserError
-from bmjax.models import RESNETS, ResNet
-from bmjax.weights.convert import expected_arrays, torchvision_name
+from bmjax.models import ResNet, create_model, find, registry
+from bmjax.models.resnet import TORCH_NAMES
+from bmjax.weights import convert
+from bmjax.weights.convert import expected_arrays
 
 # Bottlenecks with groups, and with strides, in a few thousand params.
-GROUPED = partial(
-    ResNet, num_blocks=(1, 1, 2, 1), bottleneck=True, groups=4, group_width=32, width=8
+GROUPED = dataclasses.replace(
+    find("resnet_tiny"),
+    name="resnext_tiny",
+    make=partial(
+        ResNet, num_blocks=(1, 1, 2, 1), bottleneck=True, groups=4, group_width=32, width=8
+    ),
 )
 
 
 @pytest.fixture(autouse=True)
 def grouped(monkeypatch):
-    monkeypatch.setitem(RESNETS, "resnext_tiny", GROUPED)
+    monkeypatch.setitem(registry._TABLE, "resnext_tiny", GROUPED)
 
 
 def draw(model, num_classes=5, seed=0):
@@ -28,7 +35,7 @@ def draw(model, num_classes=5, seed=0):
     rng = np.random.default_rng(seed)
     state_dict = {}
     for path, leaf in expected_arrays(model, num_classes).items():
-        name, shape = torchvision_name(path), leaf.shape
+        name, shape = TORCH_NAMES.variable(path), leaf.shape
         if name.endswith("num_batches_tracked"):
             state_dict[name] = np.array(rng.integers(1, 1000), np.int64)
         elif name.endswith("running_var") or (name.endswith("weight") and len(shape) == 1):
@@ -100,7 +107,7 @@ def test_logits_are_those_of_an_independent_resnet(model, groups, size):
     state_dict = draw(model)
     images = np.random.default_rng(1).normal(size=(3, *size, 3)).astype(np.float32)
     variables = bmjax.from_torchvision(state_dict, model)
-    logits = jax.jit(RESNETS[model](num_classes=5).apply)(variables, images)
+    logits = jax.jit(create_model(model, 5).apply)(variables, images)
     expected = reference_logits(state_dict, images, groups)
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
@@ -153,10 +160,30 @@ def test_every_difference_is_in_one_message():
     assert len(re.findall(r"\w+\.\w+", str(caught.value))) <= 10
 
 
+def test_of_a_wrong_model_only_what_may_fit_is_traced(monkeypatch):
+    traced, trace = [], convert._expected
+
+    def note(architecture, *options):
+        traced.append(architecture.name)
+        return trace(architecture, *options)
+
+    monkeypatch.setattr(convert, "_expected", note)
+    tiny = draw("resnet_tiny", 7)
+    with pytest.raises(UserError, match="It fits resnet_tiny: give --model resnet_tiny"):
+        bmjax.from_torchvision(tiny, "resnet18")
+    # No model that torchvision publishes has so few params.
+    assert set(traced) == {"resnet18", "resnet_tiny"}
+    traced.clear()
+    backbone = {name: value for name, value in draw("resnet18", 7).items() if "fc." not in name}
+    with pytest.raises(UserError, match="It fits resnet18: give --model resnet18"):
+        bmjax.from_torchvision(backbone, "resnet_tiny", head=False)
+    assert set(traced) <= {"resnet18", "resnet_tiny", "resnext_tiny"}
+
+
 def test_the_model_that_fits_is_named():
     with pytest.raises(UserError, match=r"does not fit resnet50: .*give --model resnext_tiny"):
         bmjax.from_torchvision(draw("resnext_tiny"), "resnet50")
-    with pytest.raises(UserError, match="unknown ResNet 'mlp'"):
+    with pytest.raises(UserError, match="unknown model of torchvision 'mlp'"):
         bmjax.from_torchvision(draw("resnet_tiny"), "mlp")
 
 

@@ -24,22 +24,25 @@ from bmjax.bench.workload import (
     normalized,
     pixel_normalization,
 )
-from bmjax.config import AugmentConfig, OptimConfig
+from bmjax.config import AugmentConfig, OptimConfig, TrainConfig
 from bmjax.data import loader, preprocess
 from bmjax.data.preprocess import Normalization
 from bmjax.losses import logits as losses
 from bmjax.machine.parallel import Parallel
-from bmjax.models import create_model
+from bmjax.machine.precision import in_precision
+from bmjax.models import contract
+from bmjax.models.build import build_model
 from bmjax.train.apply import apply_train
 from bmjax.train.compiled import make_train_steps, zero_totals
 from bmjax.train.optim import make_optimizer
 from bmjax.train.step import Batch, classification_loss, create_state
 
-_DTYPES = {"float32": None, "bfloat16": jnp.bfloat16}
+_DTYPES = {"float32": None, "tensorfloat32": None, "bfloat16": jnp.bfloat16}
 
 
 def _model(name: str, precision: str) -> nn.Module:
-    return create_model(name, NUM_CLASSES, dtype=_DTYPES[precision])
+    precise: Any = precision
+    return build_model(TrainConfig(model=name, precision=precise), NUM_CLASSES)
 
 
 def _shape(workload: Workload) -> tuple[int, int, int]:
@@ -50,7 +53,7 @@ def initial_variables(workload: Workload, name: str = "") -> Any:
     """Returns the variables that all contenders which can be given any begin with."""
     name = name or workload.model
     images = jnp.zeros((1, *_shape(workload)))
-    return jax.jit(_model(name, "float32").init)(jax.random.key(0), images)
+    return jax.jit(partial(contract.init, _model(name, "float32")))(jax.random.key(0), images)
 
 
 class Bmjax:
@@ -75,7 +78,7 @@ class Bmjax:
             teacher = _model(workload.teacher, workload.precision)
             held = initial_variables(workload, workload.teacher)
             loss_fn = Partial(partial(_distillation, model, teacher, normalization), held)
-        self._parallel = Parallel("jit", jax.local_devices()[:1])
+        self._parallel = Parallel("jit", jax.local_devices()[:1], workload.precision)
         put = self._parallel.put
         view = loader.make_view(
             AugmentConfig(augment=False), _shape(workload)[:2], normalization.mean
@@ -88,7 +91,7 @@ class Bmjax:
         self._arrays, self._done = put(data), 0
         self._variables = put(variables)
         self._images = put(jnp.asarray(normalized(data["image"][: workload.batch_size])))
-        self._apply = jax.jit(model.apply)
+        self._apply = jax.jit(in_precision(partial(contract.apply, model), workload.precision))
         flops = count_flops(self._apply, variables, self._images)
         self.flops = flops // workload.batch_size
 
@@ -119,10 +122,9 @@ def _distillation(
     batch: Batch,
     key: Array,
 ) -> tuple[Array, tuple[Any, dict[str, Array]]]:
-    del key
     images = preprocess.normalize(batch["image"], normalization)
-    logits, batch_stats = apply_train(model, params, batch_stats, images, batch["mask"])
-    taught = teacher.apply(held, images)
+    logits, batch_stats = apply_train(model, params, batch_stats, images, batch["mask"], key)
+    taught = contract.apply(teacher, held, images)
     return _mixed(logits, taught, batch["label"]), (batch_stats, {})
 
 
@@ -155,6 +157,7 @@ class Linen:
             taught = partial(teacher.apply, held)
 
         @partial(jax.jit, donate_argnums=0)
+        @partial(in_precision, precision=workload.precision)
         def step(state: Any, images: Array, labels: Array) -> tuple[Any, Array]:
             params, stats, opt_state = state
 
@@ -171,7 +174,8 @@ class Linen:
             updates, opt_state = optimizer.update(grads, opt_state)
             return (optax.apply_updates(params, updates), stats, opt_state), loss
 
-        self._step, self._apply = step, jax.jit(model.apply)
+        self._step = step
+        self._apply = jax.jit(in_precision(model.apply, workload.precision))
         batch = self._images[: workload.batch_size]
         flops = count_flops(self._apply, self._variables, batch)
         self.flops = flops // workload.batch_size
@@ -264,8 +268,7 @@ def plain_model(name: str, dtype: Any) -> nn.Module:
     Raises:
         KeyError: there is none by that name.
     """
-    if name == "mlp":
-        return _PlainMlp(dtype)
-    if name == "cnn":
-        return _PlainConvolutional(dtype)
+    own = {"mlp": _PlainMlp, "cnn": _PlainConvolutional}
+    if name in own:
+        return own[name](dtype)
     return _PlainResNet(BLOCKS[name], name == "resnet50", dtype)

@@ -9,6 +9,7 @@ os.environ.setdefault("KERAS_BACKEND", "jax")
 import keras
 
 from bmjax.bench.workload import BLOCKS, LEARNING_RATE, MOMENTUM, NUM_CLASSES, Workload, normalized
+from bmjax.machine.precision import in_precision
 
 
 class Keras:
@@ -18,7 +19,7 @@ class Keras:
     flops = None  # Keras counts none; its params are compared
 
     def __init__(self, workload: Workload, steps: int):
-        wide = "float32" if workload.precision == "float32" else "mixed_bfloat16"
+        wide = "mixed_bfloat16" if workload.precision == "bfloat16" else "float32"
         keras.config.set_dtype_policy(wide)
         keras.utils.set_random_seed(0)
         self._workload, self._steps = workload, steps
@@ -32,6 +33,9 @@ class Keras:
             keras.optimizers.SGD(LEARNING_RATE, MOMENTUM),
             keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         )
+        # Keras compiles at the first call of each.
+        self._train = in_precision(self._model.train_on_batch, workload.precision)
+        self._infer = in_precision(self._model.predict_on_batch, workload.precision)
         data = workload.data(steps)
         self._images, self._labels = normalized(data["image"]), data["label"]
 
@@ -44,27 +48,33 @@ class Keras:
         size, value = self._workload.batch_size, 0.0
         for first in range(0, self._steps * size, size):
             part = slice(first, first + size)
-            value = float(self._model.train_on_batch(self._images[part], self._labels[part]))
+            value = float(self._train(self._images[part], self._labels[part]))
         return value
 
     def infer(self) -> None:
         """See `Contender`."""
-        self._model.predict_on_batch(self._images[: self._workload.batch_size])
+        self._infer(self._images[: self._workload.batch_size])
 
 
 def _network(name: str, values: Any) -> Any:
+    own = {"mlp": _mlp, "cnn": _cnn}
+    return own[name](values) if name in own else _resnet(name, values)
+
+
+def _mlp(values: Any) -> Any:
     layers = keras.layers
-    if name == "mlp":
-        values = layers.Flatten()(values)
-        for features in (128, 64):
-            values = layers.Dense(features, activation="relu")(values)
-        return layers.Dense(NUM_CLASSES)(values)
-    if name == "cnn":
-        for features in (64, 128):
-            values = layers.Conv2D(features, 3, padding="same", activation="relu")(values)
-            values = layers.MaxPooling2D()(values)
-        return layers.Dense(NUM_CLASSES)(layers.Flatten()(values))
-    return _resnet(name, values)
+    values = layers.Flatten()(values)
+    for features in (128, 64):
+        values = layers.Dense(features, activation="relu")(values)
+    return layers.Dense(NUM_CLASSES)(values)
+
+
+def _cnn(values: Any) -> Any:
+    layers = keras.layers
+    for features in (64, 128):
+        values = layers.Conv2D(features, 3, padding="same", activation="relu")(values)
+        values = layers.MaxPooling2D()(values)
+    return layers.Dense(NUM_CLASSES)(layers.Flatten()(values))
 
 
 def _resnet(name: str, values: Any) -> Any:

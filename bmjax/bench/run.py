@@ -19,7 +19,7 @@ from bmjax.config import BenchConfig
 from bmjax.errors import UserError
 from bmjax.machine.cache import use_compilation_cache
 from bmjax.machine.threads import compute_in_calling_thread, suits_one_thread
-from bmjax.models import create_model, forward_flops, list_models
+from bmjax.models import create_model, find, list_models
 
 _NEEDS = {
     "bmjax": (),
@@ -32,6 +32,8 @@ _NEEDS = {
 }
 # Linen, Keras and PyTorch have to have the model as well.
 _MODELS = ("mlp", "cnn", *BLOCKS)
+# The one workload that torch-dataloader reads data of.
+_OF_DIGITS = ("mlp", 28)
 
 
 def bench(config: BenchConfig, own_process: bool = False) -> dict[str, Any]:
@@ -102,7 +104,8 @@ def bench(config: BenchConfig, own_process: bool = False) -> dict[str, Any]:
 def _suits_one_thread(workload: Workload) -> bool:
     model = create_model(workload.model, NUM_CLASSES)
     shape = (workload.image_size, workload.image_size, workload.channels)
-    return suits_one_thread(workload.batch_size * forward_flops(model, shape))
+    flops = find(workload.model).forward_flops(model, shape)
+    return suits_one_thread(workload.batch_size * flops)
 
 
 def _installed() -> tuple[str, ...]:
@@ -136,7 +139,7 @@ def check(config: BenchConfig, names: Sequence[str]) -> None:
         raise UserError(f"--teacher {config.teacher} is none of {', '.join(BLOCKS)}.")
     if config.teacher and "keras" in names:
         raise UserError("--contenders keras does not distil. Leave it, or --teacher, out.")
-    if "torch-dataloader" in names and (config.model, config.image_size) != ("mlp", 28):
+    if "torch-dataloader" in names and (config.model, config.image_size) != _OF_DIGITS:
         raise UserError("--contenders torch-dataloader is of digits: --model mlp --image-size 28.")
     for name in ("image_size", "batch_size", "steps", "turns"):
         if getattr(config, name) < 1:

@@ -16,6 +16,7 @@ import numpy as np
 
 from bmjax.bench.workload import Contender, Workload
 from bmjax.errors import UserError
+from bmjax.machine.precision import in_precision
 
 WARM_UPS = 2
 
@@ -108,10 +109,10 @@ def check_equal_work(contenders: Sequence[Contender]) -> None:
             )
 
 
-def matmul_peak(dtype: str = "float32", size: int = 2048, turns: int = 10) -> float:
+def matmul_peak(precision: str = "float32", size: int = 2048, turns: int = 10) -> float:
     """Returns FLOP/s of the best of some square matmuls on the first device of JAX."""
-    one = jnp.ones((size, size), dtype)
-    multiply: Callable[..., jax.Array] = jax.jit(jnp.matmul)
+    one = jnp.ones((size, size), jnp.bfloat16 if precision == "bfloat16" else jnp.float32)
+    multiply: Callable[..., jax.Array] = jax.jit(in_precision(jnp.matmul, precision))
     jax.block_until_ready(multiply(one, one))
     best = float("inf")
     for _ in range(turns):
@@ -121,9 +122,9 @@ def matmul_peak(dtype: str = "float32", size: int = 2048, turns: int = 10) -> fl
     return 2 * size**3 / best
 
 
-def peak_elsewhere(dtype: str = "float32") -> float:
+def peak_elsewhere(precision: str = "float32") -> float:
     """Returns `matmul_peak` as a new process finds it, which has all threads."""
-    code = f"from bmjax.bench import timing; print(timing.matmul_peak({dtype!r}))"
+    code = f"from bmjax.bench import timing; print(timing.matmul_peak({precision!r}))"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True
     )

@@ -32,25 +32,31 @@ class _Flat(torch.nn.Module):
         return values.permute(0, 2, 3, 1).flatten(1)
 
 
+def _mlp(workload: Workload) -> torch.nn.Module:
+    nn, inputs = torch.nn, workload.image_size**2 * workload.channels
+    return nn.Sequential(
+        _Flat(),
+        *(nn.Linear(inputs, 128), nn.ReLU()),
+        *(nn.Linear(128, 64), nn.ReLU()),
+        nn.Linear(64, NUM_CLASSES),
+    )
+
+
+def _cnn(workload: Workload) -> torch.nn.Module:
+    nn, side = torch.nn, workload.image_size // 4
+    return nn.Sequential(
+        *(nn.Conv2d(workload.channels, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(64, 128, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        _Flat(),
+        nn.Linear(128 * side * side, NUM_CLASSES),
+    )
+
+
 def torch_model(workload: Workload, name: str) -> torch.nn.Module:
     """Returns the network `name` as PyTorch and torchvision have it."""
-    nn = torch.nn
-    if name == "mlp":
-        inputs = workload.image_size**2 * workload.channels
-        return nn.Sequential(
-            _Flat(),
-            *(nn.Linear(inputs, 128), nn.ReLU()),
-            *(nn.Linear(128, 64), nn.ReLU()),
-            nn.Linear(64, NUM_CLASSES),
-        )
-    if name == "cnn":
-        side = workload.image_size // 4
-        return nn.Sequential(
-            *(nn.Conv2d(workload.channels, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
-            *(nn.Conv2d(64, 128, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
-            _Flat(),
-            nn.Linear(128 * side * side, NUM_CLASSES),
-        )
+    own = {"mlp": _mlp, "cnn": _cnn}
+    if name in own:
+        return own[name](workload)
     return getattr(torchvision.models, name)(num_classes=NUM_CLASSES)
 
 
@@ -70,6 +76,8 @@ class Torch:
         def put(module: torch.nn.Module) -> torch.nn.Module:
             return module.to(self._device).to(memory_format=form)
 
+        rounds = workload.precision == "tensorfloat32"
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = rounds
         torch.manual_seed(0)
         plain = put(torch_model(workload, workload.model))
         data = workload.data(steps)
@@ -107,9 +115,9 @@ class Torch:
         return [each.detach().cpu().numpy() for each in self._plain.parameters()]
 
     def _cast(self) -> Any:
-        if self._workload.precision == "float32":
-            return nullcontext()
-        return torch.autocast(self._device.type, torch.bfloat16)
+        if self._workload.precision == "bfloat16":
+            return torch.autocast(self._device.type, torch.bfloat16)
+        return nullcontext()
 
     def _loss(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         with self._cast():

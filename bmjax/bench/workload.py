@@ -9,6 +9,7 @@ import optax
 from jax.tree_util import Partial
 
 from bmjax.data.preprocess import Normalization
+from bmjax.models import find
 
 NUM_CLASSES = 10
 LEARNING_RATE = 0.01
@@ -25,7 +26,8 @@ class Workload:
         model: name of the model; of the student where there is a teacher.
         image_size: side in pixels.
         batch_size: images of a step.
-        precision: `float32` or `bfloat16`, of the computation; params are float32.
+        precision: `float32`, `tensorfloat32` or `bfloat16`, of the computation; params are
+            float32.
         teacher: name of the teacher of a distillation; None: there is none.
     """
 
@@ -37,8 +39,8 @@ class Workload:
 
     @property
     def channels(self) -> int:
-        """Channels of the images: digits are grey, all others have colours."""
-        return 1 if self.model == "mlp" else 3
+        """Channels of the images that the model is meant for."""
+        return find(self.model).image_shape[2]
 
     @property
     def name(self) -> str:

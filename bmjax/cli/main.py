@@ -66,11 +66,13 @@ def _run(words: list[str]) -> None:
         return
     from bmjax.cli import supervisor
     from bmjax.cli.commands import COMMANDS
+    from bmjax.cli.imports import import_own
     from bmjax.cli.parsing import parse, resumed
 
     asked = parse(words)
     device = getattr(asked, "device", None)
     if device is None or {device.coordinator, device.num_processes, device.process_id} == {None}:
+        import_own(asked)
         COMMANDS[type(asked)](resumed(asked, words))
         return
     from bmjax.machine import hosts
@@ -86,6 +88,7 @@ def _run_as_one_of_several(asked: Any, words: list[str], name: str) -> None:
     """Runs a command together with other processes, and ends this one."""
     from bmjax.cli import supervisor
     from bmjax.cli.commands import COMMANDS
+    from bmjax.cli.imports import import_own
     from bmjax.cli.parsing import resumed
     from bmjax.cli.tables import print_message
     from bmjax.config.flat import settings_to_keep
@@ -100,6 +103,7 @@ def _run_as_one_of_several(asked: Any, words: list[str], name: str) -> None:
         hosts.check_same("settings", common, "Start all with the same flags.")
         if not hosts.is_first():  # the others show nothing but errors
             sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        import_own(asked)
         COMMANDS[type(asked)](hosts.on_first(resumed, asked, words))
     except SystemExit as error:
         code = int(error.code or 0)

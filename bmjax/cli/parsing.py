@@ -120,7 +120,7 @@ def _saved(config: TrainConfig | FinetuneConfig | DistillConfig) -> Any:
         path = Path(config.train_config().folder)
         saved = finetune.read_settings(path)
     else:
-        from bmjax.distill.tour import folder_of, read_settings
+        from bmjax.distill.settings import folder_of, read_settings
 
         path = folder_of(config)
         saved = read_settings(path)

@@ -15,7 +15,6 @@ from bmjax.config.commands import (
 from bmjax.config.distillation import EMA_TEACHER, DistillConfig
 from bmjax.config.finetuning import FinetuneConfig
 from bmjax.config.training import (
-    DEFAULT_EPOCHS,
     PROCESSES,
     AugmentConfig,
     BaseConfig,
@@ -26,7 +25,6 @@ from bmjax.config.training import (
 )
 
 __all__ = [
-    "DEFAULT_EPOCHS",
     "EMA_TEACHER",
     "PROCESSES",
     "AugmentConfig",

@@ -115,6 +115,8 @@ def _check(rules: list[tuple[str, Any, bool, str]]) -> None:
 def check_distill(config: DistillConfig) -> None:
     """Checks the values that belong to distillation.
 
+    What depends on the loss is checked by `distill.loss.check_loss`, which can read their table.
+
     Raises:
         UserError: a value out of its range, or flags that contradict each other.
     """
@@ -173,10 +175,6 @@ def _contradictory(config: DistillConfig) -> list[tuple[bool, str]]:
     cached = bool(config.teacher_cache)
     return [
         (
-            config.method == "dkd" and not (config.decoupled_alpha or config.decoupled_beta),
-            "--decoupled-alpha and --decoupled-beta are both 0: their weights sum to nothing.",
-        ),
-        (
             not by_features and bool(config.layers or config.feature_weight),
             "--layers and --feature-weight belong to --features: say which loss.",
         ),
@@ -192,10 +190,6 @@ def _contradictory(config: DistillConfig) -> list[tuple[bool, str]]:
         (
             bool(config.cache_top) and not cached,
             "--cache-top says what --teacher-cache keeps: give its folder.",
-        ),
-        (
-            bool(config.cache_top) and config.method in ("mse", "cosine"),
-            f"--method {config.method} compares all logits: leave out --cache-top.",
         ),
         (
             config.explain_loss and not config.teacher,

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import tyro
 
 from bmjax.config.names import check_flat_names, unset
-from bmjax.config.training import DeviceConfig
+from bmjax.config.training import DeviceConfig, Imports
 
 
 @check_flat_names
@@ -25,6 +25,8 @@ class EvaluateConfig:
         checkpoint: Params of the latest checkpoint, or those with the best validation accuracy.
         batch_size: Images at once, rounded up to what divides over the devices.
         json: Print one JSON object instead of tables.
+        imports: A file of Python, or a module, that registers models of your own by
+            bmjax.register_model; give the flag once for each.
     """
 
     path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
@@ -35,6 +37,7 @@ class EvaluateConfig:
     checkpoint: Literal["latest", "best"] = "latest"
     batch_size: int = 256
     json: bool = False
+    imports: Imports = ()
     device: DeviceConfig = field(default_factory=DeviceConfig)
 
     def __post_init__(self) -> None:
@@ -57,6 +60,8 @@ class PredictConfig:
         json: Print one JSON object per image and line, with the probabilities of all classes.
         csv: Print a table in CSV: file, class, label (its number), probability, and the probability
             of each class.
+        imports: A file of Python, or a module, that registers models of your own by
+            bmjax.register_model; give the flag once for each.
     """
 
     path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
@@ -65,6 +70,7 @@ class PredictConfig:
     checkpoint: Literal["latest", "best"] = "latest"
     json: bool = False
     csv: bool = False
+    imports: Imports = ()
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,7 @@ class ConvertConfig:
         path: A torchvision checkpoint (.pth, .pt or .safetensors), Flax variables (.msgpack), a
             run's folder, or imagenet-v1 or imagenet-v2 for torchvision's published weights.
         out: What to write; nothing that exists is overwritten.
-        model: Name of the ResNet; a run knows its own.
+        model: Name of the model; a run knows its own.
         weights_key: Which state dict of a checkpoint with several, such as state_dict_ema; or the
             prefix of the names to read. None given: the plain one, and it is said.
         certify: Compare with torchvision (which the extra torch brings): outputs, gradients and
@@ -92,6 +98,8 @@ class ConvertConfig:
             out; none given: the weights' own, or 8/7 of the image size.
         class_names: Names of the classes, in order; none given: ImageNet's where there are 1000,
             numbers otherwise.
+        imports: A file of Python, or a module, that registers models of your own by
+            bmjax.register_model; give the flag once for each.
     """
 
     path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
@@ -103,6 +111,7 @@ class ConvertConfig:
     image_size: int | None = None
     resize_size: int | None = None
     class_names: tuple[str, ...] = ()
+    imports: Imports = ()
 
     def __post_init__(self) -> None:
         """Reads 0 and an empty word as not given."""
@@ -141,17 +150,20 @@ class BenchConfig:
         steps: Batches of a turn.
         turns: Turns that count, after two that compile and warm up.
         json: Print one JSON object instead of a table.
+        imports: A file of Python, or a module, that registers models of your own by
+            bmjax.register_model; give the flag once for each.
     """
 
     model: str = "resnet18"
     image_size: int = 64
     batch_size: int = 64
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["float32", "tensorfloat32", "bfloat16"] = "float32"
     teacher: str | None = None
     contenders: tuple[str, ...] = ()
     steps: int = 2
     turns: int = 10
     json: bool = False
+    imports: Imports = ()
 
 
 @dataclass(frozen=True)
@@ -171,6 +183,7 @@ class VerifyResumeConfig:
         seed: Of what is random about the moments.
         out: Folder for the runs; those that are equal are removed.
         json: Print one JSON object instead of lines.
+        imports: As of the command that is verified, which it is handed on to.
     """
 
     kills: int = 20
@@ -186,6 +199,7 @@ class VerifyResumeConfig:
     seed: int = 0
     out: str = "runs/verify-resume"
     json: bool = False
+    imports: Imports = ()
     command: Annotated[tuple[str, ...], tyro.conf.Suppress] = (
         "train",
         "--model",

@@ -26,12 +26,17 @@ class DistillConfig(BaseConfig):
             given: train one first.
         teacher_weights: Weights of the teachers' logits in their mean; none given: the same.
         teacher_model: Model of a teacher that is a file, or that is trained where no --teacher is
-            given.
+            given. A teacher that takes images of another size than --image-size sees the student's
+            views resized, and is measured at its own.
         weights_key: Which state dict of a teacher that is a checkpoint with several, such as
             state_dict_ema; or the prefix of the names to read. None given: the plain one, and it
             is said.
         teacher_epochs: Epochs of the teacher that is trained (at least 1).
         student: Name of the student's model, as of `bmjax train --model`.
+        student_weights: What the student begins with: a run's folder, a torchvision checkpoint
+            (.pth, .pt or .safetensors), Flax variables (.msgpack), or imagenet-v1 or imagenet-v2
+            for torchvision's published weights. Its head is kept where the classes are the same.
+            None given: random params.
         generations: How often the student is distilled; from the second time on from itself as
             the time before made it (born-again networks).
         method: Loss between the logits of both: kd, the divergence of softened predictions
@@ -63,6 +68,7 @@ class DistillConfig(BaseConfig):
     weights_key: str | None = None
     teacher_epochs: int = 10
     student: str = "mlp"
+    student_weights: str | None = None
     generations: int = 1
     method: Literal["kd", "dkd", "dist", "mse", "cosine"] = "kd"
     temperature: float = 4.0
@@ -81,7 +87,8 @@ class DistillConfig(BaseConfig):
     def __post_init__(self) -> None:
         """Reads 0 and an empty word as not given."""
         super().__post_init__()
-        unset(self, weights_key="", feature_weight=0, teacher_cache="", cache_top=0)
+        unset(self, weights_key="", feature_weight=0, student_weights="")
+        unset(self, teacher_cache="", cache_top=0)
 
     @property
     def follows_student(self) -> bool:

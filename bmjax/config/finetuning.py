@@ -24,7 +24,7 @@ class FinetuneConfig(BaseConfig):
     Attributes:
         data: Dataset: folder:PATH with a folder of images per class, in train, validation and
             test or not; tfds:NAME, prepared in array_record; npz:PATH; or mnist5k.
-        model: Name of the ResNet that the weights are of; a run knows its own, and needs none.
+        model: Name of the model that the weights are of; a run knows its own, and needs none.
         weights: What to begin with: a torchvision checkpoint (.pth, .pt or .safetensors), Flax
             variables (.msgpack), a run's folder, or imagenet-v1 or imagenet-v2 for torchvision's
             published weights.
@@ -37,9 +37,10 @@ class FinetuneConfig(BaseConfig):
             features of the weights as they are; random; or kept, where the weights have the
             data's classes.
         head_epochs: First epochs in which the head alone learns.
-        freeze: What stays as it is: backbone (all but the head), stem, stage1, stage2, ..., or
-            regular expressions that match whole paths of params. Its normalisations use their
-            running statistics, and it costs no gradient and no memory of the optimizer.
+        freeze: What stays as it is: backbone (all but the head), a stage of the model (of ResNets
+            stem, stage1, stage2, ...), or regular expressions that match whole paths of params.
+            Its normalisations use their running statistics, and it costs no gradient and no memory
+            of the optimizer.
         layer_decay: Factor of the learning rate from each stage to the one before it, in (0, 1].
         out: Folder of the run; none given: runs/finetuned-MODEL.
         probe_only: Stop after the linear probe; the run holds the weights with that head.

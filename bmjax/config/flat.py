@@ -16,6 +16,7 @@ FREE_FIELDS = frozenset(
         "teacher",
         "teacher_cache",
         "weights",
+        "student_weights",
         "weights_key",
         "parallel",
         "devices",
@@ -33,10 +34,19 @@ FREE_FIELDS = frozenset(
 CHANGEABLE = ("epochs", "learning_rate", "schedule", "warmup_epochs", "clip_norm")
 
 
+# Fields that no file ever holds: nothing is imported because a run says so.
+_NEVER_KEPT = frozenset(["imports"])
+
+
 def flatten(config: Any) -> dict[str, Any]:
-    """Returns `{field: value}` of a nested config, the names as they are on the command line."""
+    """Returns `{field: value}` of a nested config, the names as they are on the command line.
+
+    Left out is what no file holds, see `--import`.
+    """
     flat: dict[str, Any] = {}
     for item in dataclasses.fields(config):
+        if item.name in _NEVER_KEPT:
+            continue
         value = getattr(config, item.name)
         flat.update(flatten(value) if dataclasses.is_dataclass(value) else {item.name: value})
     return flat

@@ -7,7 +7,7 @@ from typing import Any
 from bmjax.errors import UserError, printable
 
 # Settings that are paths, or may be; `data` is taken apart where it is loaded.
-_PATHS = ("out", "path", "images", "weights", "teacher", "teacher_cache")
+_PATHS = ("out", "path", "images", "weights", "teacher", "teacher_cache", "student_weights")
 
 
 def with_user_paths(config: Any) -> Any:

@@ -1,15 +1,25 @@
 """Settings of training: what all commands that train have in common, and `train` itself."""
 
 import dataclasses
+import shlex
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from bmjax.config.names import check_flat_names, unset
 from bmjax.config.paths import with_user_paths
 
 # Fields that say which of several processes this one is, and how they find each other.
 PROCESSES = ("coordinator", "num_processes", "process_id")
-DEFAULT_EPOCHS = {"mlp": 100}
+
+
+# A flag that is given once for each.
+Imports = Annotated[
+    tuple[str, ...],
+    tyro.conf.UseAppendAction,
+    tyro.conf.arg(name="import", metavar="FILE"),
+]
 
 
 @dataclass(frozen=True)
@@ -166,7 +176,8 @@ class BaseConfig:
             for the others.
         batch_size: Examples per update, over all devices together.
         accumulate: Parts that a batch is split into, one after the other, to save memory; the
-            gradient is that of the whole batch, but batch normalisation sees one part at a time.
+            gradient is that of the whole batch, but batch normalisation, and losses that compare
+            examples with each other, see one part at a time.
         remat: Compute each block of a ResNet again backward, instead of keeping what is inside, to
             save memory on GPU and TPU; XLA undoes it on CPU.
         label_smoothing: Share of the target spread evenly over the classes, in [0, 1).
@@ -175,11 +186,15 @@ class BaseConfig:
         patience: Epochs without a better validation accuracy after which training ends, and the
             params of the best epoch are reported; none given: it goes on to the last epoch.
         precision: Precision of the computation; params, statistics and losses are float32
-            always.
-        ema_decay: Decay of the running average of the params that is evaluated instead;
-            none at 0.
+            always. Products of float32 are those of float32 on GPU and TPU too; with
+            tensorfloat32, faster there, a GPU rounds the factors to 10 bits.
+        ema_decay: Decay of the running average of params and running statistics that is
+            evaluated instead; none at 0.
         seed: Seed of the initial params, the order of the data and the views.
         out: Folder of the run; none given: runs/MODEL, or runs/distill for distillation.
+        imports: A file of Python, or a module, that registers models of your own by
+            bmjax.register_model; give the flag once for each. It is given anew to every command,
+            --resume too: a run never says what is imported.
     """
 
     data: str | None = "mnist5k"
@@ -195,10 +210,11 @@ class BaseConfig:
     label_smoothing: float = 0.0
     class_weights: Literal["none", "balanced"] = "none"
     patience: int | None = None
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["float32", "tensorfloat32", "bfloat16"] = "float32"
     ema_decay: float = 0.0
     seed: int = 0
     out: str | None = None
+    imports: Imports = ()
     optim: OptimConfig = field(default_factory=OptimConfig)
     views: AugmentConfig = field(default_factory=AugmentConfig)
     device: DeviceConfig = field(default_factory=DeviceConfig)
@@ -207,6 +223,11 @@ class BaseConfig:
     def __post_init__(self) -> None:
         """Reads 0 and an empty word as not given."""
         unset(self, data="", image_size=0, epochs=0, patience=0, out="")
+
+    @property
+    def import_flags(self) -> str:
+        """What a command that goes on needs for the user's own models, with a space before it."""
+        return "".join(f" --import {shlex.quote(name)}" for name in self.imports)
 
     @property
     def data_name(self) -> str:
@@ -239,15 +260,16 @@ class TrainConfig(BaseConfig):
         model: Name of the model: mlp, cnn, cnn_tiny, resnet18, resnet34, resnet50, resnet101,
             resnet152, resnext50_32x4d, resnext101_32x8d, resnext101_64x4d, wide_resnet50_2,
             wide_resnet101_2 or resnet_tiny; or for images of about 32 pixels resnet8, 14, 20, 32,
-            44, 56 and 110, and each of them four times as wide, such as resnet8x4.
+            44, 56 and 110, and each of them four times as wide, such as resnet8x4; or one of
+            your own, see --import.
     """
 
     model: str = "mlp"
 
     def resolved(self) -> "TrainConfig":
-        """Returns the config with the defaults that depend on the model filled in."""
-        return dataclasses.replace(
-            self,
-            epochs=self.epochs or DEFAULT_EPOCHS.get(self.model, 20),
-            out=with_user_paths(self).out or f"runs/{self.model}",
-        )
+        """Returns the config with the folder filled in.
+
+        How many epochs the model takes by default its architecture says, which no config knows of:
+        see `bmjax.models.build.resolve`.
+        """
+        return dataclasses.replace(self, out=with_user_paths(self).out or f"runs/{self.model}")

@@ -5,7 +5,6 @@ as possible; where widths have to be equal and are not, the student's features p
 projection, a 1x1 convolution. Projections are params of the run, but no part of the student.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,8 @@ import numpy as np
 from jax import Array
 
 from bmjax.errors import UserError
-from bmjax.losses.table import FEATURE_LOSSES, FeatureLoss
+from bmjax.losses.table import DISTILLATION_LOSSES, DistillationLoss
+from bmjax.models import contract, find
 
 # Width that the contrastive loss compares in (Tian et al. 2020).
 _EMBEDDING = 128
@@ -52,7 +52,7 @@ class Matching:
         weight: factor beside the cross entropy.
     """
 
-    loss: FeatureLoss
+    loss: DistillationLoss
     pairs: tuple[Pair, ...]
     weight: float
 
@@ -84,7 +84,12 @@ class Matching:
         }
 
     def __call__(
-        self, projections: Any, student: dict[str, Array], teacher: dict[str, Array], mask: Array
+        self,
+        projections: Any,
+        student: dict[str, Array],
+        teacher: dict[str, Array],
+        mask: Array,
+        axis_name: str | None = None,
     ) -> Array:
         """Returns the sum of the pairs' losses per example, [batch], without the weight.
 
@@ -93,6 +98,7 @@ class Matching:
             student: features by name of layer.
             teacher: the same of the teacher; no gradient flows to them.
             mask: [batch], False for examples that only fill up the batch.
+            axis_name: under pmap, the axis along which the batch is divided.
         """
         total = jnp.zeros(len(mask))
         for pair in self.pairs:
@@ -107,7 +113,9 @@ class Matching:
                     layer, wide = projections[name], features[side]
                     bias = jnp.expand_dims(layer["bias"], range(wide.ndim - 1))
                     features[side] = jnp.matmul(wide, layer["kernel"]) + bias
-            total = total + self.loss.apply(features["student"], features["teacher"], mask)
+            total = total + self.loss.apply(
+                features["student"], features["teacher"], mask=mask, axis_name=axis_name
+            )
         return total
 
 
@@ -125,7 +133,7 @@ def match(
     """Decides which layers are compared, and how.
 
     Args:
-        name: of the loss, a key of `FEATURE_LOSSES`.
+        name: of the loss, one of features in `DISTILLATION_LOSSES`.
         layers: `STUDENT=TEACHER` for each pair; none: those that the loss usually compares.
         weight: factor of the loss; None: its usual one.
         student: name of the model and the shapes of its intermediates, without the batch.
@@ -135,7 +143,7 @@ def match(
         UserError: a layer that is not there, with those that are, or features of a form that the
             loss cannot compare.
     """
-    loss = FEATURE_LOSSES[name]
+    loss = DISTILLATION_LOSSES[name]
     named = [_parse(text) for text in layers] or _usual(name, loss, student, teacher)
     pairs = tuple(_pair(name, loss, names, student, teacher) for names in named)
     return Matching(loss, pairs, weight or loss.weight)
@@ -151,13 +159,10 @@ def _parse(text: str) -> tuple[str, str]:
 
 
 def _usual(
-    name: str, loss: FeatureLoss, student: tuple[str, Shapes], teacher: tuple[str, Shapes]
+    name: str, loss: DistillationLoss, student: tuple[str, Shapes], teacher: tuple[str, Shapes]
 ) -> list[tuple[str, str]]:
     """Pairs stages from the last one backwards; without stages on both sides, `pre_logits`."""
-    ours, theirs = (
-        [layer for layer in shapes if re.fullmatch(r"stage\d+", layer)]
-        for _, shapes in (student, teacher)
-    )
+    ours, theirs = (_stages(model, shapes) for model, shapes in (student, teacher))
     number = min(len(ours), len(theirs))
     stages = list(zip(ours[-number:], theirs[-number:], strict=True)) if number else []
     if stages and loss.layers != "pre_logits":
@@ -171,9 +176,15 @@ def _usual(
     return [("pre_logits", "pre_logits")]
 
 
+def _stages(model: str, shapes: Shapes) -> list[str]:
+    """Returns the stages of a model behind its stem whose output has a height and a width."""
+    stages = find(model).compared_stages(shapes)
+    return [stage for stage in stages if len(shapes[stage]) == 3]
+
+
 def _pair(
     name: str,
-    loss: FeatureLoss,
+    loss: DistillationLoss,
     layers: tuple[str, str],
     student: tuple[str, Shapes],
     teacher: tuple[str, Shapes],
@@ -254,9 +265,9 @@ def feature_shapes(model: nn.Module, image_shape: tuple[int, ...]) -> Shapes:
     images = jnp.zeros((1, *image_shape))
 
     def capture(key: Array) -> Any:
-        variables = model.init(key, images)
-        variables = {name: tree for name, tree in variables.items() if name != "intermediates"}
-        return model.apply(variables, images, mutable=["intermediates"])[1]["intermediates"]
+        variables = contract.init(model, key, images)
+        _, new = contract.apply(model, variables, images, mutable=["intermediates"])
+        return new["intermediates"]
 
     shapes = jax.eval_shape(capture, jax.random.key(0))
     return {name: leaf.shape[1:] for name, leaf in shapes.items() if hasattr(leaf, "shape")}

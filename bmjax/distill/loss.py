@@ -14,8 +14,8 @@ from bmjax.data import preprocess
 from bmjax.data.preprocess import Normalization
 from bmjax.distill.feature_matching import Matching, feature_shapes, match
 from bmjax.distill.teacher_cache import TEACHER_LOGITS, logits_of_batch
-from bmjax.losses import logits as losses
-from bmjax.losses.table import LOSS_PARAMS
+from bmjax.errors import UserError
+from bmjax.losses.table import DISTILLATION_LOSSES, LOSS_PARAMS, DistillationLoss
 from bmjax.runs.inference import predict_features, predict_logits
 from bmjax.runs.trained import TrainedRun
 from bmjax.train.apply import apply_with_features
@@ -23,32 +23,50 @@ from bmjax.train.step import Batch, LossFn, label_loss
 
 
 def logit_loss(
-    config: DistillConfig, student_logits: Array, teacher_logits: Array, batch: Batch
+    config: DistillConfig,
+    student_logits: Array,
+    teacher_logits: Array,
+    batch: Batch,
+    axis_name: str | None = None,
 ) -> Array:
     """Returns the loss between logits that `config.method` names, [batch] float32.
 
     Args:
-        config: `method`, `temperature` and the weights of dkd.
+        config: `method`, and the settings that its row in `losses.table` names.
         student_logits: [batch, classes].
         teacher_logits: [batch, classes].
         batch: `label` and `mask`; where images are mixed, the label of the larger share counts.
+        axis_name: under pmap, the axis along which the batch is divided.
     """
-    both = student_logits, teacher_logits
-    if config.method == "kd":
-        return losses.distillation(*both, config.temperature)
-    if config.method == "dkd":
-        return losses.decoupled_distillation(
-            *both,
-            main_label(batch),
-            config.temperature,
-            config.decoupled_alpha,
-            config.decoupled_beta,
-        )
-    if config.method == "dist":
-        return losses.correlation_distillation(*both, config.temperature, mask=batch["mask"])
-    if config.method == "mse":
-        return losses.logit_mean_squared_error(*both)
-    return losses.logit_cosine_distance(*both)
+    return DISTILLATION_LOSSES[config.method].apply(
+        student_logits,
+        teacher_logits,
+        mask=batch["mask"],
+        labels=main_label(batch),
+        settings=config.loss_settings(),
+        axis_name=axis_name,
+    )
+
+
+def check_loss(config: DistillConfig) -> None:
+    """Checks the settings against what the table says of the losses they name.
+
+    Raises:
+        UserError: settings that contradict the loss.
+    """
+    settings = config.loss_settings()
+    for row in _rows(config):
+        fields = row.one_positive
+        if fields and not any(settings[name] for name in fields):
+            flags = " and ".join(f"--{name.replace('_', '-')}" for name in fields)
+            raise UserError(f"{flags} are both 0: their weights sum to nothing.")
+        if config.cache_top and not row.fits_top:
+            raise UserError(f"--method {row.name} compares all logits: leave out --cache-top.")
+
+
+def _rows(config: DistillConfig) -> list[DistillationLoss]:
+    names = [config.method, *([] if config.features == "none" else [config.features])]
+    return [DISTILLATION_LOSSES[name] for name in names]
 
 
 def main_label(batch: Batch) -> Array:
@@ -89,6 +107,7 @@ def distillation_loss(
     config: DistillConfig,
     weights: Sequence[float] | None = None,
     matching: Matching | None = None,
+    axis_name: str | None = None,
 ) -> LossFn:
     """Returns the loss per example of a student with a teacher.
 
@@ -102,10 +121,12 @@ def distillation_loss(
     Args:
         model: the student.
         normalization: `mean` and `std` that the student's images are normalised by.
-        teacher: the teacher; None for the running average of the student's params.
+        teacher: the teacher; None for the running average of the student.
         config: method, temperature and weights.
         weights: a factor of the cross entropy per class; None: 1.
         matching: how features are compared; None: they are not.
+        axis_name: under pmap, the axis along which the batch is divided; losses that compare
+            examples with each other see the whole batch by it.
     """
     dtype = getattr(model, "dtype", None) or jnp.float32
     ours = matching.student_layers if matching else ()
@@ -113,14 +134,19 @@ def distillation_loss(
     alpha = config.alpha
 
     def compare(
-        teacher_logits: Array, known: dict[str, Array], params: Any, batch_stats: Any, batch: Batch
+        teacher_logits: Array,
+        known: dict[str, Array],
+        params: Any,
+        batch_stats: Any,
+        batch: Batch,
+        key: Array,
     ) -> tuple[Array, tuple[Any, dict[str, Array]]]:
         teacher_logits = lax.stop_gradient(teacher_logits)
         images = preprocess.normalize(batch["image"], normalization, dtype)
         logits, batch_stats, features = apply_with_features(
-            model, params, batch_stats, images, batch["mask"], ours
+            model, params, batch_stats, images, batch["mask"], ours, key
         )
-        between = logit_loss(config, logits, teacher_logits, batch)
+        between = logit_loss(config, logits, teacher_logits, batch, axis_name)
         entropy = label_loss(logits, batch, config.label_smoothing, weights)
         loss = alpha * between + (1 - alpha) * entropy
         predicted = jnp.argmax(logits, axis=-1)
@@ -132,18 +158,22 @@ def distillation_loss(
         }
         if matching:
             metrics["features"] = matching(
-                params.get(LOSS_PARAMS, {}), features, known, batch["mask"]
+                params.get(LOSS_PARAMS, {}), features, known, batch["mask"], axis_name
             )
             loss = loss + matching.weight * metrics["features"]
         return loss, (batch_stats, metrics)
 
     def following_loss(
-        params: Any, batch_stats: Any, batch: Batch, key: Array, ema_params: Any
+        params: Any,
+        batch_stats: Any,
+        batch: Batch,
+        key: Array,
+        ema_params: Any,
+        ema_batch_stats: Any,
     ) -> tuple[Array, tuple[Any, dict[str, Array]]]:
-        del key  # nothing is random beyond the view
-        variables = {"params": ema_params, "batch_stats": batch_stats}
+        variables = {"params": ema_params, "batch_stats": ema_batch_stats}
         asked = predict_features(model, normalization, variables, batch["image"], theirs)
-        return compare(*asked, params, batch_stats, batch)
+        return compare(*asked, params, batch_stats, batch, key)
 
     if teacher is None:
         return cast(LossFn, following_loss)
@@ -151,7 +181,6 @@ def distillation_loss(
     def loss_fn(
         variables: Any, read: Array, params: Any, batch_stats: Any, batch: Batch, key: Array
     ) -> tuple[Array, tuple[Any, dict[str, Array]]]:
-        del key
         known: dict[str, Array]
         if TEACHER_LOGITS in batch:
             ask = partial(predict_logits, teacher.model, teacher.normalization, variables)
@@ -160,7 +189,7 @@ def distillation_loss(
             logits, known = predict_features(
                 teacher.model, teacher.normalization, variables, batch["image"], theirs
             )
-        return compare(logits, known, params, batch_stats, batch)
+        return compare(logits, known, params, batch_stats, batch, key)
 
     # Where the largest logits alone are kept, the teacher is not asked at all.
     variables = {} if config.cache_top else teacher.variables

@@ -15,14 +15,17 @@ from bmjax.config.checks import check_distill
 from bmjax.data import loader, preprocess
 from bmjax.data.loader import epoch_orders
 from bmjax.data.preprocess import Normalization
-from bmjax.data.statistics import loss_weights, pixel_statistics
+from bmjax.data.statistics import loss_weights
 from bmjax.distill.feature_matching import Matching
-from bmjax.distill.loss import logit_loss
-from bmjax.distill.tour import as_one, initial_variables, load_data, load_teachers, match_with
+from bmjax.distill.loss import check_loss, logit_loss
+from bmjax.distill.students import normalization_of, read_student_weights, settle
+from bmjax.distill.teachers import as_one
+from bmjax.distill.tour import initial_variables, load_data, load_teachers, match_with
 from bmjax.losses.conventions import called_elsewhere
-from bmjax.losses.table import _CONVENTIONS, LOSS_PARAMS
+from bmjax.losses.table import DISTILLATION_LOSSES, LABELS_CONVENTION, LOSS_PARAMS
 from bmjax.machine.cache import use_compilation_cache
 from bmjax.machine.parallel import Parallel, request_devices
+from bmjax.machine.precision import in_precision
 from bmjax.models.build import build_model
 from bmjax.runs.inference import predict_features
 from bmjax.train.apply import apply_with_features
@@ -46,23 +49,27 @@ def explain(config: DistillConfig, console: Console | None = None) -> dict[str, 
         UserError: as `distill.distill`.
     """
     check_distill(config)
+    check_loss(config)
     request_devices(config.device)
     use_compilation_cache()
     teachers = load_teachers(config, console)
-    dataset = load_data(config, teachers)
-    teacher = as_one(config, teachers, dataset, console)
+    student_weights = read_student_weights(config, (), console)
+    config = settle(config, student_weights)
+    dataset = load_data(config, teachers, student_weights)
+    teacher = as_one(teachers, config.teacher_weights, dataset, console)
     train = config.train_config(config.student, "none")
     model = build_model(train, dataset.num_classes)
-    normalization = pixel_statistics(dataset)
+    normalization = normalization_of(dataset, student_weights)
     matching = match_with(config, model, teacher, dataset.image_shape)
     _, key = run_keys(config.seed)
-    variables = initial_variables(model, config, matching, dataset.image_shape)
+    variables = initial_variables(model, config, matching, dataset, student_weights)
     parallel = Parallel("jit", jax.local_devices()[:1])
     orders = epoch_orders(key, dataset, config)
     feed = loader.Feed(dataset.train, parallel, config.batch_size, orders, wide=True)
     view = loader.make_view(config.views, dataset.image_shape[:2], normalization.mean)
 
     @jax.jit
+    @partial(in_precision, precision=config.precision)
     def first_batch(arrays: Any) -> Batch:
         step = jnp.int32(0)
         return draw_batches(parallel, arrays, key, step, config.batch_size, view)[0](step)
@@ -71,8 +78,10 @@ def explain(config: DistillConfig, console: Console | None = None) -> dict[str, 
     own = (model, normalization, variables)
     asked = (teacher.model, teacher.normalization, teacher.variables) if teacher else own
     weights = loss_weights(config, dataset.train.labels, dataset.num_classes)
-    measure = partial(_measure, config, own[:2], asked[:2], matching, weights)
-    measured = jax.device_get(jax.jit(measure)(variables, asked[2], batch))
+    measure = partial(_measure, config, own[:2], asked[:2], matching, weights, key)
+    measured = jax.device_get(
+        jax.jit(in_precision(measure, config.precision))(variables, asked[2], batch)
+    )
     names = ["labels", config.method, *([config.features] if matching else [])]
     terms = [_term(config, matching, name, measured[name], measured) for name in names]
     return {
@@ -115,6 +124,7 @@ def _measure(
     teacher: tuple[nn.Module, Normalization],
     matching: Matching | None,
     weights: Any,
+    key: Array,
     variables: Any,
     teacher_variables: Any,
     batch: Batch,
@@ -137,7 +147,9 @@ def _measure(
 
     def apply(params: Any) -> tuple[Array, dict[str, Array]]:
         stats = variables.get("batch_stats", {})
-        logits, _, features = apply_with_features(model, params, stats, images, batch["mask"], ours)
+        logits, _, features = apply_with_features(
+            model, params, stats, images, batch["mask"], ours, key
+        )
         return logits, features
 
     def on_params(name: str, params: Any) -> Array:
@@ -180,7 +192,9 @@ def _term(
         at_logits = weight * float(values["at_logits"])
         of_labels = weight_of("labels") * float(measured["labels"]["at_logits"])
         ratio = at_logits / of_labels if of_labels else None
-    convention = _CONVENTIONS[name].format(alpha=config.decoupled_alpha, beta=config.decoupled_beta)
+    convention = LABELS_CONVENTION
+    if name != "labels":
+        convention = DISTILLATION_LOSSES[name].convention.format(**config.loss_settings())
     return {
         "name": name,
         "weight": weight,

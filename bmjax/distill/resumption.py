@@ -62,12 +62,14 @@ def settings_of_teacher(config: TrainConfig) -> TrainConfig:
 def go_on_with_student(error: DivergenceError, config: DistillConfig) -> DivergenceError:
     """Returns the error of a student's run, with the command that goes on with the whole."""
     rate = config.optim.learning_rate / 10
-    go_on = f"bmjax distill --resume --out {config.folder} --learning-rate {rate:.2g}"
+    command = f"bmjax distill --resume --out {config.folder}{config.import_flags}"
+    go_on = f"{command} --learning-rate {rate:.2g}"
     return DivergenceError(error.what, go_on)
 
 
 def go_on_with_teacher(error: DivergenceError, config: DistillConfig) -> DivergenceError:
     """Returns the error of a tour's teacher, with the commands that go on with the whole."""
     return DivergenceError(
-        error.what, f"{error.go_on}; then: bmjax distill --resume --out {config.folder}"
+        error.what,
+        f"{error.go_on}; then: bmjax distill --resume --out {config.folder}{config.import_flags}",
     )

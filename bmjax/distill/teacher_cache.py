@@ -30,6 +30,7 @@ from bmjax.data.loader import epoch_orders
 from bmjax.errors import UserError
 from bmjax.machine import hosts
 from bmjax.machine.parallel import Parallel
+from bmjax.machine.precision import in_precision
 from bmjax.machine.storage import make_folder, read_json, write_atomically
 from bmjax.runs.inference import predict_logits
 from bmjax.runs.trained import TrainedRun
@@ -251,6 +252,7 @@ def _ask_all(
     # In a loop, as the steps of the training are: the compiler then makes the same of the views,
     # to the last bit, which it does not of a single batch.
     @jax.jit
+    @partial(in_precision, precision=config.precision)
     def ask(variables: Any, arrays: Any, first: Array, last: Array) -> Array:
         draw, _ = draw_batches(
             parallel, arrays, key, first, config.batch_size, view, config.views.view_passes

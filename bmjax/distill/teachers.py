@@ -14,17 +14,19 @@ from rich.console import Console
 
 from bmjax.config import TrainConfig
 from bmjax.config.paths import user_path
+from bmjax.data import Dataset
 from bmjax.data.classes import match_classes
 from bmjax.data.preprocess import Normalization
+from bmjax.distill.resized import as_seen
 from bmjax.errors import UserError
 from bmjax.machine import hosts
-from bmjax.models import RESNETS, create_model
+from bmjax.models import contract, create_model
 from bmjax.runs import checkpoint
 from bmjax.runs.folder import Run
 from bmjax.runs.inference import predict_logits
 from bmjax.runs.trained import TrainedRun, load_run
 from bmjax.weights.convert import refuse_not_finite
-from bmjax.weights.pretrained import read_pretrained
+from bmjax.weights.pretrained import check_has_files, read_pretrained
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,11 +82,12 @@ class OutputsOf:
 
     def init(self, key: Array, images: Array) -> Any:
         """Returns random variables of the model."""
-        return self.model.init(key, images)
+        return contract.init(self.model, key, images)
 
     def apply(self, variables: Any, images: Array, **options: Any) -> Any:
-        """Applies the model as `model.apply`, and takes these columns of its logits."""
-        result, columns = self.model.apply(variables, images, **options), np.array(self.columns)
+        """Applies the model as `contract.apply`, and takes these columns of its logits."""
+        result = contract.apply(self.model, variables, images, **options)
+        columns = np.array(self.columns)
         if isinstance(result, tuple):  # what it was asked to keep comes beside
             return result[0][:, columns], *result[1:]
         return result[:, columns]
@@ -134,7 +137,7 @@ def load_teacher(
 
     Args:
         source: a run's folder, or a torchvision checkpoint: any file is one, whatever its suffix.
-        model: name of the ResNet that a checkpoint is of.
+        model: name of the model that a checkpoint is of.
         image_size: side of the images that a checkpoint is given; None: 224.
         console: where it is said what damage of a file cannot be seen.
         key: which state dict of a checkpoint with several; a run has none.
@@ -152,12 +155,9 @@ def load_teacher(
             f"--teacher {source} is not there: neither a run's folder nor a file of weights. Check "
             "the path."
         )
-    if model not in RESNETS:
-        raise UserError(
-            f"--teacher {source} is a file, which does not name its own model: --teacher-model "
-            f"says which ResNet{f', but is {model!r}' if model else ''}. Known: "
-            f"{', '.join(sorted(RESNETS))}."
-        )
+    said = f"--teacher {source} is a file: --teacher-model says which model"
+    said += f", but is {model!r}" if model else ""
+    model = check_has_files(model, said).name
     weights = read_pretrained(source, model, key=key, image_size=image_size, console=console)
     run = Run(path, TrainConfig(model=model, data="", out=source), weights.data, {})
     module = create_model(model, len(weights.data["class_names"]))
@@ -174,7 +174,7 @@ def combine(teachers: Sequence[TrainedRun], weights: Sequence[float] = ()) -> Tr
     Raises:
         UserError: teachers that do not fit each other, or weights that do not fit them.
     """
-    shares = check_together(teachers, weights)
+    shares = _check_together(teachers, weights)
     first = teachers[0]
     if len(teachers) == 1:
         return first
@@ -202,9 +202,41 @@ def combine(teachers: Sequence[TrainedRun], weights: Sequence[float] = ()) -> Tr
     return TrainedRun(run, model, variables, first.step, digest.hexdigest(), warnings)
 
 
-def _shares(number: int, weights: Sequence[float]) -> tuple[float, ...]:
+def as_one(
+    teachers: Sequence[TrainedRun],
+    weights: Sequence[float],
+    dataset: Dataset,
+    console: Console | None = None,
+) -> TrainedRun | None:
+    """Returns all teachers as one that takes a dataset's images and knows its classes, in order.
+
+    Args:
+        teachers: of any image sizes and any order of classes; none: the result is None.
+        weights: see `combine`.
+        dataset: what the student sees.
+        console: where warnings are shown.
+
+    Raises:
+        UserError: see `with_classes`, `as_seen` and `combine`.
+    """
+    if not teachers:
+        return None
+    named = [with_classes(each, dataset.class_names, dataset.name) for each in teachers]
+    teacher = combine([as_seen(each, dataset.image_shape) for each in named], weights)
+    for line in dict.fromkeys(teacher.warnings):
+        if console is not None:
+            console.print(f"warning: {line}", highlight=False, markup=False, soft_wrap=True)
+    return teacher
+
+
+def check_weights(number: int, weights: Sequence[float]) -> tuple[float, ...]:
+    """Returns the weights of so many teachers, adding up to 1; none given: the same for each.
+
+    Raises:
+        UserError: weights of another number, or that are no weights of a mean.
+    """
     if not weights:
-        return (1 / number,) * number
+        return (1 / number,) * number if number else ()
     given = " ".join(f"{weight:g}" for weight in weights)
     if len(weights) != number:
         raise UserError(
@@ -220,13 +252,13 @@ def _shares(number: int, weights: Sequence[float]) -> tuple[float, ...]:
     return tuple(weight / total for weight in weights)
 
 
-def check_together(teachers: Sequence[TrainedRun], weights: Sequence[float]) -> tuple[float, ...]:
+def _check_together(teachers: Sequence[TrainedRun], weights: Sequence[float]) -> tuple[float, ...]:
     """Checks all of several teachers but their classes; returns their weights, adding up to 1.
 
     Raises:
         UserError: weights that do not fit, or teachers that take images of different shapes.
     """
-    shares = _shares(len(teachers), weights)
+    shares = check_weights(len(teachers), weights)
     first, *others = teachers
     for other in others:
         one, two = (tuple(each.run.data["image_shape"]) for each in (first, other))

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -15,6 +16,8 @@ from bmjax.data import ArraySource, Dataset, preprocess
 from bmjax.data.preprocess import Normalization
 from bmjax.data.sources import Source
 from bmjax.losses import logits as losses
+from bmjax.machine.precision import in_precision
+from bmjax.models.contract import features_before
 
 # From nearly none to so much that all classes look alike.
 _PENALTIES = tuple(10.0**power for power in range(-5, 2))
@@ -52,8 +55,10 @@ def probe_head(
     normalization: Normalization,
     dataset: Dataset,
     weights: tuple[float, ...] | None = None,
+    precision: str = "float32",
+    head: str = "head",
 ) -> Probe:
-    """Fits a head on the features `pre_logits`, which are computed once, without random views.
+    """Fits a head on the features before it, which are computed once, without random views.
 
     Minimises the mean cross entropy plus `penalty / 2` times the squared kernel, on features
     brought to mean 0 and variance 1, by L-BFGS; of seven penalties from 1e-5 to 10 takes the one
@@ -67,8 +72,13 @@ def probe_head(
         normalization: `mean` and `std` that images are normalised by.
         dataset: its training and validation splits are used.
         weights: a factor of the loss per class; None: 1.
+        precision: of the products in the model, see `in_precision`; the head's are float32.
+        head: path of the model's own.
     """
-    features, labels = compute_features(model, variables, normalization, dataset.train)
+    compute = partial(
+        compute_features, model, variables, normalization, precision=precision, head=head
+    )
+    features, labels = compute(dataset.train)
     mean, std = features.mean(axis=0), features.std(axis=0)
     std = np.where(std > 0, std, 1.0)
     inputs = (features - mean) / std
@@ -78,9 +88,10 @@ def probe_head(
         jnp.zeros(dataset.num_classes),
     )
     if not len(dataset.validation):
-        head = fit_logistic(start, jnp.asarray(inputs), labels, factors[labels], _UNVALIDATED)
-        return _probe(np.asarray(head[0]), np.asarray(head[1]), mean, std, _UNVALIDATED, ())
-    others, other_labels = compute_features(model, variables, normalization, dataset.validation)
+        fitted = fit_logistic(start, jnp.asarray(inputs), labels, factors[labels], _UNVALIDATED)
+        kernel, bias = (np.asarray(part) for part in fitted)
+        return _probe(kernel, bias, mean, std, _UNVALIDATED, ())
+    others, other_labels = compute(dataset.validation)
     other_inputs = (others - mean) / std
     best, tried = None, []
     for penalty in reversed(_PENALTIES):
@@ -112,6 +123,7 @@ def _probe(
 
 
 @jax.jit
+@partial(in_precision, precision="float32")
 def fit_logistic(
     start: tuple[Array, Array], inputs: Array, labels: Array, factors: Array, penalty: float
 ) -> tuple[Array, Array]:
@@ -155,19 +167,25 @@ def compute_features(
     normalization: Normalization,
     source: Source,
     batch_size: int = 256,
+    precision: str = "float32",
+    head: str = "head",
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Applies a model in evaluation mode up to its head.
+    """Applies a model in evaluation mode up to its head, the layer of that path.
 
     Returns:
-        The intermediate `pre_logits` [examples, features] float32, and the labels [examples].
+        The intermediate `pre_logits`, or where it has none the head's input, [examples, features]
+        float32; and the labels [examples].
+
+    Raises:
+        UserError: there is neither.
     """
     dtype = getattr(model, "dtype", None) or jnp.float32
 
     @jax.jit
+    @partial(in_precision, precision=precision)
     def features(variables: Any, images: Array) -> Array:
         inputs = preprocess.normalize(images.astype(jnp.float32) / 255, normalization, dtype)
-        _, sown = model.apply(variables, inputs, mutable=["intermediates"])
-        return sown["intermediates"]["pre_logits"].astype(jnp.float32)
+        return features_before(model, variables, inputs, head).astype(jnp.float32)
 
     on_device = jax.device_put(variables)
     parts = [np.asarray(features(on_device, images)) for images in _batches(source, batch_size)]

@@ -1,6 +1,7 @@
 """Fine-tuning: pretrained weights, a new head, and training that treats both with care."""
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,10 @@ from bmjax.machine.cache import use_compilation_cache
 from bmjax.machine.parallel import request_devices
 from bmjax.machine.progress import shown_on, stage
 from bmjax.machine.terminal import forgiving_console
+from bmjax.models import contract
+from bmjax.models.architecture import Architecture
 from bmjax.models.build import build_model
+from bmjax.models.registry import find
 from bmjax.ops.memory import share_memory
 from bmjax.runs import checkpoint
 from bmjax.runs.folder import CONFIG, Run, check_kind, read_run, refuse_existing
@@ -81,7 +85,7 @@ def run(config: FinetuneConfig, console: Console) -> dict[str, Any]:
                 return _go_on(config, saved, console)
             return _begin(config, train_config, saved, console)
     except StoppedError as error:
-        go_on = f"bmjax finetune --resume --out {path}" if error.go_on else ""
+        go_on = f"bmjax finetune --resume --out {path}{config.import_flags}" if error.go_on else ""
         raise StoppedError(error.progress, go_on, error.exit_code) from None
 
 
@@ -230,11 +234,11 @@ def _with_head_for(weights: Pretrained, dataset: Dataset, console: Console) -> P
     )
     for line in match.warnings:
         console.print(f"warning: {line}", highlight=False, markup=False, soft_wrap=True)
-    params = weights.variables["params"]
-    head = jax.tree.map(lambda leaf: leaf[..., list(match.places)], params["head"])
+    architecture, params = find(weights.model), weights.variables["params"]
+    head = jax.tree.map(lambda leaf: leaf[..., list(match.places)], architecture.head_of(params))
     return dataclasses.replace(
         weights,
-        variables={**weights.variables, "params": {**params, "head": head}},
+        variables={**weights.variables, "params": architecture.with_head(params, head)},
         data={**weights.data, "class_names": list(dataset.class_names)},
     )
 
@@ -245,21 +249,32 @@ def _make_start(
     model = build_model(train_config, dataset.num_classes)
     with stage(f"preparing {train_config.model}"):
         variables = _init(model, dataset, config.seed)
-    head = variables["params"]["head"]
-    params = {"head": head, **weights.variables["params"]}
+    architecture = find(train_config.model)
+    params = weights.variables["params"]
+    if config.head != "keep":
+        params = architecture.with_head(params, architecture.head_of(variables["params"]))
     start_variables = {"params": params, "batch_stats": weights.variables["batch_stats"]}
     # Same names, shapes and types as the model's own; the message lists what differs.
     checkpoint.from_named(checkpoint.to_named(start_variables), variables, str(config.weights))
     # What is wrong is said at once.
-    trainable_mask(start_variables["params"], config.freeze)
+    trainable_mask(params, config.freeze, architecture)
     if config.layer_decay != 1:
-        depth_scales(start_variables["params"], config.layer_decay)
+        depth_scales(params, config.layer_decay, architecture)
     probe = None
     if config.head == "probe":
         factors = loss_weights(config, dataset.train.labels, dataset.num_classes)
         with stage("fitting the new head to the features of all images"):
-            probe = probe_head(model, start_variables, weights.normalization, dataset, factors)
-        params["head"] = {"kernel": probe.kernel, "bias": probe.bias}
+            probe = probe_head(
+                model,
+                start_variables,
+                weights.normalization,
+                dataset,
+                factors,
+                config.precision,
+                architecture.head,
+            )
+        fitted = _as_head(probe, architecture, variables["params"])
+        start_variables["params"] = architecture.with_head(params, fitted)
     start = StartingPoint(
         start_variables,
         weights.normalization,
@@ -270,9 +285,25 @@ def _make_start(
     return start, probe
 
 
+def _as_head(probe: Probe, architecture: Architecture, params: Any) -> dict[str, np.ndarray]:
+    """Returns a probe as the params of the model's head.
+
+    Raises:
+        UserError: the head has no bias, or another number of features.
+    """
+    head = architecture.head_of(params)
+    if set(head) != {"kernel", "bias"} or head["kernel"].size != probe.kernel.size:
+        shapes = {name: list(np.shape(value)) for name, value in head.items()}
+        raise UserError(
+            f"the head {architecture.head!r} of {architecture.name} holds {shapes}, but a linear "
+            f"probe is a kernel {list(probe.kernel.shape)} and a bias. Give --head random."
+        )
+    return {"kernel": probe.kernel.reshape(head["kernel"].shape), "bias": probe.bias}
+
+
 def _init(model: nn.Module, dataset: Dataset, seed: int) -> dict[str, Any]:
     """Returns variables as a run with this seed would draw them, on the host."""
     init_key, _ = jax.random.split(jax.random.key(seed))
-    variables = jax.jit(model.init)(init_key, jnp.zeros((1, *dataset.image_shape)))
-    host = jax.tree.map(np.asarray, dict(variables))
+    init = jax.jit(partial(contract.init, model))
+    host = jax.tree.map(np.asarray, init(init_key, jnp.zeros((1, *dataset.image_shape))))
     return {"params": host["params"], "batch_stats": host.get("batch_stats", {})}

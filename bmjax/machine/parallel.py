@@ -17,6 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from bmjax.config import DeviceConfig
 from bmjax.errors import UserError
 from bmjax.machine import hosts
+from bmjax.machine.precision import in_precision
 from bmjax.machine.threads import compiler_options
 
 AXIS = "devices"
@@ -28,10 +29,11 @@ class Parallel:
     Attributes:
         devices: those that are used.
         axis_name: what a function adds up along; None under jit, where there is no need.
+        precision: of the products in all that is compiled for them, see `in_precision`.
     """
 
-    def __init__(self, kind: str, devices: Sequence[jax.Device]):
-        self.devices = list(devices)
+    def __init__(self, kind: str, devices: Sequence[jax.Device], precision: str = "float32"):
+        self.devices, self.precision = list(devices), precision
         self.axis_name = AXIS if kind == "pmap" else None
         mesh = Mesh(np.array(self.devices), (AXIS,), axis_types=(AxisType.Auto,))
         self._everywhere = NamedSharding(mesh, PartitionSpec())
@@ -138,6 +140,7 @@ class Parallel:
         Returns:
             The compiled function; its results are held by every device, as those of `put`.
         """
+        function = in_precision(function, self.precision)
         if self.axis_name is None:
             return jax.jit(
                 function,
@@ -201,8 +204,12 @@ def request_devices(config: DeviceConfig) -> None:
     hosts.join(config)
 
 
-def make_parallel(config: DeviceConfig) -> Parallel:
+def make_parallel(config: DeviceConfig, precision: str = "float32") -> Parallel:
     """Returns the devices that the config asks for: of each process as many.
+
+    Args:
+        config: which devices, and how they share a batch.
+        precision: of the products in all that is compiled for them, see `in_precision`.
 
     Raises:
         UserError: there are fewer.
@@ -222,7 +229,7 @@ def make_parallel(config: DeviceConfig) -> Parallel:
             f"another process has fewer than the {number} device(s) of this one. Give all the same "
             "--devices."
         )
-    return Parallel(config.parallel, devices)
+    return Parallel(config.parallel, devices, precision)
 
 
 def check_divides(parallel: Parallel, batch_size: int, accumulate: int = 1) -> None:

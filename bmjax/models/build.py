@@ -1,46 +1,79 @@
 """The model that a run's settings ask for."""
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 
 from bmjax.config import TrainConfig
-from bmjax.errors import UserError, unknown_name
-from bmjax.models import CIFAR_RESNETS, RESNETS, create_model, list_models
+from bmjax.errors import UserError
+from bmjax.models.architecture import Architecture
+from bmjax.models.contract import has_field
+from bmjax.models.registry import architectures, find, make_module
 
 
-def build_model(config: TrainConfig, num_classes: int, axis_name: str | None = None) -> nn.Module:
+def resolve(config: TrainConfig, architecture: Architecture | None = None) -> TrainConfig:
+    """Returns the settings with the defaults that depend on the model filled in.
+
+    Args:
+        config: of the run.
+        architecture: of its model; None: that of the name.
+
+    Raises:
+        UserError: an unknown name.
+    """
+    if config.epochs is not None:
+        return config.resolved()
+    architecture = architecture or find(config.model)
+    return dataclasses.replace(config, epochs=architecture.epochs).resolved()
+
+
+def build_model(
+    config: TrainConfig,
+    num_classes: int,
+    axis_name: str | None = None,
+    architecture: Architecture | None = None,
+) -> nn.Module:
     """Returns the Linen module that the config asks for.
 
     Args:
         config: of the run.
         num_classes: number of logits.
         axis_name: under pmap, the axis along which batch statistics add up.
+        architecture: what makes the model; None: the one that `config.model` names.
 
     Raises:
         UserError: an unknown name, or an option for a model that does not have it.
     """
-    if config.model not in list_models():
-        raise unknown_name("model", config.model, list_models())
-    options: dict[str, Any] = {}
+    architecture = architecture or find(config.model)
+    asked: dict[str, tuple[str, Any]] = {}  # option: (flag, value)
     if config.precision == "bfloat16":
-        options["dtype"] = jnp.bfloat16
+        asked["dtype"] = ("precision bfloat16", jnp.bfloat16)
     if config.hidden_sizes:
-        if config.model != "mlp":
-            raise UserError(f"--hidden-sizes belongs to mlp, but --model is {config.model}.")
-        options["hidden_sizes"] = config.hidden_sizes
+        asked["hidden_sizes"] = ("hidden-sizes", config.hidden_sizes)
     if config.norm != "batch":
-        options["norm"] = config.norm
+        asked["norm"] = ("norm", config.norm)
     if config.remat:
-        options["remat"] = True
-    for name in ("norm", "remat"):
-        if name in options and config.model not in {**RESNETS, **CIFAR_RESNETS}:
-            raise UserError(f"--{name} belongs to ResNets, but --model is {config.model}.")
-    model = create_model(config.model, num_classes, **options)
-    return model.clone(axis_name=axis_name) if axis_name and has_axis(model) else model
+        asked["remat"] = ("remat", True)
+    for option, (flag, _) in asked.items():
+        if option not in architecture.options and option == "dtype":
+            raise UserError(
+                f"--{flag} needs a model with an attribute dtype, of its computation, but "
+                f"{architecture.name} has none."
+            )
+        if option not in architecture.options:
+            owners = dict.fromkeys(
+                each.family for each in architectures() if option in each.options
+            )
+            raise UserError(
+                f"--{flag} belongs to {' and '.join(owners)}, but --model is {architecture.name}."
+            )
+    options = {option: value for option, (_, value) in asked.items()}
+    model = make_module(architecture, num_classes, **options)
+    return with_axis(model, axis_name)
 
 
-def has_axis(model: nn.Module) -> bool:
-    """Returns whether a module can be told the axis along which batch statistics add up."""
-    return hasattr(model, "axis_name")
+def with_axis(model: nn.Module, axis_name: str | None) -> nn.Module:
+    """Returns a module that is told the axis along which batch statistics add up, if it can be."""
+    return model.clone(axis_name=axis_name) if has_field(model, "axis_name") else model

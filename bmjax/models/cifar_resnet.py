@@ -13,8 +13,9 @@ from typing import Any
 import flax.linen as nn
 from jax import Array
 
+from bmjax.models.architecture import Architecture
 from bmjax.models.layers import name_intermediate
-from bmjax.models.resnet import ResidualNetwork
+from bmjax.models.resnet import OPTIONS, STAGES, ResidualNetwork
 
 _DEPTHS = (8, 14, 20, 32, 44, 56, 110)
 
@@ -58,8 +59,15 @@ class CifarResNet(ResidualNetwork):
 
 
 _WIDE: dict[str, Any] = {"stem_width": 32, "widths": (64, 128, 256)}
-CIFAR_RESNETS = {
-    f"resnet{depth}{suffix}": partial(CifarResNet, num_blocks=(depth - 2) // 6, **widths)
+ARCHITECTURES = tuple(
+    Architecture(
+        f"resnet{depth}{suffix}",
+        partial(CifarResNet, num_blocks=(depth - 2) // 6, **widths),
+        family="ResNets",
+        stages=STAGES,
+        options=OPTIONS,
+        image_shape=(32, 32, 3),
+    )
     for suffix, widths in (("", {}), ("x4", _WIDE))
     for depth in _DEPTHS
-}
+)

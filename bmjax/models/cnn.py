@@ -1,11 +1,13 @@
 """The plain convolutional network."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
+from bmjax.models.architecture import Architecture
 from bmjax.models.layers import Conv, name_intermediate
 from bmjax.ops.pooling import max_pool_2x2
 from bmjax.ops.precision import wider
@@ -49,3 +51,19 @@ class CNN(nn.Module):
             hidden = name_intermediate(self, f"stage{number}", hidden)
         flat = name_intermediate(self, "pre_logits", hidden.reshape(hidden.shape[0], -1))
         return nn.Dense(self.num_classes, name="head")(wider(flat))
+
+
+def _cnn_tiny(num_classes: int, **options: Any) -> CNN:
+    return CNN(num_classes=num_classes, **{"features": (4, 8), **options})
+
+
+ARCHITECTURES = tuple(
+    Architecture(
+        name,
+        make,
+        family="cnn",
+        stages=(("stage{}", r"conv(\d+)/.*"),),
+        image_shape=(32, 32, 3),
+    )
+    for name, make in (("cnn", CNN), ("cnn_tiny", _cnn_tiny))
+)

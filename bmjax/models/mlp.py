@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
+from bmjax.models.architecture import Architecture
 from bmjax.models.layers import Dense, name_intermediate
 from bmjax.ops.precision import wider
 
@@ -41,3 +42,19 @@ class MLP(nn.Module):
             features = name_intermediate(self, f"hidden{number}", nn.relu(layer(features)))
         features = name_intermediate(self, "pre_logits", features)
         return nn.Dense(self.num_classes, name="head")(wider(features))
+
+
+ARCHITECTURES = (
+    Architecture(
+        "mlp",
+        MLP,
+        family="mlp",
+        stages=(("hidden{}", r"dense(\d+)/.*"),),
+        options=("dtype", "hidden_sizes"),
+        flops=MLP.flops,
+        epochs=100,
+        image_shape=(28, 28, 1),
+        # Its steps allocate little and often, and lose a twentieth by sharing a lock.
+        shares_memory=False,
+    ),
+)

@@ -5,6 +5,7 @@ v1.5; ResNeXt of Xie et al. 2016 (arXiv:1611.05431); Wide ResNet of Zagoruyko an
 (arXiv:1605.07146). Padding is explicit: `SAME` pads otherwise at stride 2.
 """
 
+import re
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -13,7 +14,9 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
+from bmjax.models.architecture import Architecture, Name, TorchNames
 from bmjax.models.layers import PendingConv, make_norm, name_intermediate
+from bmjax.models.published import imagenet_weights
 from bmjax.ops.convolution import Pending
 from bmjax.ops.pooling import max_pool_3x3
 from bmjax.ops.precision import wider
@@ -210,23 +213,97 @@ class ResNet(ResidualNetwork):
         }
 
 
-RESNETS = {
-    "resnet18": partial(ResNet, num_blocks=(2, 2, 2, 2)),
-    "resnet34": partial(ResNet, num_blocks=(3, 4, 6, 3)),
-    "resnet50": partial(ResNet, num_blocks=(3, 4, 6, 3), bottleneck=True),
-    "resnet101": partial(ResNet, num_blocks=(3, 4, 23, 3), bottleneck=True),
-    "resnet152": partial(ResNet, num_blocks=(3, 8, 36, 3), bottleneck=True),
-    "resnext50_32x4d": partial(
-        ResNet, num_blocks=(3, 4, 6, 3), bottleneck=True, groups=32, group_width=4
+# Model, version, SHA-256 prefix, resize, top-1, top-5, parameters, MiB.
+_PUBLISHED = (
+    ("resnet18", 1, "f37072fd", 256, 69.758, 89.078, 11_689_512, 44.661),
+    ("resnet34", 1, "b627a593", 256, 73.314, 91.42, 21_797_672, 83.275),
+    ("resnet50", 1, "0676ba61", 256, 76.13, 92.862, 25_557_032, 97.781),
+    ("resnet50", 2, "11ad3fa6", 232, 80.858, 95.434, 25_557_032, 97.79),
+    ("resnet101", 1, "63fe2227", 256, 77.374, 93.546, 44_549_160, 170.511),
+    ("resnet101", 2, "cd907fc2", 232, 81.886, 95.78, 44_549_160, 170.53),
+    ("resnet152", 1, "394f9c45", 256, 78.312, 94.046, 60_192_808, 230.434),
+    ("resnet152", 2, "f82ba261", 232, 82.284, 96.002, 60_192_808, 230.474),
+    ("resnext50_32x4d", 1, "7cdf4587", 256, 77.618, 93.698, 25_028_904, 95.789),
+    ("resnext50_32x4d", 2, "1a0047aa", 232, 81.198, 95.34, 25_028_904, 95.833),
+    ("resnext101_32x8d", 1, "8ba56ff5", 256, 79.312, 94.526, 88_791_336, 339.586),
+    ("resnext101_32x8d", 2, "110c445d", 232, 82.834, 96.228, 88_791_336, 339.673),
+    ("resnext101_64x4d", 1, "173b62eb", 232, 83.246, 96.454, 83_455_272, 319.318),
+    ("wide_resnet50_2", 1, "95faca4d", 256, 78.468, 94.086, 68_883_240, 131.82),
+    ("wide_resnet50_2", 2, "9ba9bcbe", 232, 81.602, 95.758, 68_883_240, 263.124),
+    ("wide_resnet101_2", 1, "32ee1156", 256, 78.848, 94.284, 126_886_696, 242.896),
+    ("wide_resnet101_2", 2, "d733dc28", 232, 82.51, 96.02, 126_886_696, 484.747),
+)
+
+# Where a layer lies; blocks are counted from 1 here and from 0 in torchvision.
+_TORCH_LAYERS: tuple[tuple[str, Name], ...] = (
+    (r"stem_conv", "conv1"),
+    (r"stem_norm", "bn1"),
+    (
+        r"stage(\d+)_block(\d+)/conv(\d+)",
+        lambda stage, block, number: f"layer{stage}.{block - 1}.conv{number}",
     ),
-    "resnext101_32x8d": partial(
-        ResNet, num_blocks=(3, 4, 23, 3), bottleneck=True, groups=32, group_width=8
+    (
+        r"stage(\d+)_block(\d+)/norm(\d+)",
+        lambda stage, block, number: f"layer{stage}.{block - 1}.bn{number}",
     ),
-    "resnext101_64x4d": partial(
-        ResNet, num_blocks=(3, 4, 23, 3), bottleneck=True, groups=64, group_width=4
+    (
+        r"stage(\d+)_block(\d+)/downsample/conv",
+        lambda stage, block: f"layer{stage}.{block - 1}.downsample.0",
     ),
-    "wide_resnet50_2": partial(ResNet, num_blocks=(3, 4, 6, 3), bottleneck=True, group_width=128),
-    "wide_resnet101_2": partial(ResNet, num_blocks=(3, 4, 23, 3), bottleneck=True, group_width=128),
+    (
+        r"stage(\d+)_block(\d+)/downsample/norm",
+        lambda stage, block: f"layer{stage}.{block - 1}.downsample.1",
+    ),
+    (r"head", "fc"),
+)
+
+
+def _torch_order(place: str) -> tuple[int, ...]:
+    """Layer by layer, downsample last in its block."""
+    part = ("stem", "stage", "head").index(re.split(r"[_\d]", place)[0])
+    numbers = [int(number) for number in re.findall(r"\d+", place)]
+    depth = 99 if "downsample" in place else (numbers[2] if len(numbers) > 2 else 0)
+    return (part, *(numbers[:2] or (0, 0)), depth, int("norm" in place))
+
+
+TORCH_NAMES = TorchNames(
+    _TORCH_LAYERS,
+    _torch_order,
+    {
+        "stem": "maxpool",
+        **{f"stage{number}": f"layer{number}" for number in range(1, 5)},
+        "pre_logits": "avgpool",
+    },
+)
+STAGES = (("stem", r"stem_[^/]*/.*"), ("stage{}", r"stage(\d+)_block\d+/.*"))
+OPTIONS = ("dtype", "norm", "remat")
+
+
+def _resnet(name: str, num_blocks: tuple[int, ...], **attributes: Any) -> Architecture:
+    return Architecture(
+        name,
+        partial(ResNet, num_blocks=num_blocks, **attributes),
+        family="ResNets",
+        stages=STAGES,
+        options=OPTIONS,
+        torch=TORCH_NAMES,
+        published=tuple(imagenet_weights(*row) for row in _PUBLISHED if row[0] == name),
+    )
+
+
+_wide = partial(_resnet, bottleneck=True, group_width=128)
+_grouped = partial(_resnet, bottleneck=True)
+ARCHITECTURES = (
+    _resnet("resnet18", (2, 2, 2, 2)),
+    _resnet("resnet34", (3, 4, 6, 3)),
+    _resnet("resnet50", (3, 4, 6, 3), bottleneck=True),
+    _resnet("resnet101", (3, 4, 23, 3), bottleneck=True),
+    _resnet("resnet152", (3, 8, 36, 3), bottleneck=True),
+    _grouped("resnext50_32x4d", (3, 4, 6, 3), groups=32, group_width=4),
+    _grouped("resnext101_32x8d", (3, 4, 23, 3), groups=32, group_width=8),
+    _grouped("resnext101_64x4d", (3, 4, 23, 3), groups=64, group_width=4),
+    _wide("wide_resnet50_2", (3, 4, 6, 3)),
+    _wide("wide_resnet101_2", (3, 4, 23, 3)),
     # For tests: all kinds of layers in a few thousand params.
-    "resnet_tiny": partial(ResNet, num_blocks=(1, 1, 1, 1), width=8),
-}
+    _resnet("resnet_tiny", (1, 1, 1, 1), width=8),
+)

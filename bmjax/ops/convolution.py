@@ -60,7 +60,8 @@ def make_pending(
     rows, columns, _, features = kernel.shape
     (top, bottom), (left, right) = padding
     sizes = (batch, height, width, channels, rows, columns, features)
-    geometry = Geometry(*sizes, stride, top, bottom, left, right, groups)
+    precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    geometry = Geometry(*sizes, stride, top, bottom, left, right, groups, precision)
     return Pending(images, kernel, geometry)
 
 
@@ -81,7 +82,8 @@ def convolve(
         groups: parts that channels and features are split into, each seeing only its own.
 
     Returns:
-        [batch, height', width', features], of that type; sums are kept in at least float32.
+        [batch, height', width', features], of that type; sums are kept in at least float32. The
+        precision of the products on GPU and TPU is `jax.default_matmul_precision`.
     """
     return make_pending(images, kernel, padding, stride, groups).compute()
 
@@ -97,6 +99,7 @@ def by_xla(role: Role, geometry: Geometry, first: Array, second: Array) -> Array
             geometry.padding,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
             feature_group_count=geometry.groups,
+            precision=geometry.precision,
         )
 
     if role == "output":

@@ -7,7 +7,11 @@ ROLES: tuple[Role, ...] = ("images", "kernel", "output")
 
 
 class Geometry(NamedTuple):
-    """All sizes of a convolution, in pixels; `channels` and `features` are of all groups."""
+    """All sizes of a convolution, in pixels; `channels` and `features` are of all groups.
+
+    And the precision of its products, as `jax.default_matmul_precision` has it: a primitive is
+    lowered when nothing knows any more in what precision it was asked for.
+    """
 
     batch: int
     height: int
@@ -22,6 +26,13 @@ class Geometry(NamedTuple):
     left: int
     right: int
     groups: int
+    precision: str | None = None
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """All of it but the precision."""
+        sizes: tuple[int, ...] = self[:-1]
+        return sizes
 
     def shape(self, role: Role) -> tuple[int, int, int, int]:
         """Returns the shape of the images, of the kernel, or of the output."""

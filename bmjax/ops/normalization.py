@@ -79,7 +79,8 @@ def _number(values: Array, weights: Array, axis_name: str | None) -> Array:
 
 def _average(of_images: Array, weights: Array, number: Array, axis_name: str | None) -> Array:
     """Returns the mean per channel from the sums of each image, [batch, channels]."""
-    total = weights @ of_images
+    # Statistics are float32 whatever the precision of the rest.
+    total = jnp.matmul(weights, of_images, precision=lax.Precision.HIGHEST)
     total = lax.psum(total, axis_name) if axis_name else total
     return total / jnp.maximum(number, 1)
 

@@ -64,7 +64,7 @@ def convolve(role: Role, geometry: Geometry, first: Array, second: Array) -> Arr
 
 
 def _key(role: Role, geometry: Geometry, dtype: jnp.dtype) -> np.ndarray:
-    return np.array([ROLES.index(role), DATA_TYPES[dtype.name], *geometry], np.int64)
+    return np.array([ROLES.index(role), DATA_TYPES[dtype.name], *geometry.sizes], np.int64)
 
 
 class OneDnnError(RuntimeError):

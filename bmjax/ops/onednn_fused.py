@@ -37,7 +37,7 @@ def compute(geometry: Geometry, relu: bool, images: Array, kernel: Array, *more:
 
 
 def _key(geometry: Geometry, dtype: jnp.dtype, shortcut: bool, relu: bool) -> np.ndarray:
-    return np.array([DATA_TYPES[dtype.name], shortcut, relu, *geometry], np.int64)
+    return np.array([DATA_TYPES[dtype.name], shortcut, relu, *geometry.sizes], np.int64)
 
 
 class _Fused:

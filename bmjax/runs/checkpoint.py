@@ -100,10 +100,15 @@ def _raw(leaf: Any) -> Any:
 
 
 def evaluated(state: Named) -> Named:
-    """Picks what is evaluated out of a saved state: averaged params where there are any."""
-    averaged = any(name.startswith("state/ema_params/") for name in state)
-    homes = {"state/ema_params/" if averaged else "state/params/": "params/"}
-    homes["state/batch_stats/"] = "batch_stats/"
+    """Picks what is evaluated out of a saved state: running averages where there are any.
+
+    States of earlier versions have none of the statistics.
+    """
+    homes = {}
+    for kind in ("params", "batch_stats"):
+        average = f"state/ema_{kind}/"
+        averaged = any(name.startswith(average) for name in state)
+        homes[average if averaged else f"state/{kind}/"] = f"{kind}/"
     return {
         new + name.removeprefix(old): value
         for name, value in state.items()

@@ -279,7 +279,8 @@ def check_same_settings(saved: Run, config: TrainConfig, extra: dict[str, Any]) 
     _check_same_parts(saved, extra)
     differing = contradictions(saved.config, config)
     # Where the teacher or the weights lie may change; their fingerprint says if they are the same.
-    for name in sorted({*saved.extra, *extra} - {"teacher", "weights", "weights_key", "own_parts"}):
+    ways = {"teacher", "weights", "weights_key", "student_weights", "own_parts"}
+    for name in sorted({*saved.extra, *extra} - ways):
         before, after = saved.extra.get(name, _EXTRA.get(name)), extra.get(name)
         if before != after:
             differing.append(f"{name} is {before!r} in the run and {after!r} now")

@@ -14,6 +14,7 @@ from bmjax.data import loader, preprocess
 from bmjax.data.preprocess import Normalization
 from bmjax.machine.parallel import Parallel
 from bmjax.metrics import ClassificationSums, OwnMetric
+from bmjax.models import contract
 
 
 def predict_logits(
@@ -31,7 +32,7 @@ def predict_logits(
         Logits [batch, classes] float32.
     """
     dtype = getattr(model, "dtype", None) or jnp.float32
-    logits = model.apply(variables, preprocess.normalize(images, normalization, dtype))
+    logits = contract.apply(model, variables, preprocess.normalize(images, normalization, dtype))
     return cast(Array, logits)
 
 
@@ -54,7 +55,7 @@ def predict_features(
         return predict_logits(model, normalization, variables, images), {}
     dtype = getattr(model, "dtype", None) or jnp.float32
     images = preprocess.normalize(images, normalization, dtype)
-    logits, new = model.apply(variables, images, mutable=["intermediates"])
+    logits, new = contract.apply(model, variables, images, mutable=["intermediates"])
     return cast(Array, logits), {name: new["intermediates"][name] for name in layers}
 
 

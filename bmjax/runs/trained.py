@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,15 @@ from bmjax.data.classes import ClassMatch, match_classes, relabelled
 from bmjax.data.load import with_channels
 from bmjax.data.own import as_split
 from bmjax.data.sources import SPLITS, Source
-from bmjax.errors import UserError
+from bmjax.errors import UserError, printable
 from bmjax.losses.table import LOSS_PARAMS
 from bmjax.machine import hosts
 from bmjax.machine.parallel import make_parallel
+from bmjax.machine.precision import in_precision
 from bmjax.metrics import summarize
+from bmjax.models import contract
 from bmjax.models.build import build_model
+from bmjax.models.registry import UnknownModelError
 from bmjax.runs import checkpoint
 from bmjax.runs.folder import Run, read_run
 from bmjax.runs.history import by_epoch, read_metrics
@@ -146,12 +150,12 @@ class TrainedRun:
     def _apply(self) -> Callable[[np.ndarray], Array]:
         variables = jax.device_put(self.variables)
 
-        @jax.jit
         def probabilities(variables: Any, images: Array) -> Array:
             logits = logits_of_pixels(self.model, self.normalization, variables, images)
             return jax.nn.softmax(logits.astype(jnp.float32))
 
-        return functools.partial(probabilities, variables)
+        compiled = jax.jit(in_precision(probabilities, self.run.config.precision))
+        return functools.partial(compiled, variables)
 
     def evaluate(self, dataset: Any, split: str = "test") -> dict[str, Any]:
         """Measures the run on a split of a dataset.
@@ -190,7 +194,7 @@ class TrainedRun:
             batch_size: images at once, rounded up to what divides over the devices.
             classes: those that the data have, see `metrics.summarize`.
         """
-        parallel = make_parallel(device or DeviceConfig())
+        parallel = make_parallel(device or DeviceConfig(), self.run.config.precision)
         # Padding is masked, so the batch may grow.
         batch_size = -(-batch_size // len(parallel.devices)) * len(parallel.devices)
         run_evaluate = make_evaluate(
@@ -218,8 +222,17 @@ def load_run(path: str | Path, which: str = "latest") -> TrainedRun:
         UserError: there is no run, no sound checkpoint of it, or no best params yet.
     """
     run, step, warnings, named = hosts.on_first(_read, user_path(path), which)
-    model = build_model(run.config, len(run.data["class_names"]))
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *run.data["image_shape"])))
+    try:
+        model = build_model(run.config, len(run.data["class_names"]))
+    except UnknownModelError as error:
+        raise UserError(
+            f"the run in {path} is of a model that is not known: {printable(run.config.model)!r}. "
+            "Where it is one of your own, name the file that calls bmjax.register_model by "
+            "--import FILE; in Python, import that file first. Nothing is imported because a run "
+            "says so."
+        ) from error
+    init = partial(contract.init, model)
+    shapes = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, *run.data["image_shape"])))
     where = f"checkpoint {run.checkpoints / str(step)}"
     variables = {"batch_stats": {}, **checkpoint.from_named(named, shapes, where)}
     fingerprint = checkpoint.fingerprint(named)
@@ -252,6 +265,7 @@ def load_for(
     splits: Sequence[str] = SPLITS,
     memory_gib: float = 4.0,
     split_seed: int | None = None,
+    channels: int | None = None,
     max_unreadable: float = 0.01,
 ) -> Dataset:
     """Loads a dataset as a run takes images.
@@ -263,10 +277,12 @@ def load_for(
         splits: those that are needed; of a folder, no other is read.
         memory_gib: see `load_dataset`.
         split_seed: see `load_dataset`; None: the run's.
+        channels: 1 for gray, 3 for RGB; None: the run's.
         max_unreadable: see `load_dataset`; of the run's own data at least what it was trained with.
     """
     own, data = trained.run.config, trained.run.data
-    height, width, channels = data["image_shape"]
+    height, width, own_channels = data["image_shape"]
+    channels = channels or own_channels
     if name == own.data:
         max_unreadable = max(max_unreadable, own.max_unreadable)
     fitting = image_size or (height if height == width else None)

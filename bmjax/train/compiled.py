@@ -159,12 +159,12 @@ def zero_totals(
     }
     # Batch statistics add up along the devices' axis, which has to be there.
 
-    def of_batch(ema_params: Any, *arguments: Any) -> Any:
-        return with_average(loss_fn, ema_params)(*arguments)
+    def of_batch(state: TrainState, batch: Batch) -> Any:
+        averaged = with_average(loss_fn, state)
+        return averaged(state.params, state.batch_stats, batch, state.key)
 
-    on_one = jax.vmap(of_batch, (None, None, None, None, None), axis_name=AXIS, axis_size=1)
-    held = (state.ema_params, state.params, state.batch_stats, batch, state.key)
-    metrics = _metrics_of(jax.eval_shape(on_one, *held))
+    on_one = jax.vmap(of_batch, (None, None), axis_name=AXIS, axis_size=1)
+    metrics = _metrics_of(jax.eval_shape(on_one, state, batch))
     totals = {name: jnp.zeros(()) for name in ("count", "loss", *metrics)}
     return {**totals, "bad_step": jnp.full((), -1, jnp.int32)}
 

@@ -160,7 +160,7 @@ def plot(finding: Finding, path: Path) -> None:
 def _try_rates(
     config: TrainConfig, dataset: Dataset, start: StartingPoint | None, console: Console
 ) -> tuple[np.ndarray, np.ndarray]:
-    parallel = make_parallel(config.device)
+    parallel = make_parallel(config.device, config.precision)
     start = None if start is None else dataclasses.replace(start, head_epochs=0)
     job = Job(start=start, schedule=_growing)
     programs = TrainingPrograms(config, parallel, DatasetSpec.of(dataset), job)

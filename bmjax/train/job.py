@@ -13,6 +13,7 @@ from bmjax.data.loader import OwnView, ViewTargets, check_view_shape
 from bmjax.data.preprocess import Normalization
 from bmjax.errors import UserError
 from bmjax.metrics import OwnMetric
+from bmjax.models.architecture import Architecture
 from bmjax.runs.changes import Change
 from bmjax.train.step import LossFn
 
@@ -85,7 +86,7 @@ class Job:
         extra: settings beyond those of training, kept in `config.json` and compared at a
             resumption.
         title: stands before every line of progress; None: the model's name.
-        model: the Linen module; None: the one that the config names.
+        architecture: of its model; None: that of the name in the config.
         make_loss: `make_loss(model, normalization)` returns the loss function; None: the cross
             entropy, with the config's label smoothing and class weights.
         make_optimizer: `make_optimizer(schedule)` returns the optimizer, of which the structure of
@@ -106,7 +107,7 @@ class Job:
     kind: str = "train"
     extra: dict[str, Any] = field(default_factory=dict)
     title: str | None = None
-    model: nn.Module | None = None
+    architecture: Architecture | None = None
     make_loss: MakeLoss | None = None
     make_optimizer: MakeOptimizer | None = None
     schedule: optax.Schedule | None = None

@@ -25,8 +25,9 @@ from bmjax.machine.signals import noting_signals
 from bmjax.machine.terminal import forgiving_console
 from bmjax.machine.threads import compute_in_calling_thread, suits_one_thread
 from bmjax.metrics import OwnMetric
-from bmjax.models import forward_flops
-from bmjax.models.build import build_model
+from bmjax.models import architecture_of, list_models
+from bmjax.models.build import build_model, resolve
+from bmjax.models.registry import find, makes
 from bmjax.runs import checkpoint
 from bmjax.runs.changes import Change, changed, check_change, explain, with_change
 from bmjax.runs.folder import (
@@ -79,8 +80,10 @@ def fit(
             pair (images, labels) of arrays, any object with `len()` and `[i]`, or a dict of
             splits, see `data.own.as_dataset`.
         model: a Linen module, used instead of `config.model`, which then only names it: it maps
-            images [batch, height, width, channels] to logits [batch, classes], and takes
-            `train=True` in training. `bmjax.register_model` makes it known to all commands.
+            images [batch, height, width, channels] to logits [batch, classes], see
+            `bmjax.register_model`, which makes it known to all commands. Where `config.model` is
+            the name of another model, the run has the name that it is registered by, or that of
+            its class.
         make_loss: `make_loss(model, normalization)` returns the loss function, see
             `train.step.LossFn`; by default the cross entropy with the config's label smoothing
             and class weights.
@@ -104,13 +107,19 @@ def fit(
         DivergenceError: a loss that is not finite.
         StoppedError: SIGTERM or Ctrl-C, after a checkpoint.
     """
-    own = {"model": model, "loss": make_loss, "optimizer": optimizer, "schedule": schedule}
-    own |= {"view": view}
+    architecture, by_name = None, False
+    if model is not None:
+        architecture = architecture_of(model)
+        name, by_name = _named(config.model, model)
+        config = dataclasses.replace(config, model=name)
+    # A module that its name makes is no part that a file cannot keep.
+    own = {"model": None if by_name else model, "loss": make_loss, "optimizer": optimizer}
+    own |= {"schedule": schedule, "view": view}
     names = [name for name, part in own.items() if part is not None]
     job = Job(
         extra={"own_parts": names} if names else {},
         title=title,
-        model=model,
+        architecture=architecture,
         make_loss=make_loss,
         make_optimizer=None if optimizer is None else as_make_optimizer(optimizer),
         schedule=schedule,
@@ -130,6 +139,19 @@ def fit(
     return train(config, dataset, job, console)
 
 
+def _named(given: str, model: nn.Module) -> tuple[str, bool]:
+    """Returns what a run calls a module, and whether it is made by that name.
+
+    It is called as it is given, unless it is registered by another name, or another module is
+    known by the given one.
+    """
+    of_module = architecture_of(model).name
+    for name in (given, of_module):
+        if name in list_models() and makes(find(name), model):
+            return name, True
+    return (of_module if given in list_models() else given), False
+
+
 def train(
     config: TrainConfig,
     dataset: Dataset | None = None,
@@ -139,20 +161,23 @@ def train(
     """Trains as `fit` does, with a job of any kind.
 
     Args:
-        config: resolved and checked.
+        config: checked.
         dataset: see `fit`.
         job: what the run is beyond its settings.
         console: see `fit`.
 
     Returns and raises as `fit`.
     """
-    job, path, console = job or Job(), Path(config.folder), forgiving_console(console)
+    job, console = job or Job(), forgiving_console(console)
+    config = resolve(config, job.architecture)
+    path = Path(config.folder)
     request_devices(config.device)
     hosts.check_same("settings", settings_to_keep(config), "Start all with the same flags.")
     saved = hosts.on_first(read_run, path) if config.run.resume else None
     # Before any work, so that an unknown name is said, and memory is shared as the model needs it.
-    if job.model is None:
-        build_model(saved.config if saved else config, 2)
+    named = saved.config if saved else config
+    architecture = job.architecture or find(named.model)
+    model = build_model(named, 2, architecture=architecture)
     if saved is None:
         hosts.on_first(refuse_existing, path)
     else:
@@ -163,15 +188,18 @@ def train(
 
     def make_programs(spec: DatasetSpec) -> TrainingPrograms:
         check_own_parts(job, spec.num_classes, spec.image_shape)
-        model = job.model or build_model(config, spec.num_classes)
-        flops = config.batch_size * forward_flops(model, spec.image_shape)
+        flops = config.batch_size * architecture.forward_flops(model, spec.image_shape)
         # Random views are several times the work of a small model, and gain by a second thread.
         views = config.views.augment or job.view is not None
         if job.own_process and not views and suits_one_thread(flops):
             compute_in_calling_thread()
-        check_possible(config, spec, model)
-        with_model = dataclasses.replace(job, model=model)
-        return TrainingPrograms(config, make_parallel(config.device), spec, with_model)
+        check_possible(config, spec, architecture)
+        return TrainingPrograms(
+            config,
+            make_parallel(config.device, config.precision),
+            spec,
+            dataclasses.replace(job, architecture=architecture),
+        )
 
     if dataset is None:
         with shown_on(console):

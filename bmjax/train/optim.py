@@ -13,9 +13,10 @@ from jax.tree_util import Partial
 
 from bmjax.config import OptimConfig
 from bmjax.errors import UserError
+from bmjax.models.architecture import Architecture
 
-# Kernels are pulled towards zero; biases, and scales of a normalisation, are left alone.
-_DECAYED = ((r"(.*/)?kernel", True), (r"(.*/)?(bias|scale)", False))
+# Kernels are pulled towards zero; biases, scales of a normalisation, and all else are left alone.
+_DECAYED = ((r"(.*/)?kernel", True), (r".*", False))
 _SLOT = re.compile(r"^(state/opt_state/)(\d+)")
 
 
@@ -61,33 +62,36 @@ def path_of(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def trainable_mask(params: Any, freeze: Sequence[str]) -> Any:
+def trainable_mask(params: Any, freeze: Sequence[str], architecture: Architecture) -> Any:
     """Returns True for every leaf that is trained, False for the frozen ones.
 
     Args:
         params: a tree of params.
-        freeze: what is frozen: `backbone` (all but the head), `stem`, `stage1`, `stage2`, ..., or
-            regular expressions that match a whole path, such as `stage1_block1/.*/kernel`.
+        freeze: what is frozen: `backbone` (all but the head), the stages of the architecture, such
+            as `stem` and `stage1`, or regular expressions that match a whole path, such as
+            `stage1_block1/.*/kernel`.
+        architecture: of the model.
 
     Raises:
         UserError: a rule that is no regular expression or matches nothing, or nothing is left to
             train.
     """
     named = [path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    stages = architecture.stages_of(named)
+    usual = f"Give {', '.join(['backbone', *stages])}, or an expression that matches"
     frozen: set[str] = set()
     for rule in freeze:
-        pattern = _frozen_pattern(rule)
         try:
-            matched = [name for name in named if re.fullmatch(pattern, name)]
+            matched = _frozen(rule, named, stages, architecture, params)
         except re.error as error:
             raise UserError(
-                f"--freeze {rule!r} is no regular expression ({error}). Give backbone, stem, "
-                "stage1 and so on, or an expression that matches whole paths of params."
+                f"--freeze {rule!r} is no regular expression ({error}). {usual} whole paths of "
+                "params."
             ) from error
         if not matched:
             raise UserError(
-                f"--freeze {rule!r} matches none of the params. Give backbone, stem, stage1 and so "
-                f"on, or an expression that matches some of the paths {', '.join(named)}."
+                f"--freeze {rule!r} matches none of the params. {usual} some of the paths "
+                f"{_some(named)}."
             )
         frozen.update(matched)
     if len(frozen) == len(named):
@@ -98,12 +102,20 @@ def trainable_mask(params: Any, freeze: Sequence[str]) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: path_of(path) not in frozen, params)
 
 
-def _frozen_pattern(rule: str) -> str:
+def _frozen(
+    rule: str, named: list[str], stages: list[str], architecture: Architecture, params: Any
+) -> list[str]:
+    """Returns the paths that a rule of `trainable_mask` freezes."""
     if rule == "backbone":
-        return r"(?!head/).*"
-    if rule == "stem":
-        return r"stem_[^/]*/.*"
-    return rf"{rule}_block\d+/.*" if re.fullmatch(r"stage\d+", rule) else rule
+        architecture.head_of(params)  # where it is not there, all would be frozen
+        return [name for name in named if not architecture.in_head(name)]
+    if rule in stages:
+        return [name for name in named if architecture.stage_of(name) == rule]
+    return [name for name in named if re.fullmatch(rule, name)]
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 def frozen_layers(mask: Any) -> frozenset[str]:
@@ -127,32 +139,39 @@ def merge(selected: Any, params: Any) -> Any:
     )
 
 
-def depth_scales(params: Any, layer_decay: float) -> Any:
+def depth_scales(params: Any, layer_decay: float, architecture: Architecture) -> Any:
     """Returns by what each leaf's learning rate is multiplied: `layer_decay ** depth`.
 
     The depth of the head is 0, that of the last stage 1, and so on down to the stem (Howard and
     Ruder 2018, there by a factor of 1 / 2.6).
 
     Args:
-        params: a tree of params of a ResNet.
+        params: a tree of params.
         layer_decay: in (0, 1].
+        architecture: of the model.
 
     Raises:
-        UserError: the params have no stages.
+        UserError: the architecture has no stages, or some params belong neither to one nor to the
+            head.
     """
     names = [path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    stages = [int(match[1]) for name in names if (match := re.match(r"stage(\d+)_", name))]
+    stages = architecture.stages_of(names)
     if not stages:
         raise UserError(
-            f"--layer-decay is {layer_decay}, but only ResNets have stages to decay over. Leave it "
-            "out."
+            f"--layer-decay is {layer_decay}, but {architecture.name} has no stages to decay over. "
+            "Leave it out, or name them by bmjax.register_model(..., stages=...)."
+        )
+    depths = {stage: len(stages) - index for index, stage in enumerate(stages)}
+    placed = {name: architecture.stage_of(name) for name in names}
+    if lost := [name for name in names if not (placed[name] or architecture.in_head(name))]:
+        raise UserError(
+            f"--layer-decay needs a stage for every param, but of {architecture.name} these have "
+            f"none: {_some(lost)}. Add them to bmjax.register_model(..., stages=...)."
         )
 
     def scale(path: Any, _: Any) -> float:
-        name = path_of(path)
-        if match := re.match(r"stage(\d+)_", name):
-            return float(layer_decay ** (max(stages) - int(match[1]) + 1))
-        return float(layer_decay ** (max(stages) + 1)) if name.startswith("stem_") else 1.0
+        stage = placed[path_of(path)]
+        return float(layer_decay ** depths[stage]) if stage else 1.0
 
     return jax.tree_util.tree_map_with_path(scale, params)
 

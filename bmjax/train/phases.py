@@ -11,6 +11,8 @@ import jax
 from jax.tree_util import Partial
 
 from bmjax.config import OptimConfig, TrainConfig
+from bmjax.models.contract import has_field
+from bmjax.models.registry import find
 from bmjax.runs.changes import stretches
 from bmjax.train.job import Job, MakeOptimizer
 from bmjax.train.optim import (
@@ -114,14 +116,15 @@ def _make_part(
     They have the epochs from `first_epoch` to `last_epoch`; None: to the last.
     """
     trained, scales, start = None, None, job.start
+    architecture = job.architecture or find(config.model)
     if start is not None:
         params = start.variables["params"]
         if freeze:
-            trained = trainable_mask(params, freeze)
-            if hasattr(model, "frozen_layers"):
+            trained = trainable_mask(params, freeze, architecture)
+            if has_field(model, "frozen_layers"):
                 model = model.clone(frozen_layers=frozen_layers(trained))
         if start.layer_decay != 1:
-            scales = depth_scales(params, start.layer_decay)
+            scales = depth_scales(params, start.layer_decay, architecture)
             scales = scales if trained is None else select(scales, trained)
     origin = first_epoch * steps_per_epoch
     phases: list[Phase] = []

@@ -4,7 +4,6 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -18,7 +17,10 @@ from bmjax.data.statistics import loss_weights
 from bmjax.errors import UserError
 from bmjax.machine.parallel import Parallel, check_divides, make_parallel
 from bmjax.machine.progress import stage
-from bmjax.models.build import build_model, has_axis
+from bmjax.models.architecture import Architecture
+from bmjax.models.build import build_model
+from bmjax.models.contract import check_module
+from bmjax.models.registry import find
 from bmjax.train.compiled import make_train_steps, zero_totals
 from bmjax.train.gradients import accumulated
 from bmjax.train.job import Job, MakeLoss
@@ -65,8 +67,7 @@ class TrainingPrograms:
         self._make_loss = job.make_loss or _with_normalization_as_input(config, spec)
         self._ahead = job.make_loss is None and job.view_targets is None
         self.num_batches = loader.num_batches(len(spec.labels), config.batch_size)
-        model = job.model or build_model(config, spec.num_classes)
-        self.model = model.clone(axis_name=parallel.axis_name) if has_axis(model) else model
+        self.model = build_model(config, spec.num_classes, parallel.axis_name, job.architecture)
         self.phases = make_phases(config, self.model, spec.image_shape, self.num_batches, job)
         size, channels = spec.image_shape[:2], spec.image_shape[2]
         self._view = loader.make_view(
@@ -131,27 +132,27 @@ class TrainingPrograms:
 
 
 def check_possible(
-    config: TrainConfig, data: Dataset | DatasetSpec, model: nn.Module | None = None
+    config: TrainConfig, data: Dataset | DatasetSpec, architecture: Architecture | None = None
 ) -> None:
     """Checks all that only the data can show to be wrong, before anything is trained or written.
 
     Args:
         config: of the run, checked by itself.
         data: of the run.
-        model: the Linen module; None: the one that the config names.
+        architecture: of the model; None: that of the name.
 
     Raises:
-        UserError: a batch that does not divide, a model that cannot take the images, or see
-            `check_splits`.
+        UserError: a batch that does not divide, a model that cannot take the images or does not
+            keep the contract of `bmjax.register_model`, or see `check_splits`.
     """
     if isinstance(data, Dataset):
         check_splits(config, data)
-    check_divides(make_parallel(config.device), config.batch_size, config.accumulate)
-    model = model or build_model(config, data.num_classes)
-    try:
-        jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *data.image_shape)))
-    except ValueError as error:
-        raise UserError(f"{config.model} cannot take these images: {error}") from error
+    parallel = make_parallel(config.device)
+    check_divides(parallel, config.batch_size, config.accumulate)
+    architecture = architecture or find(config.model)
+    model = build_model(config, data.num_classes, architecture=architecture)
+    alone = parallel.axis_name is not None and len(parallel.devices) > 1
+    check_module(architecture, model, data.num_classes, data.image_shape, alone)
 
 
 def check_splits(config: TrainConfig, dataset: Dataset) -> None:
@@ -200,7 +201,7 @@ def load_and_compile(
 def _with_normalization_as_input(config: BaseConfig, spec: DatasetSpec) -> MakeLoss:
     """Returns what makes the loss of plain training, a `Partial` that holds the normalization."""
     weights = loss_weights(config, spec.labels, spec.num_classes)
-    made: dict[nn.Module, Callable[..., Any]] = {}
+    made: dict[int, Callable[..., Any]] = {}
 
     def make_loss(model: nn.Module, normalization: Normalization) -> Partial:
         def loss_fn(
@@ -210,7 +211,7 @@ def _with_normalization_as_input(config: BaseConfig, spec: DatasetSpec) -> MakeL
             return plain(params, batch_stats, batch, key)
 
         # One function for any normalization: what is compiled for one is of no use to another.
-        of_model = made.setdefault(model, loss_fn)
+        of_model = made.setdefault(id(model), loss_fn)
         return Partial(of_model, normalization.as_arrays())
 
     return make_loss

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import time
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -137,7 +138,8 @@ class Session:
             self._console.print(f"going on from {where}", highlight=False)
         if step is not None:
             like = {"state": self._phase_of(step).outline, "totals": totals}
-            named = as_saved_today(read["state"], checkpoint.outline(like))
+            names = checkpoint.outline(like)
+            named = as_saved_today(_with_averages(read["state"], names), names)
             restored = checkpoint.from_named(named, like, f"checkpoint {folder / str(step)}")
             state, totals = restored["state"], restored["totals"]
             meta = read["meta"]
@@ -231,7 +233,7 @@ class Session:
         hosts.on_first(self._writer.wait)
         raise StoppedError(
             f"stopped by {stop.name} at step {step} of {self._total}; a checkpoint is saved",
-            f"bmjax train --resume --out {self._run.path}",
+            f"bmjax train --resume --out {self._run.path}{self._config.import_flags}",
             128 + stop.signum,
         )
 
@@ -251,7 +253,8 @@ class Session:
             else "there is no checkpoint yet"
         )
         lower = f"--learning-rate {self._config.optim.learning_rate / 10:.2g}"
-        command = f"{KINDS[self._job.kind]} --resume --out {self._run.path} {lower}"
+        flags = f"--out {self._run.path}{self._config.import_flags} {lower}"
+        command = f"{KINDS[self._job.kind]} --resume {flags}"
         raise DivergenceError(
             f"the loss is not finite at step {step} (learning rate "
             f"{phase.learning_rate(step):.3g}); {kept}. A lower --learning-rate, a longer "
@@ -342,6 +345,17 @@ class Session:
             "ended": self._ends(step),
         }
         self._writer.save(step, items, meta)
+
+
+def _with_averages(named: checkpoint.Named, names: Collection[str]) -> checkpoint.Named:
+    """Begins the average of the statistics where an earlier version kept that of params alone."""
+    new, old = "state/ema_batch_stats/", "state/batch_stats/"
+    begun = {
+        name: named[old + name.removeprefix(new)]
+        for name in names
+        if name.startswith(new) and old + name.removeprefix(new) in named
+    }
+    return {**begun, **named}
 
 
 class _Calls:

@@ -16,6 +16,7 @@ from jax import Array, lax
 from bmjax.data import preprocess
 from bmjax.data.preprocess import Normalization
 from bmjax.losses import logits as losses
+from bmjax.models import contract
 from bmjax.train.apply import apply_train
 from bmjax.train.gradients import Batch, Gradient, whole_batch
 from bmjax.train.optim import merge, select
@@ -27,8 +28,8 @@ class LossFn(Protocol):
     `batch` has `image` (values in [0, 1]), `label`, `mask` and `position`; `key` is the step's.
     A loss that holds arrays (a teacher's weights) comes as a `jax.tree_util.Partial`, so that
     they are inputs of the compiled step and not constants inside it. One that also has a
-    parameter `ema_params` is given the running average of the params: a teacher that follows
-    the student.
+    parameter `ema_params`, or `ema_batch_stats`, is given that running average of the state: a
+    teacher that follows the student.
     """
 
     def __call__(
@@ -48,6 +49,7 @@ class TrainState:
         key: the run's key; a step uses it folded with its number, so that a resumed run draws
             the same numbers as one never stopped.
         ema_params: running average of the params, or None.
+        ema_batch_stats: that of the running statistics, or None.
     """
 
     step: Array
@@ -56,12 +58,14 @@ class TrainState:
     opt_state: Any
     key: Array
     ema_params: Any = None
+    ema_batch_stats: Any = None
 
     @property
     def variables(self) -> dict[str, Any]:
-        """What is evaluated: the running average of the params where there is one."""
-        params = self.params if self.ema_params is None else self.ema_params
-        return {"params": params, "batch_stats": self.batch_stats}
+        """What is evaluated: the running averages where there are any."""
+        if self.ema_params is None:
+            return {"params": self.params, "batch_stats": self.batch_stats}
+        return {"params": self.ema_params, "batch_stats": self.ema_batch_stats}
 
 
 def run_keys(seed: int) -> tuple[Array, Array]:
@@ -99,7 +103,7 @@ def state_maker(
         optimizer: what updates its params.
         image_shape: height, width and channels of an image.
         seed: of the initial params, and of all that is random later.
-        ema: whether a running average of the params is kept.
+        ema: whether running averages of params and statistics are kept.
         variables: `params` and `batch_stats` to begin with; None draws them.
         trained: see `train_step`.
 
@@ -112,15 +116,16 @@ def state_maker(
     @jax.jit
     def create(init_key: Array, run_key: Array, variables: Any) -> TrainState:
         if variables is None:
-            variables = model.init(init_key, jnp.zeros((1, *image_shape)))
-        params = variables["params"]
+            variables = contract.init(model, init_key, jnp.zeros((1, *image_shape)))
+        params, batch_stats = variables["params"], variables.get("batch_stats", {})
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
-            batch_stats=variables.get("batch_stats", {}),
+            batch_stats=batch_stats,
             opt_state=optimizer.init(_trained(params, trained)),
             key=run_key,
             ema_params=params if ema else None,
+            ema_batch_stats=batch_stats if ema else None,
         )
 
     return partial(create, init_key, run_key, variables)
@@ -130,17 +135,20 @@ def _trained(params: Any, trained: Any) -> Any:
     return params if trained is None else select(params, trained)
 
 
-def with_average(loss_fn: LossFn, ema_params: Any) -> LossFn:
-    """Gives the running average of the params to a loss that has a parameter `ema_params`.
+def with_average(loss_fn: LossFn, state: TrainState) -> LossFn:
+    """Gives the running averages of a state to a loss that has parameters of their names.
 
     Raises:
         ValueError: there is no average.
     """
-    if "ema_params" not in inspect.signature(loss_fn).parameters:
+    averages = {"ema_params": state.ema_params, "ema_batch_stats": state.ema_batch_stats}
+    wanted = inspect.signature(loss_fn).parameters.keys() & averages
+    if not wanted:
         return loss_fn
-    if ema_params is None:
+    if state.ema_params is None:
         raise ValueError("the loss needs a running average of the params, but the state has none.")
-    return cast(LossFn, partial(cast(Callable[..., Any], loss_fn), ema_params=ema_params))
+    given = {name: averages[name] for name in wanted}
+    return cast(LossFn, partial(cast(Callable[..., Any], loss_fn), **given))
 
 
 def label_loss(
@@ -185,9 +193,8 @@ def classification_loss(
     def loss_fn(
         params: Any, batch_stats: Any, batch: Batch, key: Array
     ) -> tuple[Array, tuple[Any, dict[str, Array]]]:
-        del key  # nothing is random beyond the view
         images = preprocess.normalize(batch["image"], normalization, dtype)
-        logits, batch_stats = apply_train(model, params, batch_stats, images, batch["mask"])
+        logits, batch_stats = apply_train(model, params, batch_stats, images, batch["mask"], key)
         loss = label_loss(logits, batch, label_smoothing, class_weights)
         hit = (jnp.argmax(logits, axis=-1) == batch["label"]).astype(jnp.float32)
         return loss, (batch_stats, {"accuracy": hit})
@@ -208,7 +215,8 @@ def train_step(
     """Does one update on the masked mean of the loss.
 
     The running average of the params follows `ema = d ema + (1 - d) params` with
-    `d = min(ema_decay, (1 + step) / (10 + step))`, so that it forgets the start quickly.
+    `d = min(ema_decay, (1 + step) / (10 + step))`, so that it forgets the start quickly. So does
+    that of the running statistics of normalisations, but for whole numbers, which are copied.
 
     Args:
         state: before the step.
@@ -226,6 +234,8 @@ def train_step(
         function, and `count`.
     """
     key = jax.random.fold_in(jax.random.split(state.key, 3)[2], state.step)
+    if axis_name is not None:  # each device draws for its own part of the batch
+        key = jax.random.fold_in(key, lax.axis_index(axis_name))
 
     def summed_loss(
         moving: Any, batch_stats: Any, batch: Batch, key: Array
@@ -236,7 +246,7 @@ def train_step(
         sums = {name: _masked_sum(value, batch["mask"]) for name, value in values.items()}
         return sums["loss"], (batch_stats, sums)
 
-    loss_fn = with_average(loss_fn, state.ema_params)
+    loss_fn = with_average(loss_fn, state)
     moving = _trained(state.params, trained)
     grads, (batch_stats, sums) = gradient(summed_loss, moving, state.batch_stats, batch, key)
     if axis_name is not None:
@@ -247,13 +257,15 @@ def train_step(
     updates, opt_state = optimizer.update(grads, state.opt_state, moving)
     moved = optax.apply_updates(moving, updates)
     params = moved if trained is None else merge(moved, state.params)
-    ema_params = state.ema_params
+    ema_params, ema_batch_stats = state.ema_params, state.ema_batch_stats
     if ema_params is not None:
         done = state.step.astype(jnp.float32)
         decay = jnp.minimum(ema_decay, (1 + done) / (10 + done))
         averaged = _trained(ema_params, trained)
         averaged = optax.incremental_update(moved, averaged, 1 - decay)
         ema_params = averaged if trained is None else merge(averaged, ema_params)
+        follow = partial(_follow, share=1 - decay)
+        ema_batch_stats = jax.tree.map(follow, ema_batch_stats, batch_stats)
     new = dataclasses.replace(
         state,
         step=state.step + 1,
@@ -261,8 +273,16 @@ def train_step(
         batch_stats=batch_stats,
         opt_state=opt_state,
         ema_params=ema_params,
+        ema_batch_stats=ema_batch_stats,
     )
     return new, sums
+
+
+def _follow(average: Array, value: Array, share: Array) -> Array:
+    """Moves an average by a share of the way; where there is no way to go, not at all."""
+    if not jnp.issubdtype(average.dtype, jnp.inexact):
+        return value
+    return average + share.astype(average.dtype) * (value - average)
 
 
 def _masked_sum(values: Array, mask: Array) -> Array:

@@ -105,7 +105,9 @@ def verify_resume(config: VerifyResumeConfig, console: Console | None = None) ->
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is there already. Remove it, or choose another --out.")
     make_folder(out)
-    words = (*config.command, *(() if _SAVE_MINUTES[0] in config.command else _SAVE_MINUTES))
+    imports = tuple(word for name in config.imports for word in ("--import", name))
+    often = () if _SAVE_MINUTES[0] in config.command else _SAVE_MINUTES
+    words = (*config.command, *imports, *often)
     whole = _Process(words, out / "whole", out / "whole.log", out / "compiled")
     console.print(f"bmjax {' '.join(words)}", highlight=False, markup=False, soft_wrap=True)
     times = _time_whole(whole)

@@ -5,7 +5,7 @@ Needs PyTorch and torchvision, from the extra `torch`; nothing else in the packa
 
 import json
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -18,7 +18,7 @@ import optax
 
 from bmjax.errors import UserError
 from bmjax.machine.storage import write_atomically
-from bmjax.models import RESNETS
+from bmjax.models import create_model, find
 from bmjax.weights.convert import from_torchvision, to_torchvision
 
 LEARNING_RATE = 0.1
@@ -47,8 +47,6 @@ _LARGEST_TOLERANCE = 0.1
 # A gradient that is zero but for rounding, as that of a bias before a normalisation, is compared
 # with this share of the largest of all.
 _FLOOR = 1e-4
-STAGES = ("stem", "stage1", "stage2", "stage3", "stage4", "pre_logits")
-_HOOKS = ("maxpool", "layer1", "layer2", "layer3", "layer4", "avgpool")
 # Arrays by name, by part.
 Results = dict[str, Mapping[str, Any]]
 
@@ -175,7 +173,10 @@ def certify(
     """
     torch, make = _torch_and_maker(model)
     variables = from_torchvision(state_dict, model)
-    num_classes = len(variables["params"]["head"]["bias"])
+    names = find(model).torch
+    assert names is not None  # from_torchvision has asked
+    modules = names.modules
+    num_classes = find(model).num_classes(variables["params"])
     back = to_torchvision(variables, model)
     # Files from before PyTorch counted lack these.
     counts = {name: value for name, value in back.items() if name.endswith("num_batches_tracked")}
@@ -186,8 +187,12 @@ def certify(
         theirs, ours = {}, {}
         for precision in (np.float32, np.float64):
             net = make(num_classes=num_classes)
-            theirs[precision] = _torch_results(torch, net, state_dict, batch, labels, precision)
-            ours[precision] = _jax_results(model, num_classes, variables, batch, labels, precision)
+            theirs[precision] = _torch_results(
+                torch, net, modules, state_dict, batch, labels, precision
+            )
+            ours[precision] = _jax_results(
+                model, modules, num_classes, variables, batch, labels, precision
+            )
         rows += _judge(name, ours, theirs)
     versions = {"python": platform.python_version()}
     versions |= {name: metadata.version(name) for name in ("jax", "flax", "torch", "torchvision")}
@@ -267,6 +272,7 @@ def _compare(
 def _torch_results(
     torch: Any,
     net: Any,
+    modules: Mapping[str, str],
     state_dict: Mapping[str, np.ndarray],
     images: np.ndarray,
     labels: np.ndarray,
@@ -286,8 +292,8 @@ def _torch_results(
         return hook
 
     hooks = [
-        getattr(net, place).register_forward_hook(keep(name))
-        for name, place in zip(STAGES, _HOOKS, strict=True)
+        net.get_submodule(place).register_forward_hook(keep(name))
+        for name, place in modules.items()
     ]
     optimizer = torch.optim.SGD(net.parameters(), lr=LEARNING_RATE)
 
@@ -319,13 +325,14 @@ def _torch_results(
 
 def _jax_results(
     model: str,
+    names: Iterable[str],
     num_classes: int,
     variables: dict[str, Any],
     images: np.ndarray,
     labels: np.ndarray,
     precision: Any,
 ) -> Results:
-    module = RESNETS[model](num_classes=num_classes)
+    module = create_model(model, num_classes)
 
     def loss(params: Any, batch_stats: Any, images: Any, train: bool) -> Any:
         logits, new = module.apply(
@@ -373,7 +380,7 @@ def _jax_results(
         return {name: array for name, array in arrays.items() if name not in statistics}
 
     return {
-        "stages": {name: stages[name] for name in STAGES},
+        "stages": {name: stages[name] for name in names},
         "logits": {"logits": logits},
         "evaluation gradients": without_statistics(named(evaluation_grads)),
         "gradients": without_statistics(named(grads)),

@@ -1,8 +1,7 @@
 """torchvision's state dicts to Flax variables and back: a table of names, strict both ways."""
 
-import re
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -12,55 +11,17 @@ import numpy as np
 from flax import traverse_util
 
 from bmjax.errors import UserError, listed, unknown_name
-from bmjax.models import RESNETS
+from bmjax.models import Architecture, TorchNames, architectures, contract, find
+from bmjax.models.registry import list_models, make_module
 from bmjax.weights.files import read_state_dict
 from bmjax.weights.name_fitting import Fitted, explain, fit_names, under_one_prefix
 
 Flat = dict[str, Any]
 
-# Where a layer lies. Blocks are counted from 1 here and from 0 in torchvision, hence the group.
-_PLACES = (
-    (r"stem_conv", "conv1"),
-    (r"stem_norm", "bn1"),
-    (r"stage(\d+)_block(\d+)/conv(\d+)", "layer{0}.{1}.conv{2}"),
-    (r"stage(\d+)_block(\d+)/norm(\d+)", "layer{0}.{1}.bn{2}"),
-    (r"stage(\d+)_block(\d+)/downsample/conv", "layer{0}.{1}.downsample.0"),
-    (r"stage(\d+)_block(\d+)/downsample/norm", "layer{0}.{1}.downsample.1"),
-    (r"head", "fc"),
-)
-# What a layer holds.
-_LEAVES = {
-    "kernel": "weight",
-    "scale": "weight",
-    "bias": "bias",
-    "mean": "running_mean",
-    "var": "running_var",
-    "count": "num_batches_tracked",
-}
-_HEAD = "params/head/"
-_HEAD_NAME = "fc"
 _COUNT = ".num_batches_tracked"
+_BUFFERS = (_COUNT, ".running_mean", ".running_var")
 # In one message, all its lists together.
 _MAX_NAMES = 10
-
-
-def torchvision_name(path: str) -> str:
-    """Returns torchvision's name of a variable of a ResNet.
-
-    Args:
-        path: such as `params/stage1_block1/conv1/kernel`.
-
-    Raises:
-        KeyError: no layer of a ResNet.
-    """
-    place, _, leaf = path.partition("/")[2].rpartition("/")
-    for pattern, name in _PLACES:
-        if match := re.fullmatch(pattern, place):
-            numbers = [int(number) for number in match.groups()]
-            if len(numbers) > 1:
-                numbers[1] -= 1
-            return f"{name.format(*numbers)}.{_LEAVES[leaf]}"
-    raise KeyError(path)
 
 
 def from_torchvision(
@@ -72,7 +33,7 @@ def from_torchvision(
     norm: str = "batch",
     where: str = "the state dict",
 ) -> dict[str, Any]:
-    """Converts the weights of a torchvision ResNet to Flax variables, strictly.
+    """Converts the weights of a torchvision model to Flax variables, strictly.
 
     Kernels go from [out, in, height, width] to [height, width, in, out], that of the head from
     [out, in] to [in, out]; all else keeps its form. Values are kept to the bit where they are
@@ -81,10 +42,10 @@ def from_torchvision(
 
     Args:
         source: a file that `read_state_dict` reads, or a state dict as numpy arrays.
-        model: name of the ResNet, see `bmjax.list_models()`.
+        model: name of the model, one that torchvision has.
         num_classes: number of logits asked for; None takes what the source has.
         head: whether the last layer is converted; without it, it may have any size or be absent,
-            and the result has no `params/head`.
+            and the result has none.
         norm: of the model, see `bmjax.models.ResNet`.
         where: what messages call a state dict that is no file.
 
@@ -101,15 +62,16 @@ def from_torchvision(
     """
     if isinstance(source, str | Path):
         where, source = str(source), read_state_dict(source)
-    arrays = fit_state_dict(source, model, head=head, norm=norm, where=where).arrays
+    architecture, names = _with_torch_names(model)
+    arrays = _fit(architecture, source, head, norm, where).arrays
     if num_classes is None:
-        num_classes = _num_classes(arrays)
-    expected = _wanted(model, num_classes, head, norm)
-    if problems := _differences(arrays, expected):
-        hint = _hint(source, arrays, model, head, norm, where)
+        num_classes = _num_classes(arrays, _head_name(architecture))
+    expected = _wanted(architecture, num_classes, head, norm)
+    if problems := _differences(arrays, expected, names):
+        hint = _hint(source, arrays, architecture, head, norm, where)
         raise UserError(f"{where} does not fit {model}: {'; '.join(problems)}. {hint}")
-    flat = {path: _to_flax(path, leaf, arrays) for path, leaf in expected.items()}
-    values = {torchvision_name(path): array for path, array in flat.items()}
+    flat = {path: _to_flax(path, leaf, arrays, names) for path, leaf in expected.items()}
+    values = {names.variable(path): array for path, array in flat.items()}
     refuse_not_finite(
         {n: arrays.get(n, a) if n.endswith(_COUNT) else a for n, a in values.items()}, where
     )
@@ -129,7 +91,7 @@ def fit_state_dict(
 
     Args:
         source: arrays by name.
-        model: name of the ResNet.
+        model: name of the model.
         head: whether the last layer is wanted.
         norm: of the model.
         where: what messages call the state dict.
@@ -137,9 +99,19 @@ def fit_state_dict(
     Raises:
         UserError: an unknown model, or one that the source holds several times.
     """
+    return _fit(_with_torch_names(model)[0], source, head, norm, where)
+
+
+def _fit(
+    architecture: Architecture,
+    source: Mapping[str, np.ndarray],
+    head: bool,
+    norm: str,
+    where: str,
+) -> Fitted:
     arrays = {name: np.asarray(value) for name, value in source.items()}
-    names = _torch_names(model, norm)
-    return fit_names(arrays, names, head=_HEAD_NAME, keep_head=head, where=where)
+    names, head_name = _torch_names(architecture, norm), _head_name(architecture)
+    return fit_names(arrays, names, head=head_name, keep_head=head, where=where)
 
 
 def refuse_not_finite(arrays: Mapping[str, np.ndarray], where: str) -> None:
@@ -158,7 +130,7 @@ def refuse_not_finite(arrays: Mapping[str, np.ndarray], where: str) -> None:
 
 
 def to_torchvision(variables: Mapping[str, Any], model: str) -> dict[str, np.ndarray]:
-    """Converts Flax variables of a ResNet to torchvision's names and layouts.
+    """Converts Flax variables to torchvision's names and layouts.
 
     The inverse of `from_torchvision`, to the bit. `torchvision.models.MODEL(num_classes=N)
     .load_state_dict` takes the result with `strict=True` once its arrays are tensors, as
@@ -166,7 +138,7 @@ def to_torchvision(variables: Mapping[str, Any], model: str) -> dict[str, np.nda
 
     Args:
         variables: `params` and `batch_stats`.
-        model: name of the ResNet.
+        model: name of the model, one that torchvision has.
 
     Returns:
         `{torchvision's name: array}` in torchvision's order, of the variables' types, and
@@ -175,35 +147,56 @@ def to_torchvision(variables: Mapping[str, Any], model: str) -> dict[str, np.nda
     Raises:
         UserError: an unknown model, or variables that are not this model's, all differences named.
     """
+    architecture, names = _with_torch_names(model)
     flat = _flatten(variables)
-    num_classes = max(1, np.size(flat[_HEAD + "bias"])) if _HEAD + "bias" in flat else 1000
+    bias = flat.get(f"params/{architecture.head}/bias")
+    num_classes = 1000 if bias is None else max(1, np.size(bias))
     norm = "batch" if any(path.endswith("/mean") for path in flat) else "group"
-    expected = expected_arrays(model, num_classes, norm)
+    expected = _wanted(architecture, num_classes, True, norm)
     shapes = {path: tuple(leaf.shape) for path, leaf in expected.items()}
     problems = _list_differences({path: np.shape(leaf) for path, leaf in flat.items()}, shapes)
     if problems:
         raise UserError(
             f"the variables do not fit {model}: {'; '.join(problems)}. Check the model's name."
         )
-    return {torchvision_name(path): _to_torch(path, flat[path]) for path in _in_order(expected)}
+    return {
+        names.variable(path): _to_torch(path, flat[path])
+        for path in sorted(expected, key=names.rank)
+    }
 
 
 def expected_arrays(model: str, num_classes: int, norm: str = "batch") -> Flat:
-    """Returns shape and type of each variable of a ResNet, by its path.
+    """Returns shape and type of each variable of a model, by its path.
 
     Raises:
-        UserError: the model is no ResNet.
+        UserError: torchvision has no such model.
     """
-    if model not in RESNETS:
-        raise unknown_name("ResNet", model, sorted(RESNETS))
-    return dict(_expected(model, num_classes, norm))
+    return dict(_expected(_with_torch_names(model)[0], num_classes, norm))
+
+
+def _with_torch_names(model: str) -> tuple[Architecture, TorchNames]:
+    architecture = find(model) if model in list_models() else None
+    if architecture is None or architecture.torch is None:
+        known = sorted(each.name for each in architectures() if each.torch)
+        raise unknown_name("model of torchvision", model, known)
+    return architecture, architecture.torch
+
+
+def _names_of(architecture: Architecture) -> TorchNames:
+    assert architecture.torch is not None
+    return architecture.torch
+
+
+def _head_name(architecture: Architecture) -> str:
+    return _names_of(architecture).layer(architecture.head)
 
 
 @cache
-def _expected(model: str, num_classes: int, norm: str) -> Flat:
-    module = RESNETS[model](num_classes=num_classes, norm=norm)
-    images = jnp.zeros((1, 64, 64, 3))
-    return _flatten(jax.eval_shape(module.init, jax.random.key(0), images))
+def _expected(architecture: Architecture, num_classes: int, norm: str) -> Flat:
+    options = {"norm": norm} if "norm" in architecture.options else {}
+    module = make_module(architecture, num_classes, **options)
+    images = jnp.zeros((1, *architecture.image_shape))
+    return _flatten(jax.eval_shape(partial(contract.init, module), jax.random.key(0), images))
 
 
 def _flatten(variables: Mapping[str, Any]) -> Flat:
@@ -217,37 +210,77 @@ def _torch_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     return (shape[3], shape[2], *shape[:2]) if len(shape) == 4 else shape[::-1]
 
 
-def _num_classes(arrays: Mapping[str, np.ndarray]) -> int:
+def _num_classes(arrays: Mapping[str, np.ndarray], head: str) -> int:
     """Returns the number of logits that the head tells of; ImageNet's where it is absent."""
-    weight = arrays.get(f"{_HEAD_NAME}.weight")
+    weight = arrays.get(f"{head}.weight")
     return 1000 if weight is None or not weight.ndim else max(1, len(weight))
 
 
-def _torch_names(model: str, norm: str) -> list[str]:
-    return [torchvision_name(path) for path in expected_arrays(model, 1000, norm)]
+def _torch_names(architecture: Architecture, norm: str) -> list[str]:
+    names = _names_of(architecture)
+    return [names.variable(path) for path in _expected(architecture, 1000, norm)]
 
 
 def _hint(
-    source: Mapping[str, np.ndarray], arrays: Flat, model: str, head: bool, norm: str, where: str
+    source: Mapping[str, np.ndarray],
+    arrays: Flat,
+    architecture: Architecture,
+    head: bool,
+    norm: str,
+    where: str,
 ) -> str:
-    """Returns the likely cause and the remedy where a state dict does not fit."""
-    cause = explain(arrays, _torch_names(model, norm), _HEAD_NAME)
-    for name in RESNETS if not cause else ():
-        if name != model:
-            fitted = fit_state_dict(source, name, head=head, norm=norm, where=where).arrays
-            if not _differences(fitted, _wanted(name, _num_classes(fitted), head, norm)):
-                return f"It fits {name}: give --model {name}."
-    return cause or "Check --model, and that the file is a torchvision ResNet's state dict."
+    """Returns the likely cause and the remedy where a state dict does not fit.
+
+    To trace a deep model takes a second, so those are passed over of which it is known that they
+    have another number of params.
+    """
+    cause = explain(arrays, _torch_names(architecture, norm), _head_name(architecture))
+    numbers = _numbers_without_head(arrays)
+    for other in architectures() if not cause else ():
+        if other is architecture or other.torch is None or not _may_have(other, numbers):
+            continue
+        fitted = _fit(other, source, head, norm, where).arrays
+        num_classes = _num_classes(fitted, _head_name(other))
+        if not _differences(fitted, _wanted(other, num_classes, head, norm), other.torch):
+            return f"It fits {other.name}: give --model {other.name}."
+    return (
+        cause or f"Check --model, and that it is a state dict of torchvision's {architecture.name}."
+    )
 
 
-def _wanted(model: str, num_classes: int, head: bool, norm: str) -> Flat:
-    expected = expected_arrays(model, num_classes, norm)
-    return {path: leaf for path, leaf in expected.items() if head or not path.startswith(_HEAD)}
+def _numbers_without_head(arrays: Flat) -> set[int]:
+    """Returns how many params there are, if all are the backbone's or any dense layer is the head.
+
+    Prefixes of the names may be unknown still, so no name says which.
+    """
+    sizes = {name: array.size for name, array in arrays.items() if not name.endswith(_BUFFERS)}
+    total = sum(sizes.values())
+    heads = [
+        sizes[name] + sizes.get(f"{name.removesuffix('weight')}bias", 0)
+        for name in sizes
+        if arrays[name].ndim == 2 and name.endswith("weight")
+    ]
+    return {total, *(total - number for number in heads)}
 
 
-def _differences(arrays: Flat, expected: Flat) -> list[str]:
+def _may_have(architecture: Architecture, numbers: set[int]) -> bool:
+    """Whether one of some numbers may be that of the published params, but for the head's.
+
+    A head of 1000 classes has 1000 params for each feature, and 1000 biases.
+    """
+    rests = [each.num_params - number for each in architecture.published for number in numbers]
+    return not architecture.published or any(rest > 0 and rest % 1000 == 0 for rest in rests)
+
+
+def _wanted(architecture: Architecture, num_classes: int, head: bool, norm: str) -> Flat:
+    of_head = f"params/{architecture.head}/"
+    expected = _expected(architecture, num_classes, norm)
+    return {path: leaf for path, leaf in expected.items() if head or not path.startswith(of_head)}
+
+
+def _differences(arrays: Flat, expected: Flat, names: TorchNames) -> list[str]:
     shapes = {
-        torchvision_name(path): _torch_shape(path, tuple(leaf.shape))
+        names.variable(path): _torch_shape(path, tuple(leaf.shape))
         for path, leaf in expected.items()
     }
     given = {name: value.shape for name, value in arrays.items()}
@@ -293,8 +326,8 @@ def _list_differences(
     ]
 
 
-def _to_flax(path: str, leaf: Any, arrays: Flat) -> np.ndarray:
-    name = torchvision_name(path)
+def _to_flax(path: str, leaf: Any, arrays: Flat, names: TorchNames) -> np.ndarray:
+    name = names.variable(path)
     if name.endswith(_COUNT):
         # Averages of models hold counts as floats.
         count = np.clip(np.nan_to_num(arrays.get(name, 0)), 0, np.iinfo(np.int32).max)
@@ -314,19 +347,3 @@ def _to_torch(path: str, value: Any) -> np.ndarray:
     if path.endswith("/kernel"):
         array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
     return np.array(array, order="C")
-
-
-def _in_order(expected: Flat) -> list[str]:
-    """Orders the variables as torchvision does: layer by layer, downsample last in its block."""
-    leaves = list(_LEAVES)
-
-    def rank(path: str) -> tuple[Any, ...]:
-        place, _, leaf = path.partition("/")[2].rpartition("/")
-        parts = re.findall(r"stem|stage|head|downsample|conv|norm|block|\d+", place)
-        order = {"stem": 0, "stage": 1, "head": 2, "block": 0, "conv": 0, "norm": 1}
-        numbers = [int(part) for part in parts if part.isdigit()]
-        depth = 99 if "downsample" in parts else (numbers[2] if len(numbers) > 2 else 0)
-        kind = order.get("norm" if "norm" in parts else "conv", 0)
-        return (order[parts[0]], *(numbers[:2] or (0, 0)), depth, kind, leaves.index(leaf))
-
-    return sorted(expected, key=rank)

@@ -15,7 +15,8 @@ from bmjax.data import load_dataset, preprocess
 from bmjax.data.sources import all_images
 from bmjax.errors import UserError
 from bmjax.machine.storage import make_folder
-from bmjax.models import RESNETS, num_params
+from bmjax.models import find, num_params
+from bmjax.models.build import resolve
 from bmjax.runs.folder import Run, read_run
 from bmjax.weights.certificate import Certificate, certificate_paths, certify, write_certificate
 from bmjax.weights.convert import to_torchvision
@@ -53,7 +54,7 @@ def convert(config: ConvertConfig, console: Console | None = None) -> dict[str, 
     result: dict[str, Any] = {
         "out": str(out),
         "model": source.model,
-        "num_classes": len(source.variables["params"]["head"]["bias"]),
+        "num_classes": find(source.model).num_classes(source.variables["params"]),
         "parameters": num_params(source.variables["params"]),
     }
     if config.certify:
@@ -97,7 +98,7 @@ def _read(config: ConvertConfig, console: Console | None) -> Pretrained:
 
 def _check_run(config: ConvertConfig) -> None:
     model = read_run(Path(config.path)).config.model
-    if model not in RESNETS:
+    if find(model).torch is None:
         raise UserError(f"the run in {config.path} is of {model}, which torchvision does not have.")
     flags = ("image_size", "resize_size", "class_names")
     if given := [name.replace("_", "-") for name in flags if getattr(config, name)]:
@@ -147,8 +148,10 @@ def _write(out: Path, source: Pretrained, config: ConvertConfig) -> None:
 
 
 def _write_run(folder: Path, source: Pretrained, config: ConvertConfig) -> None:
-    settings = TrainConfig(
-        model=source.model, data="", image_size=source.data["image_shape"][0], out=config.out
-    ).resolved()
+    settings = resolve(
+        TrainConfig(
+            model=source.model, data="", image_size=source.data["image_shape"][0], out=config.out
+        )
+    )
     extra = {"converted_from": Path(config.path).name}
     write_run(Run(folder, settings, source.data, extra, "converted"), source.variables)

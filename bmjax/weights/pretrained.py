@@ -15,7 +15,7 @@ from bmjax.data import preprocess
 from bmjax.data.preprocess import Normalization
 from bmjax.errors import UserError, printable
 from bmjax.machine.storage import write_atomically
-from bmjax.models import RESNETS
+from bmjax.models import Architecture, architectures, find, list_models
 from bmjax.runs import checkpoint
 from bmjax.runs.folder import Run, create_run
 from bmjax.runs.trained import load_run
@@ -28,11 +28,9 @@ from bmjax.weights.convert import (
 from bmjax.weights.files import read_checkpoint, unseen_damage
 from bmjax.weights.named import fetch, imagenet_classes, published
 
-NAMES = ("imagenet-v1", "imagenet-v2")
 # Of ImageNet's photographs, scaled to [0, 1], as torchvision's weights expect them.
 IMAGENET = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 FLAX_SUFFIX = ".msgpack"
-_DEFAULT_SIZE = 224
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +39,7 @@ class Pretrained:
 
     Attributes:
         model: name of the model.
-        variables: `params` and `batch_stats`; without `params/head` where that was left out.
+        variables: `params` and `batch_stats`; without the head where that was left out.
         data: as in `runs.Run`; `class_names` is empty where the head was left out.
         state_dict: what a torchvision file holds, None for any other source.
         norm, hidden_sizes: of the model, as in `config.BaseConfig`.
@@ -81,7 +79,7 @@ def read_pretrained(
         source: a torchvision checkpoint (.pth, .pt or .safetensors), Flax variables (.msgpack), a
             run's folder, or `imagenet-v1` or `imagenet-v2` for torchvision's published weights; a
             file of that name goes first.
-        model: name of the ResNet; a run knows its own, and it may be empty then.
+        model: name of the model; a run knows its own, and it may be empty then.
         head: whether the last layer is wanted; without it, it may be absent or of any size.
         key: which state dict of a file with several, see `read_state_dict`.
         image_size: side of the images that the model takes; None: the weights' own, or 224. A run
@@ -105,12 +103,10 @@ def read_pretrained(
         )
     if path.is_dir():
         return _from_run(path, model, head)
-    if model not in RESNETS:
-        known = ", ".join(sorted(RESNETS))
-        said = f"--model {model} is none" if model else "--model says which ResNet"
-        raise UserError(f"{said}: a file of weights does not name its own. Known: {known}.")
+    said = f"--model {model} is none" if model else "--model says which model"
+    model = check_has_files(model, said).name
     state_dict, notes = None, []
-    name = source if source in NAMES and not path.exists() else ""
+    name = source if source in _published_names() and not path.exists() else ""
     if path.suffix == FLAX_SUFFIX:
         variables = _read_flax(path, model)
     else:
@@ -120,16 +116,16 @@ def read_pretrained(
         variables = from_torchvision(read.named, model, head=head, where=str(path))
         state_dict = fitted.arrays
         notes = [*read.notes, *(f"note: {path}: {note}" for note in fitted.notes)]
-    variables = variables if head else _without_head(variables)
+    variables = variables if head else _without_head(variables, model)
     if head:
-        _refuse_one_output(variables, str(path))
+        _refuse_one_output(variables, model, str(path))
     if console:
         for note in filter(None, [*notes, unseen_damage(path)]):
             console.print(printable(note), highlight=False, markup=False, soft_wrap=True)
     data = {
         "name": "",
         "fingerprint": "",
-        "class_names": _names(variables, class_names) if head else [],
+        "class_names": _names(variables, model, class_names) if head else [],
         **_images(model, name, image_size, resize_size),
         **IMAGENET.to_dict(),
     }
@@ -142,15 +138,15 @@ def _from_run(path: Path, model: str | None, head: bool) -> Pretrained:
     if model not in (None, own):
         raise UserError(f"the run in {path} is of {own}, but --model is {model}.")
     settings, data = trained.run.config, trained.run.data
-    variables = trained.variables if head else _without_head(trained.variables)
+    variables = trained.variables if head else _without_head(trained.variables, own)
     refuse_not_finite(checkpoint.to_named(variables), f"the run in {path}")
     if not head:
         data = {**data, "class_names": []}
     return Pretrained(own, variables, data, None, settings.norm, settings.hidden_sizes)
 
 
-def _refuse_one_output(variables: dict[str, Any], where: str) -> None:
-    if len(variables["params"]["head"]["bias"]) == 1:
+def _refuse_one_output(variables: dict[str, Any], model: str, where: str) -> None:
+    if find(model).num_classes(variables["params"]) == 1:
         raise UserError(
             f"the head in {where} has one output, which tells no classes apart: it was trained "
             "with a sigmoid. bmjax finetune begins with a new head of two; or give the head a row "
@@ -158,9 +154,27 @@ def _refuse_one_output(variables: dict[str, Any], where: str) -> None:
         )
 
 
-def _without_head(variables: dict[str, Any]) -> dict[str, Any]:
-    params = {name: value for name, value in variables["params"].items() if name != "head"}
-    return {**variables, "params": params}
+def check_has_files(model: str | None, said: str) -> Architecture:
+    """Returns the record of a model that torchvision has.
+
+    Raises:
+        UserError: it is none; the message begins with `said`.
+    """
+    architecture = find(model) if model in list_models() else None
+    if architecture is None or architecture.torch is None:
+        known = sorted(each.name for each in architectures() if each.torch)
+        raise UserError(
+            f"{said}: a file of weights does not name its own. Known: {', '.join(known)}."
+        )
+    return architecture
+
+
+def _published_names() -> set[str]:
+    return {weights.name for each in architectures() for weights in each.published}
+
+
+def _without_head(variables: dict[str, Any], model: str) -> dict[str, Any]:
+    return {**variables, "params": find(model).without_head(variables["params"])}
 
 
 def _read_flax(path: Path, model: str) -> dict[str, Any]:
@@ -182,8 +196,8 @@ def _read_flax(path: Path, model: str) -> dict[str, Any]:
     return variables
 
 
-def _names(variables: dict[str, Any], names: tuple[str, ...]) -> list[str]:
-    num_classes = len(variables["params"]["head"]["bias"])
+def _names(variables: dict[str, Any], model: str, names: tuple[str, ...]) -> list[str]:
+    num_classes = find(model).num_classes(variables["params"])
     if not names:
         thousand = num_classes == len(imagenet_classes())
         names = imagenet_classes() if thousand else tuple(map(str, range(num_classes)))
@@ -198,7 +212,7 @@ def _images(
     model: str, name: str | None, image_size: int | None, resize_size: int | None
 ) -> dict[str, Any]:
     """Returns shape and transform of the images for weights that came without a run."""
-    size, resize, interpolation = _DEFAULT_SIZE, None, "bilinear"
+    size, resize, interpolation = find(model).image_shape[0], None, "bilinear"
     if name:
         own = published(model, name)
         size, resize, interpolation = own.crop_size, own.resize_size, own.interpolation
