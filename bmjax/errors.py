@@ -16,7 +16,16 @@ class UserError(ValueError):
 
 
 class DivergenceError(RuntimeError):
-    """Training met a loss that is not finite. Exit code 1."""
+    """Training met a loss that is not finite. Exit code 1.
+
+    Attributes:
+        what: where, and what usually helps.
+        go_on: the command that goes on from the last good checkpoint with a lower learning rate.
+    """
+
+    def __init__(self, what: str, go_on: str = ""):
+        super().__init__(f"{what}. Go on with: {go_on}" if go_on else what)
+        self.what, self.go_on = what, go_on
 
 
 class StorageError(RuntimeError):

@@ -61,10 +61,10 @@ def measure(freeze: tuple[str, ...], size: int, batch_size: int) -> dict[str, fl
         ema_decay=config.ema_decay,
         trained=phase.trained,
     )
-    totals = parallel.put(zero_totals(loss_fn, phase.fresh, shape))
+    totals = parallel.put(zero_totals(loss_fn, phase.make_fresh(), shape))
     functions = (view, Partial(loss_fn), phase.schedule)
     arrays = parallel.put(loader.as_arrays(source))
-    state = parallel.put(phase.fresh)
+    state = parallel.put(phase.make_fresh())
     before = _peak()
     state, totals = steps(state, totals, functions, arrays, np.int32(1))  # compiles
     seconds = []
@@ -74,7 +74,7 @@ def measure(freeze: tuple[str, ...], size: int, batch_size: int) -> dict[str, fl
         jax.block_until_ready(totals)
         done = STEPS - 1 if call == 1 else STEPS
         seconds.append((time.perf_counter() - begin) / done)
-    momenta = sum(leaf.nbytes for leaf in jax.tree.leaves(phase.fresh.opt_state))
+    momenta = sum(leaf.nbytes for leaf in jax.tree.leaves(phase.make_fresh().opt_state))
     return {
         "seconds": statistics.median(seconds),
         "memory_mib": _peak() - before,

@@ -68,11 +68,11 @@ def make_epochs(
     (phase,), normalization = programs.phases, pixel_statistics(dataset)
     steps, totals = programs.steps(phase), programs.zeros(normalization)
     functions = parallel.put(programs.functions(phase, normalization))
-    orders = epoch_orders(phase.fresh.key, dataset, train)
+    orders = epoch_orders(phase.make_fresh().key, dataset, train)
     feed = loader.Feed(
         dataset.train, parallel, config.batch_size, orders, wide=True, view_targets=view_targets
     )
-    held = [parallel.put(phase.fresh), parallel.put(totals)]
+    held = [parallel.put(phase.make_fresh()), parallel.put(totals)]
 
     def run(epoch: int) -> float:
         begin = time.perf_counter()

@@ -56,11 +56,11 @@ def first_losses(config: TrainConfig, dataset: Dataset, steps: int) -> np.ndarra
     programs = TrainingPrograms(config, parallel, DatasetSpec.of(dataset))
     phase, normalization = programs.phases[0], pixel_statistics(dataset)
     functions = parallel.put(programs.functions(phase, normalization))
-    orders = epoch_orders(phase.fresh.key, dataset, config)
+    orders = epoch_orders(phase.make_fresh().key, dataset, config)
     feed = loader.Feed(
         dataset.train, parallel, config.batch_size, orders, True, share=hosts.share()
     )
-    state, zeros, losses = parallel.put(phase.fresh), programs.zeros(normalization), []
+    state, zeros, losses = parallel.put(phase.make_fresh()), programs.zeros(normalization), []
     for step in range(steps):
         arrays, _ = feed.at(step)
         # Begun anew: differences of sums over an epoch have its rounding error.

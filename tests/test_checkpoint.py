@@ -2,6 +2,8 @@ import errno
 import json
 import os
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import chex
 import jax
@@ -55,6 +57,77 @@ def test_only_the_newest_are_kept(tmp_path):
     save(tmp_path, [1, 2, 3, 4, 5], keep=2)
     assert checkpoint.saved_steps(tmp_path) == [4, 5]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["4", "5"]
+
+
+# Orbax, at work in two threads, may wake an event loop that the other has closed.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_reading_while_others_save_and_delete_never_fails(tmp_path):
+    save(tmp_path, [1], keep=1)
+    done = threading.Event()
+
+    def train():
+        writer = checkpoint.CheckpointWriter(tmp_path, 1)
+        for step in range(2, 400):
+            if done.is_set():
+                break
+            writer.save(step, {"state": checkpoint.to_named(draw(step))}, {"step": step})
+        writer.close()
+
+    with ThreadPoolExecutor(1) as pool:
+        training = pool.submit(train)
+        try:
+            steps: list[int] = []
+            while len(steps) < 40 and not training.done():
+                step, said, values = checkpoint.read_newest(tmp_path, ("state",))
+                assert said == []
+                assert step is not None
+                assert values["meta"] == {"step": step}
+                back = checkpoint.from_named(values["state"], draw(), "it")
+                chex.assert_trees_all_equal(back, draw(step))
+                steps.append(step)
+        finally:
+            done.set()
+        training.result()
+    assert steps == sorted(steps)
+    assert steps[-1] > steps[0]
+
+
+@pytest.mark.parametrize("moment", ["while hashed", "before it is read", "while it is read"])
+def test_a_checkpoint_that_is_deleted_gives_way_to_the_next(tmp_path, monkeypatch, moment):
+    save(tmp_path, [1])
+    name = "damage" if moment == "while hashed" else "read"
+    call = getattr(checkpoint, name)
+
+    def deleting(*arguments):
+        monkeypatch.setattr(checkpoint, name, call)
+        early = call(*arguments) if moment == "while it is read" else None
+        save(tmp_path, [2], keep=1)
+        return early or call(*arguments)
+
+    monkeypatch.setattr(checkpoint, name, deleting)
+    step, said, values = checkpoint.read_newest(tmp_path, ("state",))
+    assert (step, said) == (2, [])
+    chex.assert_trees_all_equal(checkpoint.from_named(values["state"], draw(), "it"), draw(2))
+
+
+def test_what_is_there_but_cannot_be_read_is_an_error(tmp_path, monkeypatch):
+    save(tmp_path, [1])
+
+    def broken(*arguments):
+        raise ValueError("broken")
+
+    monkeypatch.setattr(checkpoint, "read", broken)
+    with pytest.raises(ValueError, match="broken"):
+        checkpoint.read_newest(tmp_path, ("state",))
+
+
+def test_at_its_end_a_run_keeps_the_newest_alone(tmp_path):
+    save(tmp_path, [1, 2, 3])
+    writer = checkpoint.CheckpointWriter(tmp_path, 3)
+    writer.save(4, {"state": checkpoint.to_named(draw(4))}, {})
+    writer.finish()
+    writer.close()
+    assert checkpoint.saved_steps(tmp_path) == [4]
 
 
 def files(folder):

@@ -18,6 +18,7 @@ from bmjax.config import DistillConfig, EvaluateConfig, TrainConfig
 from bmjax.config.flat import flatten, unflatten
 from bmjax.errors import UserError
 from bmjax.ops import onednn
+from bmjax.runs import checkpoint
 from tests.folder_helpers import write, write_class
 
 
@@ -97,8 +98,34 @@ def test_resume_takes_the_settings_of_the_run(capsys, tmp_path, shapes_npz):
     assert "already holds a run" in err
 
 
-def test_a_damaged_checkpoint_is_named(capsys, tmp_path, shapes_npz):
+def test_data_that_moved_are_known_by_their_content(capsys, tmp_path, shapes_npz):
+    out, moved, other = tmp_path / "run", tmp_path / "moved.npz", tmp_path / "other.npz"
+    assert run(capsys, "train", "--data", f"npz:{shapes_npz}", "--out", out, *SHORT)[0] == 0
+    shapes_npz.rename(moved)
+    code, _, err = run(capsys, "train", "--out", out, "--resume", "--epochs", "3")
+    assert code == 2
+    assert str(shapes_npz) in err
+    words = ("train", "--out", out, "--resume", "--data")
+    code, shown, _ = run(capsys, *words, f"npz:{moved}", "--epochs", "3")
+    assert code == 0
+    assert "moved.npz now, with the same content" in shown.replace("\n", "")
+    assert "epochs 3 instead of 2" in shown
+    saved = json.loads((out / "config.json").read_text())
+    assert saved["config"]["data"] == f"npz:{moved}"
+    assert run(capsys, "evaluate", out)[0] == 0
+
+    arrays = dict(np.load(moved))
+    np.savez(other, **{**arrays, "train_image": arrays["train_image"][::-1]})
+    code, _, err = run(capsys, *words, f"npz:{other}")
+    assert code == 2
+    assert "other.npz are not those that the run" in err
+    assert json.loads((out / "config.json").read_text()) == saved
+
+
+def test_a_damaged_checkpoint_is_named(capsys, tmp_path, shapes_npz, monkeypatch):
     out = tmp_path / "run"
+    # As if killed before the checkpoints but the last were deleted.
+    monkeypatch.setattr(checkpoint.CheckpointWriter, "finish", checkpoint.CheckpointWriter.wait)
     run(capsys, "train", "--data", f"npz:{shapes_npz}", "--out", out, *SHORT)
     victim = out / "checkpoints" / "12" / "state" / "_METADATA"
     victim.write_bytes(victim.read_bytes()[:-3])

@@ -1,15 +1,17 @@
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 import chex
 import numpy as np
 import pytest
 
-from bmjax.config import AugmentConfig, DeviceConfig, DistillConfig, RunConfig
+from bmjax.config import AugmentConfig, DeviceConfig, DistillConfig, OptimConfig, RunConfig
 from bmjax.data import Dataset
+from bmjax.distill.settings import read_settings
 from bmjax.distill.tour import distill
-from bmjax.errors import UserError
+from bmjax.errors import DivergenceError, UserError
 from bmjax.losses.table import LOSS_PARAMS
 from bmjax.runs import checkpoint
 from bmjax.runs.trained import load_run
@@ -93,6 +95,34 @@ def test_a_tour_that_was_stopped_goes_on(tmp_path, quiet, as_data, monkeypatch):
     for ours, theirs in zip(result["rows"], whole["rows"], strict=True):
         assert ours["accuracy"] == theirs["accuracy"]
         assert ours["loss"] == theirs["loss"]
+    # Runs that have ended stay as they are, until they are to be longer.
+    lower = dataclasses.replace(on, optim=OptimConfig(learning_rate=1e-4))
+    assert distill(lower, quiet)["rows"][1]["loss"] == result["rows"][1]["loss"]
+    longer = distill(dataclasses.replace(lower, epochs=4, data="moved"), quiet)
+    assert longer["rows"][0]["accuracy"] == result["rows"][0]["accuracy"]
+    assert {load_run(tmp_path / "tour" / name).step for name in ("alone", "distilled")} == {24}
+    saved = read_settings(tmp_path / "tour")
+    assert (saved.epochs, saved.optim.learning_rate, saved.data) == (4, 1e-4, "moved")
+
+
+def test_the_advice_after_a_divergence_names_the_tour(tmp_path, quiet, as_data):
+    wild = OptimConfig(optimizer="sgd", learning_rate=1e18, warmup_epochs=0)
+    config = config_of(tmp_path, teacher_model="mlp", student="mlp", optim=wild)
+    with pytest.raises(DivergenceError) as error:
+        distill(config, quiet)
+    tour = tmp_path / "tour"
+    assert error.value.go_on == f"bmjax distill --resume --out {tour} --learning-rate 1e+17"
+    run = RunConfig(tensorboard=False, resume=True)
+    tame = dataclasses.replace(config, optim=OptimConfig(optimizer="sgd"), run=run)
+    assert distill(tame, quiet)["steps"] == 18
+
+
+def test_a_change_that_would_make_another_teacher_is_refused(tmp_path, quiet, as_data):
+    config = config_of(tmp_path, teacher_model="mlp", epochs=1, generations=2)
+    distill(config, quiet)
+    run = RunConfig(tensorboard=False, resume=True)
+    with pytest.raises(UserError, match="epochs cannot be changed any more: generation 2"):
+        distill(dataclasses.replace(config, epochs=2, run=run), quiet)
 
 
 def test_a_given_teacher_trains_one_student(teacher, tmp_path, quiet, as_data):
@@ -106,6 +136,9 @@ def test_a_given_teacher_trains_one_student(teacher, tmp_path, quiet, as_data):
     with pytest.raises(UserError, match=r"alpha is 0.5 in the run and 0.25 now"):
         distill(dataclasses.replace(again, alpha=0.25), quiet)
     assert distill(again, quiet)["rows"][1]["accuracy"] == result["rows"][1]["accuracy"]
+    assert distill(dataclasses.replace(again, data="moved", epochs=4), quiet)["steps"] == 24
+    assert read_settings(Path(config.folder)).epochs == 4
+    assert read_settings(Path(config.folder)).data == "moved"
 
 
 def test_misuse_is_named_and_nothing_is_written(teacher, tmp_path, quiet, shapes, monkeypatch):

@@ -12,6 +12,7 @@ from bmjax.errors import UserError
 from bmjax.evaluate import measure
 from bmjax.evaluate.measure import evaluate
 from bmjax.evaluate.prediction import predict
+from bmjax.runs import checkpoint
 from bmjax.runs.history import read_metrics
 from bmjax.runs.trained import load_run
 from bmjax.train.loop import fit
@@ -126,14 +127,17 @@ def test_misuse_is_named(run, tmp_path):
         predict(PredictConfig(config.out, ("none.png",), top=0))
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_left_in_place(run):
-    config, _ = run
+def test_a_damaged_checkpoint_is_passed_over_and_left_in_place(small, shapes, quiet, monkeypatch):
+    config = small
+    # As if killed before the checkpoints but the last were deleted.
+    monkeypatch.setattr(checkpoint.CheckpointWriter, "finish", checkpoint.CheckpointWriter.wait)
+    fit(config, shapes, console=quiet)
     folder = Path(config.out) / "checkpoints"
-    victim = folder / "36" / "best" / "_METADATA"
+    victim = folder / "36" / "state" / "_METADATA"
     victim.write_text(victim.read_text() + " ")
     trained = load_run(config.out)
     assert trained.step == 30
-    assert "best/_METADATA was changed" in trained.warnings[0]
+    assert "state/_METADATA was changed" in trained.warnings[0]
     assert (folder / "36").is_dir()
     for step in (24, 30):
         (folder / str(step) / "meta" / "metadata").unlink()

@@ -225,6 +225,26 @@ def test_stopped_in_either_phase_and_resumed_is_as_never_stopped(
         assert np.array_equal(one[name], other[name]), name
 
 
+def test_a_run_goes_on_for_longer_with_data_that_moved(config, tmp_path, shapes_npz):
+    config = dataclasses.replace(config, head_epochs=1, head="random", epochs=2)
+    before = finetune(config)["history"]
+    moved = shapes_npz.rename(tmp_path / "moved.npz")
+    again = dataclasses.replace(
+        config,
+        data=f"npz:{moved}",
+        epochs=3,
+        run=dataclasses.replace(config.run, resume=True),
+    )
+    history = finetune(again)["history"]
+    assert history[: len(before)] == before
+    assert [record["epoch"] for record in history] == [1, 1, 2, 2, 3, 3]
+    # One epoch with a schedule of its own ends as the one of the phase before.
+    rates = [record["learning_rate"] for record in history if record["split"] == "train"]
+    np.testing.assert_allclose(rates, rates[0], rtol=1e-6)
+    assert read_settings(Path(config.out)).epochs == 3
+    assert read_settings(Path(config.out)).data == f"npz:{moved}"
+
+
 @pytest.mark.slow
 def test_a_head_is_kept_where_the_classes_are_the_same(config, tmp_path):
     finetune(config)

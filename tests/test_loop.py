@@ -141,8 +141,10 @@ def test_a_finished_run_resumed_is_left_as_it_is(small, shapes, quiet):
     assert same == history
 
 
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(small, shapes, capsys):
-    state, _ = fit(small, shapes)
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(small, shapes, capsys, monkeypatch):
+    with monkeypatch.context() as patch:  # as if killed before the others were deleted
+        patch.setattr(checkpoint.CheckpointWriter, "finish", checkpoint.CheckpointWriter.wait)
+        state, _ = fit(small, shapes)
     folder = Path(small.out) / "checkpoints"
     victim = next(path for path in (folder / "36" / "state" / "d").iterdir())
     content = bytearray(victim.read_bytes())
@@ -153,6 +155,34 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(small, shapes, capsys
     assert f"{folder / '36'} is damaged (state/d/{victim.name} was changed)" in said
     assert "going on from the one at step 30" in said
     chex.assert_trees_all_equal(on_host(state), on_host(again))
+    assert checkpoint.saved_steps(folder) == [36]
+
+
+@pytest.mark.parametrize(("accuracies", "best"), [((0.1, 0.2, 0.3), 3), ((0.1, 0.3, 0.2), 2)])
+def test_a_finished_run_holds_one_checkpoint_and_the_best_params_once(
+    small, shapes, quiet, monkeypatch, accuracies, best
+):
+    from bmjax.train import session as module
+
+    rest, summarize = iter(accuracies), module.summarize
+    monkeypatch.setattr(
+        module, "summarize", lambda sums: {**summarize(sums), "accuracy": next(rest)}
+    )
+    variables = []
+    fit(
+        dataclasses.replace(small, epochs=3),
+        shapes,
+        on_epoch=lambda epoch: variables.append(checkpoint.to_named(epoch.variables)),
+        console=quiet,
+    )
+    folder = Path(small.out) / "checkpoints"
+    assert checkpoint.saved_steps(folder) == [18]
+    assert (folder / "18" / "best").is_dir() == (best < 3)
+    for items in (("best",), ("state", "best")):
+        read = checkpoint.read(folder, 18, items)
+        assert set(read) == {*items, "meta"}
+        chex.assert_trees_all_equal(read["best"], variables[best - 1])
+    assert read["meta"]["best_epoch"] == best
 
 
 def test_divergence_names_step_learning_rate_and_checkpoint(small, shapes, quiet):
@@ -243,8 +273,8 @@ def test_a_folder_that_holds_a_run_is_refused(small, shapes, quiet):
     before = {path: path.stat().st_mtime for path in Path(small.out).rglob("*")}
     with pytest.raises(UserError, match="already holds a run"):
         fit(small, shapes, console=quiet)
-    with pytest.raises(UserError, match="epochs is 2 in the run and 6 now"):
-        fit(resumed(small), shapes, console=quiet)
+    with pytest.raises(UserError, match="batch_size is 16 in the run and 8 now"):
+        fit(resumed(small, epochs=2, batch_size=8), shapes, console=quiet)
     other = dataclasses.replace(shapes, train=shapes.test)
     with pytest.raises(UserError, match="SHA-256 differs"):
         fit(resumed(small, epochs=2), other, console=quiet)

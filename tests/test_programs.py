@@ -1,5 +1,8 @@
 import dataclasses
+import os
 import shutil
+import subprocess
+import sys
 from typing import Any
 
 import chex
@@ -8,6 +11,7 @@ import numpy as np
 import pytest
 from jax.tree_util import Partial
 
+from bmjax import create_model, to_torchvision
 from bmjax.config import AugmentConfig, DeviceConfig
 from bmjax.data import loader
 from bmjax.data.kinds import prepare
@@ -15,10 +19,14 @@ from bmjax.data.preprocess import Normalization
 from bmjax.data.sources import DatasetSpec
 from bmjax.errors import UserError
 from bmjax.machine.parallel import Parallel
+from bmjax.runs.changes import Change
 from bmjax.train import loop, programs
+from bmjax.train.job import Job
 from bmjax.train.loop import fit
 from bmjax.train.programs import TrainingPrograms
 from bmjax.train.step import classification_loss
+from bmjax.weights.writing import write_state_dict
+from tests.conftest import draw_shapes
 from tests.folder_helpers import write, write_class
 from tests.test_loop import Read, on_host
 
@@ -43,7 +51,11 @@ def train_epoch(made, config, dataset, functions):
     (phase,), parallel = made.phases, made.parallel
     functions = parallel.put(functions)
     feed = loader.Feed(dataset.train, parallel, config.batch_size, lambda _: ORDER, wide=True)
-    state, totals, step = parallel.put(phase.fresh), parallel.put(made.zeros(NORMALIZATION)), 0
+    state, totals, step = (
+        parallel.put(phase.make_fresh()),
+        parallel.put(made.zeros(NORMALIZATION)),
+        0,
+    )
     while step < made.num_batches:
         arrays, step = feed.at(step)
         state, totals = made.steps(phase)(state, totals, functions, arrays, np.int32(step))
@@ -146,3 +158,73 @@ def test_work_in_threads_ends_where_what_is_done_meanwhile_fails():
     with pytest.raises(UserError, match="no such model"):
         prepare.in_threads(done.append, 100_000, "counting", fail)
     assert len(done) < 100_000
+
+
+MISSES = """
+import logging, sys
+
+class Misses(logging.Handler):
+    def emit(self, record):
+        if "CACHE MISS" in record.getMessage():
+            print("compiled anew:", record.getMessage())
+
+compiler = logging.getLogger("jax._src.compiler")
+compiler.setLevel(logging.DEBUG)
+compiler.propagate = False
+compiler.addHandler(Misses())
+from bmjax.cli import main
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["train", "finetune"])
+def test_another_length_rate_or_seed_compiles_nothing_anew(command, tmp_path):
+    arrays: dict[str, Any] = {}
+    for seed, (name, number) in enumerate([("train", 60), ("validation", 30)]):
+        source = draw_shapes(number, seed, channels=3, size=32)
+        arrays |= {f"{name}_image": source.images, f"{name}_label": source.labels}
+    np.savez(tmp_path / "shapes.npz", **arrays)
+    words = ["--model", "cnn_tiny"]
+    if command == "finetune":
+        model = create_model("resnet_tiny", num_classes=10)
+        variables = jax.jit(model.init)(jax.random.key(7), np.zeros((1, 32, 32, 3), np.float32))
+        write_state_dict(tmp_path / "tiny.pth", to_torchvision(dict(variables), "resnet_tiny"))
+        words = ["--model", "resnet_tiny", "--weights", str(tmp_path / "tiny.pth")]
+        words += ["--image-size", "32"]
+
+    def compiled(out, *flags):
+        process = subprocess.run(
+            [
+                *(sys.executable, "-c", MISSES, command, *words, "--batch-size", "20"),
+                *("--data", f"npz:{tmp_path / 'shapes.npz'}", "--out", str(tmp_path / out), *flags),
+            ],
+            env={**os.environ, "BMJAX_CACHE": str(tmp_path / "cache")},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return [line for line in process.stdout.splitlines() if "compiled anew" in line]
+
+    assert compiled("a", "--epochs", "1")
+    other = ("--learning-rate", "1e-4", "--warmup-epochs", "0.5", "--seed", "3")
+    assert compiled("b", "--epochs", "3", *other) == []
+
+
+def test_schedules_of_any_numbers_have_one_program(small, shapes, traced):
+    parallel = Parallel("jit", jax.devices()[:1])
+    made = TrainingPrograms(small, parallel, DatasetSpec.of(shapes))
+    optim = dataclasses.replace(small.optim, learning_rate=1e-4, warmup_epochs=0.5)
+    other = dataclasses.replace(small, epochs=9, seed=4, optim=optim)
+    changed = Job(changes=(Change(12, {"epochs": 2}, {"epochs": 9}),))
+    train_epoch(made, small, shapes, made.functions(made.phases[0], NORMALIZATION))
+    steps: Any = made.steps(made.phases[0])
+    number = steps._cache_size()
+    for job in (Job(), changed):
+        again = TrainingPrograms(other, parallel, DatasetSpec.of(shapes), job)
+        for phase in again.phases:
+            # What differs between the two are numbers that the compiled steps take.
+            _, _, schedule = again.functions(phase, NORMALIZATION)
+            view, loss_fn, _ = made.functions(made.phases[0], NORMALIZATION)
+            train_epoch(made, small, shapes, (view, loss_fn, schedule))
+    assert steps._cache_size() == number

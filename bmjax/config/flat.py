@@ -8,9 +8,10 @@ from bmjax.config import PROCESSES
 from bmjax.errors import UserError
 
 # Fields that may differ between a run and its resumption: they change where and how it is
-# computed or shown, never what is computed.
+# computed or shown, never what is computed. Data may have moved: their fingerprint is compared.
 FREE_FIELDS = frozenset(
     [
+        "data",
         "out",
         "teacher",
         "teacher_cache",
@@ -29,6 +30,8 @@ FREE_FIELDS = frozenset(
         "profile",
     ]
 )
+# Fields that a resumption may change, from the step on at which the run goes on: `runs.changes`.
+CHANGEABLE = ("epochs", "learning_rate", "schedule", "warmup_epochs", "clip_norm")
 
 
 # Fields that no file ever holds: nothing is imported because a run says so.
@@ -47,6 +50,23 @@ def flatten(config: Any) -> dict[str, Any]:
         value = getattr(config, item.name)
         flat.update(flatten(value) if dataclasses.is_dataclass(value) else {item.name: value})
     return flat
+
+
+def with_values(config: Any, values: dict[str, Any]) -> Any:
+    """Returns a nested config with other values of some fields.
+
+    Args:
+        config: a config dataclass.
+        values: by flat name, of the fields' own types.
+    """
+    changes: dict[str, Any] = {}
+    for item in dataclasses.fields(config):
+        old = getattr(config, item.name)
+        if dataclasses.is_dataclass(old):
+            changes[item.name] = with_values(old, values)
+        elif item.name in values:
+            changes[item.name] = values[item.name]
+    return dataclasses.replace(config, **changes)
 
 
 def unflatten(cls: type, flat: dict[str, Any], where: str) -> Any:
@@ -120,7 +140,7 @@ def contradictions(saved: Any, asked: Any) -> list[str]:
     return [
         f"{name} is {before[name]!r} in the run and {after[name]!r} now"
         for name in before
-        if name not in FREE_FIELDS and before[name] != after[name]
+        if name not in FREE_FIELDS | {*CHANGEABLE} and before[name] != after[name]
     ]
 
 

@@ -7,6 +7,7 @@ from bmjax.config import DistillConfig
 from bmjax.config.checks import check_distill
 from bmjax.config.flat import contradictions, flatten, unflatten
 from bmjax.config.paths import user_path
+from bmjax.distill.resumption import check_generations
 from bmjax.errors import UserError
 from bmjax.machine.storage import free_folder
 from bmjax.machine.storage import read_settings as read_file
@@ -32,6 +33,7 @@ def settled(config: DistillConfig) -> DistillConfig:
                 f"--resume contradicts the run in {out}: {'; '.join(differing)}. Leave these "
                 "flags out, or start another run in another --out."
             )
+        check_generations(config, saved, out)
     else:
         refuse_existing(out)
     return dataclasses.replace(config, out=str(out))

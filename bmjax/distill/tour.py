@@ -22,6 +22,13 @@ from bmjax.distill.feature_matching import Matching
 from bmjax.distill.loss import check_loss, distillation_loss, match_features
 from bmjax.distill.resized import as_seen
 from bmjax.distill.results import Folders, finish
+from bmjax.distill.resumption import (
+    go_on_with_student,
+    go_on_with_teacher,
+    settings_of_teacher,
+    settings_to_go_on,
+    update_settings,
+)
 from bmjax.distill.settings import settled
 from bmjax.distill.students import (
     StudentWeights,
@@ -33,7 +40,7 @@ from bmjax.distill.students import (
 )
 from bmjax.distill.teacher_cache import NoCache, cached_teacher
 from bmjax.distill.teachers import as_one, check_weights, load_teacher, with_classes
-from bmjax.errors import StoppedError, UserError
+from bmjax.errors import DivergenceError, StoppedError, UserError
 from bmjax.losses.table import LOSS_PARAMS
 from bmjax.machine import hosts
 from bmjax.machine.parallel import make_parallel, request_devices
@@ -42,7 +49,7 @@ from bmjax.machine.storage import make_folder, write_settings
 from bmjax.machine.terminal import forgiving_console
 from bmjax.models import contract, num_params
 from bmjax.models.build import build_model
-from bmjax.runs.folder import CONFIG, TOUR
+from bmjax.runs.folder import TOUR
 from bmjax.runs.trained import TrainedRun, load_for, load_run, match_data
 from bmjax.train.job import Job, StartingPoint
 from bmjax.train.loop import train
@@ -114,20 +121,29 @@ def _distill(config: DistillConfig, out: Path, console: Console) -> dict[str, An
     if len(plan.folders) > 1 and not config.run.resume:
         hosts.on_first(make_folder, out)
         hosts.on_first(write_settings, out / TOUR, settings_to_keep(asked))
+    elif len(plan.folders) > 1:
+        hosts.on_first(update_settings, asked, out)
     if not config.teacher:
         of_teacher = Job(title=f"teacher {config.teacher_model}")
-        _train_or_go_on(plan.teacher, dataset, of_teacher, console)
-        model = build_model(plan.alone, dataset.num_classes)
-        alone = Job(
-            extra=weights.extra if weights else {},
-            title=f"{config.student} alone",
-            start=_start(model, config, None, dataset, weights),
-        )
-        _train_or_go_on(plan.alone, dataset, alone, console)
-        teacher = load_run(plan.teacher.folder)
-    for number, folder in enumerate(plan.students):
-        before = load_run(plan.students[number - 1]) if number else teacher
-        train_student(config, before, folder, dataset, console, weights)
+        try:
+            _train_or_go_on(settings_of_teacher(plan.teacher), dataset, of_teacher, console)
+        except DivergenceError as error:
+            raise go_on_with_teacher(error, config) from None
+    try:
+        if not config.teacher:
+            model = build_model(plan.alone, dataset.num_classes)
+            alone = Job(
+                extra=weights.extra if weights else {},
+                title=f"{config.student} alone",
+                start=_start(model, config, None, dataset, weights),
+            )
+            _train_or_go_on(plan.alone, dataset, alone, console)
+            teacher = load_run(plan.teacher.folder)
+        for number, folder in enumerate(plan.students):
+            before = load_run(plan.students[number - 1]) if number else teacher
+            train_student(config, before, folder, dataset, console, weights)
+    except DivergenceError as error:
+        raise go_on_with_student(error, config) from None
     return finish(config, dataset, folders, teachers or ([teacher] if teacher else []))
 
 
@@ -252,9 +268,7 @@ def _check_split(config: DistillConfig, teacher: TrainedRun) -> None:
 
 def _train_or_go_on(config: TrainConfig, dataset: Dataset, job: Job, console: Console) -> None:
     """Runs a part of the tour; a resumed tour may not have begun it yet."""
-    started = hosts.on_first((Path(config.folder) / CONFIG).is_file)
-    run = dataclasses.replace(config.run, resume=config.run.resume and started)
-    train(dataclasses.replace(config, run=run), dataset, job, console)
+    train(settings_to_go_on(config), dataset, job, console)
 
 
 def train_student(

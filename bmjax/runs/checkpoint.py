@@ -1,7 +1,8 @@
 """Checkpoints by Orbax: written in the background, checksummed, verified before a restore.
 
 A checkpoint is a folder `checkpoints/STEP` with the items `state` (all that training changes,
-by name), `best` (the variables with the best validation accuracy so far) and `meta`. Its
+by name), `best` (the variables with the best validation accuracy so far, unless `meta` says that
+they are those in `state`) and `meta`. Its
 `manifest.json`, written last, holds the SHA-256 of every file: Orbax itself has no checksum of
 array data. It is written under another name and gets its own once all of it is on the disk, and
 loses it before it is deleted: what has a step's name was whole once.
@@ -29,6 +30,8 @@ from bmjax.machine.storage import free_folder, read_json
 
 MANIFEST = "manifest.json"
 DAMAGED = "damaged"
+# Of `meta`: whether the best variables are those in the state, which then stand there alone.
+BEST_IN_STATE = "best_in_state"
 # Before and after a checkpoint has its name; a killed process leaves such folders behind.
 SAVING, REMOVING = ".saving-", ".removing-"
 # In one message.
@@ -46,13 +49,25 @@ def to_named(tree: Any) -> Named:
     }
 
 
+def outline(tree: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns shapes and types of what `to_named` makes of a tree of arrays, or of their shapes."""
+    shapes = jax.eval_shape(lambda tree: jax.tree.map(_raw, tree), tree)
+    leaves = jax.tree_util.tree_leaves_with_path(shapes)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
 def from_named(named: Named, like: Any, where: str) -> Any:
     """Rebuilds a tree like `like` from its arrays by name, strictly.
+
+    Args:
+        named: the arrays.
+        like: a tree of arrays, or of what has their shapes and types.
+        where: what the arrays come from, for the message.
 
     Raises:
         UserError: a name is missing or unexpected, or a shape or type differs; ten are listed.
     """
-    template = to_named(like)
+    template = outline(like)
     problems = [f"missing {name}" for name in template if name not in named]
     problems += [f"unexpected {name}" for name in named if name not in template]
     for name in template.keys() & named.keys():
@@ -77,11 +92,29 @@ def from_named(named: Named, like: Any, where: str) -> Any:
 
 
 def _is_key(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _raw(leaf: Any) -> Any:
     return jax.random.key_data(leaf) if _is_key(leaf) else leaf
+
+
+def evaluated(state: Named) -> Named:
+    """Picks what is evaluated out of a saved state: running averages where there are any.
+
+    States of earlier versions have none of the statistics.
+    """
+    homes = {}
+    for kind in ("params", "batch_stats"):
+        average = f"state/ema_{kind}/"
+        averaged = any(name.startswith(average) for name in state)
+        homes[average if averaged else f"state/{kind}/"] = f"{kind}/"
+    return {
+        new + name.removeprefix(old): value
+        for name, value in state.items()
+        for old, new in homes.items()
+        if name.startswith(old)
+    }
 
 
 class CheckpointWriter:
@@ -109,6 +142,11 @@ class CheckpointWriter:
         if self._pending is not None:
             pending, self._pending = self._pending, None
             pending.result()
+
+    def finish(self) -> None:
+        """Waits, and deletes all checkpoints but the newest."""
+        self.wait()
+        self._thread.submit(self._remove_old, 1).result()
 
     def close(self) -> None:
         """Waits and ends the background thread."""
@@ -138,7 +176,10 @@ class CheckpointWriter:
             raise _not_written(path, error) from error
         finally:  # on a full disk, what is there of it would keep others from writing
             _remove_unfinished(self._folder)
-        for old in saved_steps(self._folder)[: -self._keep]:
+        self._remove_old(self._keep)
+
+    def _remove_old(self, keep: int) -> None:
+        for old in saved_steps(self._folder)[:-keep]:
             removing = self._folder / f"{REMOVING}{old}"
             (self._folder / str(old)).rename(removing)
             shutil.rmtree(removing)
@@ -237,33 +278,42 @@ def newest_sound(folder: Path, set_aside: bool = False) -> tuple[int | None, lis
     Returns:
         Its step, None where there is none, and a line for each damaged one passed over.
     """
-    said: list[str] = []
+    said: dict[int, str] = {}
     if set_aside:
         _remove_unfinished(folder)
-    for step in reversed(saved_steps(folder)):
-        problems = damage(folder / str(step))
-        if not problems:
-            return step, said
-        line = f"checkpoint {folder / str(step)} is damaged ({'; '.join(problems)})"
-        if set_aside:
-            aside = free_folder(folder / DAMAGED / str(step))
-            aside.parent.mkdir(exist_ok=True)
-            (folder / str(step)).rename(aside)
-            line += f" and was set aside as {aside}"
-        said.append(line)
-    return None, said
+    deleted = True
+    while deleted:
+        deleted = False
+        for step in reversed(saved_steps(folder)):
+            path = folder / str(step)
+            problems = damage(path)
+            if not problems:
+                return step, list(said.values())
+            if not path.is_dir():  # a training process has deleted it, for a newer one
+                deleted = True
+                continue
+            said[step] = f"checkpoint {path} is damaged ({'; '.join(problems)})"
+            if set_aside:
+                aside = free_folder(folder / DAMAGED / str(step))
+                aside.parent.mkdir(exist_ok=True)
+                path.rename(aside)
+                said[step] += f" and was set aside as {aside}"
+    return None, list(said.values())
 
 
 def read(folder: Path, step: int, items: tuple[str, ...]) -> dict[str, Any]:
     """Reads items of a checkpoint that was verified before, and its `meta`.
 
     Returns:
-        `{item: {name: array}}` for the items that the checkpoint has, with `meta` beside them.
+        `{item: {name: array}}` for the items that the checkpoint has, with `meta` beside them;
+        `best` is there wherever there are best variables.
     """
     import orbax.checkpoint as ocp
 
     path = folder / str(step)
     present = [name for name in items if (path / name).is_dir()]
+    if "best" in items and "best" not in present and "state" not in present:
+        present.append("state")
     arguments = {name: ocp.args.StandardRestore() for name in present}
     # Some versions warn that there is no target; the names are compared with one afterwards.
     with errors_only(), _checkpointer() as checkpointer:
@@ -271,7 +321,10 @@ def read(folder: Path, step: int, items: tuple[str, ...]) -> dict[str, Any]:
             path.absolute(), args=ocp.args.Composite(**arguments, meta=ocp.args.JsonRestore())
         )
     values = {name: _present_names(restored[name]) for name in present}
-    return {**values, "meta": restored["meta"]}
+    meta = restored["meta"]
+    if "best" in items and meta.get(BEST_IN_STATE):
+        values["best"] = evaluated(values["state"])
+    return {**{name: values[name] for name in items if name in values}, "meta": meta}
 
 
 def _present_names(named: dict[str, Any]) -> dict[str, Any]:
@@ -282,15 +335,33 @@ def _present_names(named: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_newest(
-    folder: Path, items: tuple[str, ...]
+    folder: Path, items: tuple[str, ...], set_aside: bool = False
 ) -> tuple[int | None, list[str], dict[str, Any]]:
-    """Reads the newest checkpoint that is as it was written, and sets damaged ones aside.
+    """Reads the newest checkpoint that is as it was written, while others may come and go.
+
+    Args:
+        folder: the run's `checkpoints`.
+        items: see `read`.
+        set_aside: see `newest_sound`.
 
     Returns:
         Its step, a line for each damaged one, and what `read` returns, empty where there is none.
     """
-    step, said = newest_sound(folder, set_aside=True)
-    return step, said, {} if step is None else read(folder, step, items)
+    while True:
+        step, said = newest_sound(folder, set_aside)
+        if step is None:
+            return None, said, {}
+        # One that a training process deletes loses its name first. Until then all of it is there;
+        # afterwards Orbax may raise anything, or take what is missing for zeros.
+        path = folder / str(step)
+        try:
+            values = read(folder, step, items)
+        except Exception:
+            if path.is_dir():
+                raise
+            continue
+        if path.is_dir():
+            return step, said, values
 
 
 def _write_manifest(path: Path) -> None:

@@ -13,16 +13,18 @@ import filelock
 
 from bmjax.config import DistillConfig, FinetuneConfig, TrainConfig
 from bmjax.config.checks import check_train
-from bmjax.config.flat import contradictions, flatten, settings_to_keep, unflatten
+from bmjax.config.flat import CHANGEABLE, contradictions, flatten, settings_to_keep, unflatten
 from bmjax.data.preprocess import Normalization
 from bmjax.errors import UserError, listed
 from bmjax.machine import hosts
 from bmjax.machine.storage import make_folder, read_settings, write_settings
+from bmjax.runs import checkpoint
+from bmjax.runs.changes import Change, as_json, read_changes
 from bmjax.version import __version__
 
 CONFIG = "config.json"
 TOUR = "distill.json"
-_PARTS = {"bmjax", "config", "data", "extra", "kind", "versions"}
+_PARTS = {"bmjax", "changes", "config", "data", "extra", "kind", "versions"}
 # The kinds of run, each with the command that goes on with it; None: there is no training.
 KINDS = {
     "train": "bmjax train",
@@ -53,6 +55,7 @@ class Run:
             inputs, or None where they are resized to the shape.
         extra: settings beyond training, such as those of distillation.
         kind: one of `KINDS`.
+        changes: what resumptions changed of the settings, in order.
     """
 
     path: Path
@@ -60,6 +63,7 @@ class Run:
     data: dict[str, Any]
     extra: dict[str, Any]
     kind: str = "train"
+    changes: tuple[Change, ...] = ()
 
     @property
     def checkpoints(self) -> Path:
@@ -107,6 +111,19 @@ def create_run(run: Run) -> None:
         },
     }
     make_folder(run.checkpoints)
+    write_settings(run.path / CONFIG, content)
+
+
+def update_run(run: Run) -> None:
+    """Writes what a resumption changes into the `config.json`: settings, and where the data are."""
+    content = read_settings(run.path / CONFIG)
+    flat = flatten(run.config)
+    content["config"] |= {name: flat[name] for name in ("data", *CHANGEABLE)}
+    content["data"]["name"] = run.data["name"]
+    if run.changes:
+        content["changes"] = as_json(run.changes)
+    else:
+        content.pop("changes", None)
     write_settings(run.path / CONFIG, content)
 
 
@@ -169,19 +186,31 @@ def read_run(path: Path) -> Run:
         _check_form(config, data, extra)
         if kind not in KINDS:
             raise ValueError(f"kind is {kind!r}, but must be one of {', '.join(KINDS)}")
+        settings: TrainConfig = unflatten(TrainConfig, config, str(file))
+        changes = read_changes(content.get("changes", []), str(file))
+    except UserError:
+        raise
     except (ValueError, KeyError, TypeError, OverflowError) as error:
         _refuse_other_folder(path)
         raise UserError(
             f"{file} cannot be read ({type(error).__name__}: {error}). It was changed or cut off; "
             "restore it, or start anew."
         ) from error
-    settings = unflatten(TrainConfig, config, str(file))
     check_train(settings)
-    return Run(path, settings, data, extra, kind)
+    return Run(path, settings, data, extra, kind, changes)
 
 
 def _kind_before(extra: dict[str, Any]) -> str:
     return next((kind for mark, kind in _MARKS.items() if mark in extra), "train")
+
+
+def has_ended(run: Run) -> bool:
+    """Whether a run has ended by itself, and only more epochs would make it go on.
+
+    Of a run that an earlier version ended, this is not known: False.
+    """
+    _, _, values = checkpoint.read_newest(run.checkpoints, ())
+    return bool(values) and bool(values["meta"].get("ended"))
 
 
 def check_kind(run: Run, kind: str) -> None:
@@ -285,10 +314,11 @@ def _both(names: list[str]) -> str:
     return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
-def check_same_data(saved: Run, fingerprint: str) -> None:
+def check_same_data(saved: Run, name: str, fingerprint: str) -> None:
     """Raises UserError where a run was begun with data of another fingerprint."""
     if saved.data["fingerprint"] != fingerprint:
         raise UserError(
-            f"the data of {saved.data['name']} are not those that the run in {saved.path} began "
-            "with (their SHA-256 differs). Restore the data, or start another run."
+            f"the data {name} are not those that the run in {saved.path} began with, which were "
+            f"{saved.data['name']} (their SHA-256 differs). Restore the data, or say by --data "
+            "where they are now, or start another run."
         )

@@ -233,9 +233,8 @@ def load_run(path: str | Path, which: str = "latest") -> TrainedRun:
         ) from error
     init = partial(contract.init, model)
     shapes = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, *run.data["image_shape"])))
-    like = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
     where = f"checkpoint {run.checkpoints / str(step)}"
-    variables = {"batch_stats": {}, **checkpoint.from_named(named, like, where)}
+    variables = {"batch_stats": {}, **checkpoint.from_named(named, shapes, where)}
     fingerprint = checkpoint.fingerprint(named)
     return TrainedRun(run, model, variables, step, fingerprint, tuple(warnings))
 
@@ -243,38 +242,20 @@ def load_run(path: str | Path, which: str = "latest") -> TrainedRun:
 def _read(path: Path, which: str) -> tuple[Run, int, list[str], checkpoint.Named]:
     """Returns the run, and of its newest sound checkpoint step, warnings and variables."""
     run = read_run(path)
-    step, warnings = checkpoint.newest_sound(run.checkpoints)
+    item = "best" if which == "best" else "state"
+    step, warnings, items = checkpoint.read_newest(run.checkpoints, (item,))
     if step is None:
         cause = "; ".join(warnings) or "none was saved yet"
         raise UserError(
             f"the run in {path} has no sound checkpoint: {cause}. Train it on with --resume."
         )
-    items = checkpoint.read(run.checkpoints, step, ("best",) if which == "best" else ("state",))
     if which == "best" and "best" not in items:
         raise UserError(f"the run in {path} has finished no epoch yet. Take the latest params.")
-    named = items["best"] if which == "best" else _evaluated(items["state"])
+    named = items["best"] if which == "best" else checkpoint.evaluated(items["state"])
     named = {k: v for k, v in named.items() if not k.startswith(f"params/{LOSS_PARAMS}/")}
     if warnings:
         warnings = [*warnings, f"the checkpoint at step {step} is used instead"]
     return run, step, warnings, named
-
-
-def _evaluated(state: checkpoint.Named) -> checkpoint.Named:
-    """Picks what is evaluated out of a saved state: running averages where there are any.
-
-    States of earlier versions have none of the statistics.
-    """
-    homes = {}
-    for kind in ("params", "batch_stats"):
-        average = f"state/ema_{kind}/"
-        averaged = any(name.startswith(average) for name in state)
-        homes[average if averaged else f"state/{kind}/"] = f"{kind}/"
-    return {
-        new + name.removeprefix(old): value
-        for name, value in state.items()
-        for old, new in homes.items()
-        if name.startswith(old)
-    }
 
 
 def load_for(

@@ -143,7 +143,10 @@ def zero_totals(
     image_shape: tuple[int, int, int],
     view_targets: loader.ViewTargets | None = None,
 ) -> dict[str, Array]:
-    """Returns the totals before the first example, with a name for each metric of the loss."""
+    """Returns the totals before the first example, with a name for each metric of the loss.
+
+    Of `state` it takes shapes and types alone.
+    """
     rows = view_targets.rows(0, 1) if view_targets else {}
     batch = {
         **{
@@ -155,10 +158,13 @@ def zero_totals(
         "position": jax.ShapeDtypeStruct((1,), jnp.int32),
     }
     # Batch statistics add up along the devices' axis, which has to be there.
-    loss_fn = with_average(loss_fn, state)
-    on_one = jax.vmap(loss_fn, (None, None, None, None), axis_name=AXIS, axis_size=1)
-    result = jax.eval_shape(on_one, state.params, state.batch_stats, batch, state.key)
-    metrics = _metrics_of(result)
+
+    def of_batch(state: TrainState, batch: Batch) -> Any:
+        averaged = with_average(loss_fn, state)
+        return averaged(state.params, state.batch_stats, batch, state.key)
+
+    on_one = jax.vmap(of_batch, (None, None), axis_name=AXIS, axis_size=1)
+    metrics = _metrics_of(jax.eval_shape(on_one, state, batch))
     totals = {name: jnp.zeros(()) for name in ("count", "loss", *metrics)}
     return {**totals, "bad_step": jnp.full((), -1, jnp.int32)}
 

@@ -29,6 +29,7 @@ from bmjax.machine.storage import make_folder, replacing, write_atomically
 from bmjax.machine.terminal import forgiving_console
 from bmjax.train.job import Job, StartingPoint
 from bmjax.train.programs import TrainingPrograms
+from bmjax.train.step import run_keys
 
 _LOWEST, _HIGHEST, _STEPS = 1e-6, 10.0, 120
 # Of the running average of the losses, which a single batch makes jump.
@@ -171,12 +172,12 @@ def _try_rates(
         dataset.train,
         parallel,
         config.batch_size,
-        epoch_orders(phase.fresh.key, dataset, config),
+        epoch_orders(run_keys(config.seed)[1], dataset, config),
         True,
         share=hosts.share(),
         until=_STEPS,
     )
-    state, totals = parallel.put(phase.fresh), parallel.put(programs.zeros(normalization))
+    state, totals = parallel.put(phase.make_fresh()), parallel.put(programs.zeros(normalization))
     losses: list[float] = []
     before = {"loss": 0.0, "count": 0.0}
     for step in track(range(_STEPS), "trying learning rates", console=console, transient=True):

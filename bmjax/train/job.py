@@ -14,6 +14,7 @@ from bmjax.data.preprocess import Normalization
 from bmjax.errors import UserError
 from bmjax.metrics import OwnMetric
 from bmjax.models.architecture import Architecture
+from bmjax.runs.changes import Change
 from bmjax.train.step import LossFn
 
 MakeLoss = Callable[[nn.Module, Normalization], LossFn]
@@ -98,6 +99,7 @@ class Job:
             returns True.
         start: what it begins with; None: random params.
         view_targets: what the loss is given of each view beside image and label.
+        changes: what resumptions changed of the settings, see `runs.changes`.
         own_process: whether the process does nothing else, so that threads may be set up as suits
             this run alone.
     """
@@ -115,6 +117,7 @@ class Job:
     on_epoch: tuple[OnEpoch, ...] = ()
     start: StartingPoint | None = None
     view_targets: ViewTargets | None = None
+    changes: tuple[Change, ...] = ()
     own_process: bool = False
 
 

@@ -28,6 +28,8 @@ from bmjax.metrics import OwnMetric
 from bmjax.models import architecture_of, list_models
 from bmjax.models.build import build_model, resolve
 from bmjax.models.registry import find, makes
+from bmjax.runs import checkpoint
+from bmjax.runs.changes import Change, changed, check_change, explain, with_change
 from bmjax.runs.folder import (
     Run,
     check_kind,
@@ -37,6 +39,7 @@ from bmjax.runs.folder import (
     lock_folder,
     read_run,
     refuse_existing,
+    update_run,
 )
 from bmjax.train.job import (
     Job,
@@ -180,6 +183,7 @@ def train(
     else:
         check_kind(saved, job.kind)
         check_same_settings(saved, config, job.extra)
+        job = dataclasses.replace(job, changes=hosts.on_first(_changes, saved, config))
     use_compilation_cache()
 
     def make_programs(spec: DatasetSpec) -> TrainingPrograms:
@@ -207,20 +211,27 @@ def train(
     normalization = job.start.normalization if job.start else None
     if saved is not None:
         normalization = saved.normalization
-    run = Run(path, config, describe(dataset, normalization), job.extra, job.kind)
+    data = describe(dataset, normalization)
+    run = Run(path, config, data, job.extra, job.kind, job.changes)
     if saved is not None:
-        check_same_data(saved, run.data["fingerprint"])
-    hosts.check_same("data", run.data, "Give every machine a copy of the same.")
+        check_same_data(saved, data["name"], data["fingerprint"])
+    hosts.check_same("data", data, "Give every machine a copy of the same.")
     unvalidated = (
         f"{dataset.name} has no validation split: the last epoch counts as the best. To have "
         "one, give it a validation split, or at least two images per class to cut it from"
     )
-    for line in [*dataset.warnings, *([] if len(dataset.validation) else [unvalidated])]:
-        console.print(f"warning: {line}", highlight=False, markup=False, soft_wrap=True)
+    warnings = [*dataset.warnings, *([] if len(dataset.validation) else [unvalidated])]
+    lines = [f"warning: {line}" for line in warnings]
+    if saved is not None:
+        lines += _what_is_new(saved, run, programs.num_batches)
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     session = Session(run, dataset, programs, console, job)
     with noting_signals() as stop, lock_folder(path):
         if saved is None:
             hosts.on_first(create_run, run)
+        elif _differs(saved, run):
+            hosts.on_first(update_run, run)
         result = session.run_all(stop)
     if stop.signum:
         raise StoppedError(
@@ -229,3 +240,27 @@ def train(
             128 + stop.signum,
         )
     return result
+
+
+def _changes(saved: Run, config: TrainConfig) -> tuple[Change, ...]:
+    """Returns what was changed of a run's settings, the resumption with `config` included."""
+    if not changed(saved.config, config):
+        return saved.changes
+    step, _ = checkpoint.newest_sound(saved.checkpoints)
+    return with_change(saved.config, saved.changes, config, step or 0)
+
+
+def _differs(saved: Run, run: Run) -> bool:
+    moved = saved.config.data != run.config.data or saved.data["name"] != run.data["name"]
+    return moved or bool(changed(saved.config, run.config)) or saved.changes != run.changes
+
+
+def _what_is_new(saved: Run, run: Run, num_batches: int) -> list[str]:
+    """Says what a resumption changes, and raises UserError where that cannot be."""
+    lines = []
+    if saved.data["name"] != run.data["name"]:
+        lines.append(f"the data are {run.data['name']} now, with the same content")
+    if run.changes and run.changes[-1] not in saved.changes:
+        check_change(run.changes[-1], run.config, num_batches)
+        lines.append(explain(run.changes[-1], run.config, num_batches))
+    return lines

@@ -1,7 +1,7 @@
 """Optimizers, learning-rate schedules, and rules on parameter paths."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ from bmjax.models.architecture import Architecture
 
 # Kernels are pulled towards zero; biases, scales of a normalisation, and all else are left alone.
 _DECAYED = ((r"(.*/)?kernel", True), (r".*", False))
+_SLOT = re.compile(r"^(state/opt_state/)(\d+)")
 
 
 def match_rules(tree: Any, rules: Sequence[tuple[str, Any]], may_be_unused: bool = False) -> Any:
@@ -180,7 +181,9 @@ def decay_mask(params: Any) -> Any:
     return match_rules(params, _DECAYED, may_be_unused=True)
 
 
-def learning_rate_schedule(config: OptimConfig, total_steps: int, steps_per_epoch: int) -> Partial:
+def learning_rate_schedule(
+    config: OptimConfig, total_steps: int, steps_per_epoch: int, begin: int = 0
+) -> Partial:
     """Returns the learning rate as a function of the step, counted from 0.
 
     The warm-up's first step already has a learning rate above 0, its last one the peak; after
@@ -192,6 +195,7 @@ def learning_rate_schedule(config: OptimConfig, total_steps: int, steps_per_epoc
             shortened to that.
         total_steps: updates in the whole run.
         steps_per_epoch: updates in one epoch.
+        begin: the step with which the schedule begins.
 
     Returns:
         A `Partial` that holds learning rates and lengths as arrays: a program that takes it as an
@@ -204,6 +208,7 @@ def learning_rate_schedule(config: OptimConfig, total_steps: int, steps_per_epoc
     else:
         low, end, turn = peak / (warmup + 1), 0.0, warmup
     numbers = {
+        "begin": begin,
         "low": low,
         "rise": peak - low,
         "end": end,
@@ -218,7 +223,7 @@ def learning_rate_schedule(config: OptimConfig, total_steps: int, steps_per_epoc
 
 
 def _rate(numbers: dict[str, Array], count: Any, cosine_rise: bool, falls: bool) -> Array:
-    count = jnp.asarray(count, jnp.float32)
+    count = jnp.asarray(count, jnp.float32) - numbers["begin"]
     rise = jnp.clip(count / numbers["rising_steps"], 0.0, 1.0)
     if cosine_rise:
         rise = (1 - jnp.cos(jnp.pi * rise)) / 2
@@ -265,8 +270,32 @@ def make_optimizer(
         "adamw": [optax.scale_by_adam(), decay, rate],
         "lion": [optax.scale_by_lion(), decay, rate],
     }
-    clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
-    if scales is None:
-        return optax.chain(*clip, *rules[config.optimizer])
     multiply = optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, scales))
-    return optax.chain(*clip, *rules[config.optimizer], multiply)
+    rule = optax.chain(*rules[config.optimizer], *([] if scales is None else [multiply]))
+    return _clipped(rule, config.clip_norm) if config.clip_norm else rule
+
+
+def as_saved_today(named: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
+    """Renames the optimizer's state where an earlier version saved it behind a slot for clipping.
+
+    Args:
+        named: a saved state by name.
+        like: the names that are needed.
+    """
+
+    def shifted(name: str) -> str:
+        return _SLOT.sub(lambda match: f"{match[1]}{int(match[2]) - 1}", name, count=1)
+
+    renamed = {shifted(name): value for name, value in named.items()}
+    return renamed if renamed.keys() == like.keys() != named.keys() else dict(named)
+
+
+def _clipped(rule: optax.GradientTransformation, norm: float) -> optax.GradientTransformation:
+    """Clips first; the state is that of `rule` alone, so that a run may begin or end to clip."""
+    clip = optax.clip_by_global_norm(norm)
+
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        clipped, _ = clip.update(grads, optax.EmptyState())
+        return rule.update(clipped, state, params)
+
+    return optax.GradientTransformation(rule.init, update)

@@ -1,6 +1,6 @@
 """The compiled programs of a run, made from what is known before its images are decoded."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import flax.linen as nn
@@ -74,13 +74,13 @@ class TrainingPrograms:
             config.views, size, [0.0] * channels, parallel.axis_name, job.view
         )
         self.compiled_ahead = False
-        self._steps: dict[int, Callable[..., Any]] = {}
+        self._steps: dict[Hashable, Callable[..., Any]] = {}
 
     def steps(self, phase: Phase) -> Callable[..., Any]:
         """Returns the steps of `make_train_steps` for a phase."""
         config = self._config
-        if phase.first not in self._steps:
-            self._steps[phase.first] = make_train_steps(
+        if phase.program not in self._steps:
+            self._steps[phase.program] = make_train_steps(
                 self.parallel,
                 phase.make_optimizer,
                 config.batch_size,
@@ -89,7 +89,7 @@ class TrainingPrograms:
                 phase.trained,
                 config.views.view_passes,
             )
-        return self._steps[phase.first]
+        return self._steps[phase.program]
 
     def functions(
         self, phase: Phase, normalization: Normalization
@@ -109,7 +109,7 @@ class TrainingPrograms:
         """Returns the totals before the first example."""
         phase = self.phases[0]
         _, loss_fn, _ = self.functions(phase, normalization)
-        return zero_totals(loss_fn, phase.fresh, self.spec.image_shape, self._targets)
+        return zero_totals(loss_fn, phase.outline, self.spec.image_shape, self._targets)
 
     def compile_ahead(self) -> None:
         """Compiles the steps of the first phase, where shapes are all that they depend on.
@@ -121,7 +121,7 @@ class TrainingPrograms:
         phase, channels = self.phases[0], self.spec.image_shape[2]
         any_normalization = Normalization.none(channels)
         held = (
-            phase.fresh,
+            phase.outline,
             self.zeros(any_normalization),
             self.functions(phase, any_normalization),
             loader.shapes_of_train(self.spec, self._config.batch_size, self.parallel),

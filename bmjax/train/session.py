@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import time
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -16,17 +17,13 @@ from bmjax.machine import hosts
 from bmjax.machine.signals import Stop
 from bmjax.metrics import summarize
 from bmjax.runs import checkpoint
-from bmjax.runs.folder import (
-    Run,
-)
+from bmjax.runs.folder import KINDS, Run
 from bmjax.runs.inference import evaluate_split, make_evaluate
-from bmjax.train.job import (
-    Epoch,
-    Job,
-)
+from bmjax.train.job import Epoch, Job
+from bmjax.train.optim import as_saved_today
 from bmjax.train.phases import Phase
 from bmjax.train.programs import COMPILING, TrainingPrograms
-from bmjax.train.step import TrainState
+from bmjax.train.step import TrainState, run_keys
 from bmjax.train.tracking import Display, EventFiles, MetricsFile, Profile
 
 # A compiled call lasts about so long: after it the bar moves and a signal is answered.
@@ -63,7 +60,7 @@ class Session:
         self._num_batches = programs.num_batches
         self._total = config.num_epochs * self._num_batches
         self._zeros = programs.zeros(self._normalization)
-        orders = epoch_orders(self._phases[0].fresh.key, dataset, config)
+        orders = epoch_orders(run_keys(config.seed)[1], dataset, config)
         self._train = loader.Feed(
             dataset.train,
             parallel,
@@ -105,7 +102,7 @@ class Session:
         )
         try:
             state, step = self._loop(state, totals, start, stop)
-            hosts.on_first(self._writer.wait)
+            hosts.on_first(self._writer.finish)
         finally:
             self._profile.close()
             self._display.close()
@@ -118,7 +115,7 @@ class Session:
     def _on_one_device(self, state: TrainState, step: int) -> TrainState:
         # By way of the names, which turn the raw data of the key back into a key.
         host = checkpoint.to_named(self._parallel.get(state))
-        like = self._phase_of(step).fresh
+        like = self._phase_of(step).outline
         return jax.device_put(checkpoint.from_named(host, like, "the state"))
 
     def _phase_of(self, step: int) -> Phase:
@@ -127,11 +124,12 @@ class Session:
 
     def _restore(self) -> tuple[Any, Any, int]:
         folder = self._run.checkpoints
-        step, said, read = hosts.on_first(checkpoint.read_newest, folder, ("state", "best"))
+        step, said, read = hosts.on_first(checkpoint.read_newest, folder, ("state", "best"), True)
         for line in said:
             self._console.print(f"warning: {line}", highlight=False, markup=False, soft_wrap=True)
-        state, totals = self._phases[0].fresh, self._zeros
-        if hosts.several():
+        totals = self._zeros
+        state = self._phases[0].make_fresh() if step is None else None
+        if step is None and hosts.several():
             # Processors of different kinds draw params that differ in their last bits.
             named = hosts.on_first(checkpoint.to_named, state)
             state = checkpoint.from_named(named, state, "the state of process 0")
@@ -139,8 +137,9 @@ class Session:
             where = f"the one at step {step}" if step is not None else "the start"
             self._console.print(f"going on from {where}", highlight=False)
         if step is not None:
-            like = {"state": self._phase_of(step).fresh, "totals": totals}
-            named = _with_averages(read["state"], like)
+            like = {"state": self._phase_of(step).outline, "totals": totals}
+            names = checkpoint.outline(like)
+            named = as_saved_today(_with_averages(read["state"], names), names)
             restored = checkpoint.from_named(named, like, f"checkpoint {folder / str(step)}")
             state, totals = restored["state"], restored["totals"]
             meta = read["meta"]
@@ -158,7 +157,7 @@ class Session:
         self._saved_step, self._saved_at = start, time.monotonic()
         for phase in self._phases:
             if step < phase.last and not self._gave_up(step):
-                if step == phase.first > 0:
+                if phase.begins_at(step):
                     state = self._parallel.put(phase.enter(self._on_one_device(state, step)))
                 state, totals, step = self._run_phase(phase, state, totals, step, stop)
         if step < self._total:
@@ -211,7 +210,7 @@ class Session:
     def _gave_up(self, step: int) -> bool:
         """Whether a callback asked to end, or too many epochs went by without a better one.
 
-        These are counted from the beginning of the last phase on.
+        These are counted from the beginning of the last phase on, and so from a change of settings.
         """
         if step == self._asked_to_end:
             return True
@@ -253,10 +252,15 @@ class Session:
             if good is not None
             else "there is no checkpoint yet"
         )
+        lower = f"--learning-rate {self._config.optim.learning_rate / 10:.2g}"
+        flags = f"--out {self._run.path}{self._config.import_flags} {lower}"
+        command = f"{KINDS[self._job.kind]} --resume {flags}"
         raise DivergenceError(
             f"the loss is not finite at step {step} (learning rate "
             f"{phase.learning_rate(step):.3g}); {kept}. A lower --learning-rate, a longer "
-            "--warmup-epochs or --clip-norm 1 usually helps."
+            "--warmup-epochs or --clip-norm 1 usually helps",
+            # A run with own parts is gone on with by the script that has them.
+            "" if self._job.extra.get("own_parts") else command,
         )
 
     def _last_good(self) -> int | None:
@@ -328,7 +332,8 @@ class Session:
             return
         tree = {"state": self._parallel.get(state), "totals": self._parallel.get(totals)}
         items = {"state": checkpoint.to_named(tree)}
-        if self._best.variables:
+        best_is_state = self._best.epoch > 0 and self._best.epoch * self._num_batches == step
+        if self._best.variables and not best_is_state:
             items["best"] = self._best.variables
         meta = {
             "step": step,
@@ -336,16 +341,18 @@ class Session:
             "best_accuracy": self._best.accuracy,
             "best_epoch": self._best.epoch,
             "improved_epoch": self._best.improved,
+            checkpoint.BEST_IN_STATE: best_is_state,
+            "ended": self._ends(step),
         }
         self._writer.save(step, items, meta)
 
 
-def _with_averages(named: checkpoint.Named, like: Any) -> checkpoint.Named:
+def _with_averages(named: checkpoint.Named, names: Collection[str]) -> checkpoint.Named:
     """Begins the average of the statistics where an earlier version kept that of params alone."""
     new, old = "state/ema_batch_stats/", "state/batch_stats/"
     begun = {
         name: named[old + name.removeprefix(new)]
-        for name in checkpoint.to_named(like)
+        for name in names
         if name.startswith(new) and old + name.removeprefix(new) in named
     }
     return {**begun, **named}

@@ -83,7 +83,20 @@ def create_state(
     variables: Any = None,
     trained: Any = None,
 ) -> TrainState:
-    """Returns the state before the first step.
+    """Returns the state before the first step, see `state_maker`."""
+    return state_maker(model, optimizer, image_shape, seed, ema, variables, trained)()
+
+
+def state_maker(
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    image_shape: tuple[int, int, int],
+    seed: int,
+    ema: bool = False,
+    variables: Any = None,
+    trained: Any = None,
+) -> Callable[[], TrainState]:
+    """Returns what makes the state before the first step, to which `jax.eval_shape` applies too.
 
     Args:
         model: the Linen module.
@@ -115,7 +128,7 @@ def create_state(
             ema_batch_stats=batch_stats if ema else None,
         )
 
-    return create(init_key, run_key, variables)
+    return partial(create, init_key, run_key, variables)
 
 
 def _trained(params: Any, trained: Any) -> Any:

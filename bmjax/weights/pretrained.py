@@ -242,11 +242,9 @@ def write_run(
         write_atomically(run.metrics, "".join(json.dumps(record) + "\n" for record in records))
     writer = checkpoint.CheckpointWriter(run.checkpoints, keep=1)
     try:
-        items = {
-            "state": checkpoint.to_named({"state": variables}),
-            "best": checkpoint.to_named(variables),
-        }
+        items = {"state": checkpoint.to_named({"state": variables})}
         meta = {"step": 0, "epoch": 0, "best_accuracy": accuracy, "best_epoch": 0}
+        meta[checkpoint.BEST_IN_STATE] = True
         writer.save(0, items, meta)
         writer.wait()
     finally:
