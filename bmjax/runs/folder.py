@@ -276,7 +276,7 @@ def _check_form(config: Any, data: dict[str, Any], extra: Any) -> None:
 
 def check_same_settings(saved: Run, config: TrainConfig, extra: dict[str, Any]) -> None:
     """Raises UserError where a resumption contradicts the run, with each field and both values."""
-    _check_same_parts(saved, extra)
+    check_same_parts(saved, extra)
     differing = contradictions(saved.config, config)
     # Where the teacher or the weights lie may change; their fingerprint says if they are the same.
     ways = {"teacher", "weights", "weights_key", "student_weights", "own_parts"}
@@ -291,7 +291,7 @@ def check_same_settings(saved: Run, config: TrainConfig, extra: dict[str, Any]) 
         )
 
 
-def _check_same_parts(saved: Run, extra: dict[str, Any]) -> None:
+def check_same_parts(saved: Run, extra: dict[str, Any]) -> None:
     """Raises UserError where a run was trained with other own parts than it is to go on with."""
     before, now = saved.extra.get("own_parts", []), extra.get("own_parts", [])
     if before == now:

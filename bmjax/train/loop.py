@@ -34,6 +34,7 @@ from bmjax.runs.folder import (
     Run,
     check_kind,
     check_same_data,
+    check_same_parts,
     check_same_settings,
     create_run,
     lock_folder,
@@ -169,9 +170,12 @@ def train(
     Returns and raises as `fit`.
     """
     job, console = job or Job(), forgiving_console(console)
+    request_devices(config.device)
+    if config.run.resume and config.out:
+        # First of all, as only the script that began it may know what its model is.
+        check_same_parts(hosts.on_first(read_run, Path(config.out)), job.extra)
     config = resolve(config, job.architecture)
     path = Path(config.folder)
-    request_devices(config.device)
     hosts.check_same("settings", settings_to_keep(config), "Start all with the same flags.")
     saved = hosts.on_first(read_run, path) if config.run.resume else None
     # Before any work, so that an unknown name is said, and memory is shared as the model needs it.
