@@ -140,10 +140,13 @@ class RunConfig:
     """The folder of the run, and how often it is saved.
 
     Attributes:
-        resume: Go on with the run in --out; its settings are taken from there.
+        resume: Go on with the run in --out; its settings are taken from there. Other --epochs,
+            --learning-rate, --schedule, --warmup-epochs and --clip-norm may be given: from there
+            on the schedule begins anew for the epochs that are left.
         save_minutes: Most minutes of work that a killed machine can cost; a checkpoint is also
             saved at each tenth of the epochs.
-        keep: Number of newest checkpoints kept (at least 1); each also holds the best params.
+        keep: Number of newest checkpoints kept while it trains (at least 1); each also holds the
+            best params. A finished run keeps the last one.
         tensorboard: Write event files for TensorBoard.
         profile: Trace some of the first steps into the folder profile of the run, to be read by
             TensorBoard's profiler, or by Perfetto (perfetto_trace.json.gz).
