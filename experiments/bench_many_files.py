@@ -7,7 +7,16 @@ makes the files, in 100 folders of classes, and runs
     bmjax train --model cnn_tiny --image-size 32 --epochs 1 --no-augment
 
 twice, the cache being empty before the first time; then once more with `--memory-gib 0`, where
-images are decoded when they are asked for. The files are deleted afterwards.
+images are decoded when they are asked for. The files are deleted afterwards. On two virtual cores
+of an AMD EPYC, Python 3.11, jax 0.10.2, with 381 MB of files and 0.82 GB of decoded pixels:
+
+    first: first step after 44.9 s (46.9 s of processors), all in 65 s (66 s); peak 1.44 GB
+    second: first step after 5.2 s (5.1 s of processors), all in 23 s (23 s); peak 1.31 GB
+    streamed, second: 10.0 s of processors up to the first step, 58 s in all; peak 0.78 GB (others
+        were using the cores as well)
+
+Before pixels and the digest of the files were kept in the cache, each start was like the first;
+before the host's memory was used as it is, the peak was 2.57 GB.
 """
 
 import argparse

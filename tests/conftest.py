@@ -28,7 +28,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 from bmjax.config import AugmentConfig, DeviceConfig, RunConfig, TrainConfig  # noqa: E402
 from bmjax.data import ArraySource, Dataset  # noqa: E402
 from bmjax.data.sources import all_images  # noqa: E402
-from bmjax.machine.cache import use_compilation_cache  # noqa: E402
+from bmjax.machine.cache import COMPILED_BYTES, use_compilation_cache  # noqa: E402
 from bmjax.models import registry  # noqa: E402
 from bmjax.ops import onednn  # noqa: E402
 from bmjax.runs.trained import TrainedRun, load_run  # noqa: E402
@@ -39,6 +39,13 @@ def pytest_configure(config: pytest.Config) -> None:
     cache = tempfile.mkdtemp(prefix="bmjax-tests-")
     config.add_cleanup(lambda: shutil.rmtree(cache, ignore_errors=True))
     os.environ["BMJAX_CACHE"] = cache
+    # Compiled programs are kept from session to session, and for the commands that tests start:
+    # compiling takes most of the time. JAX tells programs apart by all that they depend on.
+    compiled = config.rootpath / ".pytest_cache" / "compiled"
+    compiled.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(compiled))
+    jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+    jax.config.update("jax_compilation_cache_max_size", COMPILED_BYTES)
     # Programs that tests start leave their compiled modules for the next one, as usual.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     jax.devices()  # no test may be the first to say how many there are
@@ -100,8 +107,7 @@ def shapes_npz(tmp_path: Path, shapes: Dataset) -> Path:
     return path
 
 
-@pytest.fixture
-def small(tmp_path: Path) -> TrainConfig:
+def small_config(out: Path) -> TrainConfig:
     """A run of two seconds: 6 epochs of 6 steps, on one device."""
     return TrainConfig(
         model="mlp",
@@ -109,7 +115,7 @@ def small(tmp_path: Path) -> TrainConfig:
         data="shapes",
         epochs=6,
         batch_size=16,
-        out=str(tmp_path / "run"),
+        out=str(out),
         views=AugmentConfig(shift=0.05),
         device=DeviceConfig(devices=1),
         run=RunConfig(tensorboard=False),
@@ -117,13 +123,24 @@ def small(tmp_path: Path) -> TrainConfig:
 
 
 @pytest.fixture
-def teacher(small: TrainConfig, shapes: Dataset, quiet: Console, tmp_path: Path) -> TrainedRun:
+def small(tmp_path: Path) -> TrainConfig:
+    return small_config(tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def trained_once(tmp_path_factory: pytest.TempPathFactory, shapes: Dataset) -> Path:
+    """The folder of a run that tests copy: a convolutional network that has learned the shapes."""
+    folder = tmp_path_factory.mktemp("trained") / "teacher"
+    config = dataclasses.replace(small_config(folder), model="cnn_tiny", hidden_sizes=())
+    with open(os.devnull, "w") as nowhere:
+        fit(config, shapes, console=Console(file=nowhere))
+    return folder
+
+
+@pytest.fixture
+def teacher(tmp_path: Path, trained_once: Path) -> TrainedRun:
     """A convolutional network that has learned the shapes."""
-    config = dataclasses.replace(
-        small, model="cnn_tiny", hidden_sizes=(), out=str(tmp_path / "teacher")
-    )
-    fit(config, shapes, console=quiet)
-    return load_run(tmp_path / "teacher")
+    return load_run(shutil.copytree(trained_once, tmp_path / "teacher"))
 
 
 @pytest.fixture

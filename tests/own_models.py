@@ -51,7 +51,8 @@ class Bridged(nnx.Module):
     def __init__(self, num_classes: int, *, rngs: nnx.Rngs):
         self.conv = nnx.Conv(1, 4, (3, 3), rngs=rngs)
         self.norm = nnx.BatchNorm(4, rngs=rngs)
-        self.layers = nnx.List([nnx.Linear(4, 4, rngs=rngs)])
+        # Newer versions of Flax take a list of layers as nnx.List alone.
+        self.layers = getattr(nnx, "List", list)([nnx.Linear(4, 4, rngs=rngs)])
         self.dropout = nnx.Dropout(0.2, rngs=rngs)
         self.head = nnx.Linear(4, num_classes, rngs=rngs)
 

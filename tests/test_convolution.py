@@ -39,7 +39,7 @@ def operands(case, dtype, batch=4):
     """Returns the geometry, and images, kernel and a cotangent of the output."""
     side, channels, window, features, stride, padding, groups = case
     sizes = (batch, side, side + 1, channels, window, window, features, stride)
-    geometry = Geometry(*[*sizes, *padding, *padding, groups])
+    geometry = Geometry(*(*sizes, *padding, *padding, groups))
     random = np.random.default_rng(0)
     arrays = {
         role: jnp.asarray(random.normal(size=geometry.shape(role)), dtype)

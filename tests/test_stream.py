@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 
+import grain  # type: ignore[import-untyped]
 import numpy as np
 import pytest
 
@@ -88,6 +89,25 @@ def test_files_give_the_windows_of_memory(kept, streamed, wide, threads):
         windows(streamed, ORDER, 4, wide=wide, threads=threads),
         windows(kept, ORDER, 4, wide=wide, threads=threads, ahead=1),
     )
+
+
+@pytest.mark.parametrize("size", [127, 129, 300, 700, 9000])
+def test_large_windows_are_read_in_few_pieces(monkeypatch, size):
+    # Grain goes through all that lies ready for each piece.
+    buffered, make = [], grain.ReadOptions
+
+    def noting(threads, number):
+        buffered.append(number)
+        return make(threads, number)
+
+    monkeypatch.setattr(grain, "ReadOptions", noting)
+    images = np.arange(20_000, dtype=np.uint16).view(np.uint8).reshape(20_000, 2, 1, 1)
+    source = ArraySource(images, np.arange(20_000, dtype=np.int32))
+    order = np.random.default_rng(0).permutation(20_000)[:9500].astype(np.int32)
+    rows = np.pad(order, (0, -9500 % size), constant_values=order[0]).reshape(-1, size)
+    expected = [{"image": images[part], "label": source.labels[part]} for part in rows]
+    equal(windows(source, order, size, wide=True, threads=3), expected)
+    assert buffered[0] <= 2 * 260
 
 
 def test_an_empty_order_gives_nothing(kept):

@@ -45,7 +45,7 @@ def test_any_file_is_a_checkpoint_whatever_its_suffix(tmp_path):
         write_state_dict(tmp_path / "made.pth", draw("resnet_tiny"))
         (tmp_path / "made.pth").rename(path)
         assert load_teacher(str(path), "resnet_tiny", image_size=32).num_classes == 5
-        with pytest.raises(UserError, match=rf"{name} is a file, .* which model, but is 'cnn'\."):
+        with pytest.raises(UserError, match=rf"{name} is a file: .* which model, but is 'cnn': "):
             load_teacher(str(path), "cnn")
 
 

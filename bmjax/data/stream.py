@@ -1,42 +1,53 @@
 """Windows of examples, read ahead in threads by Grain while the device computes."""
 
+import itertools
 import threading
 from collections.abc import Callable, Generator
-from typing import Any
 
 import numpy as np
 from jax.profiler import TraceAnnotation
 
 from bmjax.data.kinds.prepare import num_threads
 from bmjax.data.sources import Source
+from bmjax.machine.arrays import empty_images
 from bmjax.machine.quiet import errors_only
 
+# Grain looks at all that it has read ahead for each thing that it hands out: few have to lie there.
+_FEWEST_PIECES, _LARGEST_PIECE = 128, 64
 
-class _Ordered:
-    """Random access to a source in an order, as Grain takes it."""
 
-    def __init__(self, source: Source, order: "np.ndarray | Orders", wide: bool):
-        self._source, self._order, self._wide = source, order, wide
+class _Pieces:
+    """Random access to pieces of the windows of a source, as Grain takes it.
+
+    A piece is some examples in a row; the last of a window may be shorter.
+    """
+
+    def __init__(self, source: Source, order: "np.ndarray | Orders", size: int, wide: bool):
+        self._source, self._order, self._size, self._wide = source, order, size, wide
+        self.length = min(_LARGEST_PIECE, max(1, size // _FEWEST_PIECES))
+        self.of_window = -(-size // self.length)
 
     def __len__(self) -> int:
-        return len(self._order)
+        return len(self._order) // self._size * self.of_window
 
-    def __getitem__(self, position: int) -> dict[str, Any]:
-        index = int(self._order[position])
+    def __getitem__(self, number: int) -> dict[str, np.ndarray]:
+        window, piece = divmod(number, self.of_window)
+        places = range(self._size)[piece * self.length : (piece + 1) * self.length]
+        indices = [int(self._order[window * self._size + place]) for place in places]
+        return {
+            "image": np.stack([self._image(index) for index in indices]),
+            "label": np.array([self._source.labels[index] for index in indices], np.int32),
+        }
+
+    def _image(self, index: int) -> np.ndarray:
         with TraceAnnotation("decode an image"):
-            return self._example(index)
-
-    def _example(self, index: int) -> dict[str, Any]:
-        if self._wide:
-            image = self._source.wide_image(index)
-            label = self._source.labels[index]
-        else:
-            example = self._source[index]
-            image, label = example["image"], example["label"]
-        return {"image": image, "label": np.int32(label)}
+            if self._wide:
+                return self._source.wide_image(index)
+            image: np.ndarray = self._source[index]["image"]
+            return image
 
     def __repr__(self) -> str:
-        return f"_Ordered({self._source!r}, {len(self)}, {self._wide})"
+        return f"_Pieces({self._source!r}, {len(self)}, {self._wide})"
 
 
 class Orders:
@@ -147,11 +158,18 @@ def windows(
         return
     if not isinstance(order, Orders):
         order = _filled_up(np.asarray(order), size)
-    buffered = ahead * size
+    pieces = _Pieces(source, order, size, wide)
+    buffered = ahead * pieces.of_window
     options = grain.ReadOptions(min(threads or num_threads(), buffered), buffered)
-    examples = grain.MapDataset.source(_Ordered(source, order, wide))
-    iterator = iter(examples.to_iter_dataset(options).batch(size))
+    iterator = iter(grain.MapDataset.source(pieces).to_iter_dataset(options))
     try:
-        yield from iterator
+        for _ in range(len(order) // size):
+            yield _joined(list(itertools.islice(iterator, pieces.of_window)), size)
     finally:
         iterator.close()
+
+
+def _joined(pieces: list[dict[str, np.ndarray]], size: int) -> dict[str, np.ndarray]:
+    images = empty_images((size, *pieces[0]["image"].shape[1:]))
+    np.concatenate([piece["image"] for piece in pieces], out=images)
+    return {"image": images, "label": np.concatenate([piece["label"] for piece in pieces])}

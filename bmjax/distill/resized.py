@@ -12,6 +12,7 @@ from jax import Array
 from bmjax.data import preprocess
 from bmjax.data.preprocess import Normalization
 from bmjax.errors import UserError
+from bmjax.models import contract
 from bmjax.runs.trained import TrainedRun
 
 # Of red, green and blue in gray (ITU-R BT.601), as in `preprocess.decode`.
@@ -41,11 +42,11 @@ class Resized:
 
     def init(self, key: Array, images: Array) -> Any:
         """Returns the module's variables."""
-        return self.model.init(key, self._input(images))
+        return contract.init(self.model, key, self._input(images))
 
     def apply(self, variables: Any, images: Array, **options: Any) -> Any:
-        """Applies the module to images with values in [0, 1]; options as the module's own."""
-        return self.model.apply(variables, self._input(images), **options)
+        """Applies the module to images with values in [0, 1]; options as of `contract.apply`."""
+        return contract.apply(self.model, variables, self._input(images), **options)
 
 
 def resize_views(images: Array, shape: tuple[int, int, int]) -> Array:

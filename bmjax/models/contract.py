@@ -34,14 +34,16 @@ def has_field(model: nn.Module, name: str) -> bool:
     return any(field.name == name for field in dataclasses.fields(model))
 
 
-def init(model: nn.Module, key: Array, images: Array) -> dict[str, Any]:
+def init(model: Any, key: Array, images: Array) -> dict[str, Any]:
     """Returns the initial variables, `params` and where there are some `batch_stats`.
 
     Args:
-        model: a Linen module.
+        model: a Linen module, or what stands for one.
         key: of the random params.
         images: [batch, height, width, channels].
     """
+    if not isinstance(model, nn.Module):
+        return dict(model.init(key, images))
     # The second is for NNX modules, which make their dropout together with their params.
     keys = {"params": key, "dropout": jax.random.fold_in(key, 1)}
     return dict(meta.unbox(model.init(keys, images, **_mode(model, False))))

@@ -234,7 +234,9 @@ def _hint(
     To trace a deep model takes a second, so those are passed over of which it is known that they
     have another number of params.
     """
-    cause = explain(arrays, _torch_names(architecture, norm), _head_name(architecture))
+    names, head_name = _torch_names(architecture, norm), _head_name(architecture)
+    wanted = [name for name in names if head or not name.startswith(f"{head_name}.")]
+    cause = explain(arrays, wanted, head_name)
     numbers = _numbers_without_head(arrays)
     for other in architectures() if not cause else ():
         if other is architecture or other.torch is None or not _may_have(other, numbers):
