@@ -61,7 +61,7 @@ def test_a_longer_cache_serves_a_shorter_run(tmp_path, teacher, shapes, quiet, m
         ({"views": AugmentConfig(shift=0.1)}, "shift is 0.05 in the cache and 0.1 now"),
         ({"batch_size": 32}, "batch_size is 16 in the cache and 32 now"),
         ({"epochs": 3}, "holds 2 passes, and 3 are needed"),
-        ({"cache_top": 2}, "cache_top is None in the cache and 2 now"),
+        ({"cache_top": 2}, "cache_top is 0 in the cache and 2 now"),
     ],
 )
 def test_other_views_are_refused(tmp_path, teacher, shapes, quiet, changes, message):

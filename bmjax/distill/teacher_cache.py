@@ -124,7 +124,7 @@ def _identity(
         "image_shape": list(dataset.image_shape),
         "seed": config.seed,
         "batch_size": config.batch_size,
-        "cache_top": config.cache_top,
+        "cache_top": config.cache_top or 0,  # as caches of earlier versions say it
         **views,
         "mean": [float(value) for value in mean],
         "jax": jax.__version__,
