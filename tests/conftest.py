@@ -42,10 +42,11 @@ def pytest_configure(config: pytest.Config) -> None:
     # Compiled programs are kept from session to session, and for the commands that tests start:
     # compiling takes most of the time. JAX tells programs apart by all that they depend on.
     compiled = config.rootpath / ".pytest_cache" / "compiled"
+    if sum(file.stat().st_size for file in compiled.glob("*")) > COMPILED_BYTES:
+        shutil.rmtree(compiled, ignore_errors=True)
     compiled.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(compiled))
     jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
-    jax.config.update("jax_compilation_cache_max_size", COMPILED_BYTES)
     # Programs that tests start leave their compiled modules for the next one, as usual.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     jax.devices()  # no test may be the first to say how many there are

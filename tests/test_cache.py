@@ -129,3 +129,15 @@ def test_a_disk_that_becomes_full_is_named_and_nothing_is_left(tmp_path, kind):
     with pytest.raises(UserError, match=r"cannot be written: No space left on device.*BMJAX_CACHE"):
         cache.prepare_once(tmp_path / "made", prepare)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_program_without_the_time_of_its_use_is_removed(tmp_path):
+    for name in ("one-cache", "one-atime", "killed-cache", "now-cache"):
+        (tmp_path / name).write_bytes(b"8 bytes.")
+    os.utime(tmp_path / "killed-cache", (0, 0))
+    cache._mend_compiled(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "now-cache",
+        "one-atime",
+        "one-cache",
+    ]

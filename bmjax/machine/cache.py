@@ -1,6 +1,7 @@
 """The folder for what can be made again: prepared datasets and compiled programs."""
 
 import atexit
+import contextlib
 import errno
 import functools
 import os
@@ -16,6 +17,7 @@ from bmjax.errors import UserError
 
 COMPILED_BYTES = 2 * 1024**3
 _ABANDONED_SECONDS = 24 * 3600
+_BEING_WRITTEN_SECONDS = 10
 _DEFAULT = "~/.cache/bmjax"
 # With less room, hardly anything that is worth keeping fits, and JAX warns of each program.
 _LEAST_FREE_BYTES = 32 * 2**20
@@ -157,6 +159,7 @@ def use_compilation_cache(needed: bool = True) -> None:
             raise _unusable(why)
         folder = cache_folder() / "compiled"
         folder.mkdir(parents=True, exist_ok=True)
+        _mend_compiled(folder)
         jax.config.update("jax_compilation_cache_dir", str(folder))
         # To keep to a size, JAX asks for the names of the files' owners, and fails without.
         jax.config.update(
@@ -166,6 +169,22 @@ def use_compilation_cache(needed: bool = True) -> None:
     # than reading them all back.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _mend_compiled(folder: Path) -> None:
+    """Removes programs that a killed process left without the time of their last use.
+
+    JAX writes that time behind the program, and where it is missing keeps no other one any more.
+    """
+    names = {entry.name for entry in os.scandir(folder)}
+    for name in names:
+        key = name.removesuffix("-cache")
+        if key != name and f"{key}-atime" not in names:
+            path = folder / name
+            with contextlib.suppress(OSError):
+                # A program that is being written now gets its time in a moment.
+                if time.time() - path.stat().st_mtime > _BEING_WRITTEN_SECONDS:
+                    path.unlink()
 
 
 def _user_has_name() -> bool:
