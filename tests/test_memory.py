@@ -67,7 +67,7 @@ def test_a_setting_of_ones_own_is_respected(where, name, value):
 
 def test_a_model_that_convolves_shares_memory(monkeypatch):
     shared = []
-    monkeypatch.setattr(models, "share_memory", lambda: shared.append(1))
+    monkeypatch.setattr("bmjax.models.registry.share_memory", lambda: shared.append(1))
     models.create_model("mlp", 2)
     assert not shared
     models.create_model("cnn_tiny", 2)

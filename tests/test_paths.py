@@ -45,8 +45,8 @@ def test_every_path_of_every_command_may_begin_with_one(home):
     commands = {
         "train --out ~/o": {"out"},
         "finetune --weights ~/w --data npz:x --out ~/o": {"weights", "out"},
-        "distill --teacher ~/a ~/b --teacher-cache ~/c --out ~/o": {
-            *("teacher", "teacher_cache", "out")
+        "distill --teacher ~/a ~/b --teacher-cache ~/c --student-weights ~/s --out ~/o": {
+            *("teacher", "teacher_cache", "student_weights", "out")
         },
         "evaluate ~/r": {"path"},
         "predict ~/r ~/a.png ~/b.png": {"path", "images"},
