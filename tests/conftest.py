@@ -67,6 +67,12 @@ def pytest_configure(config: pytest.Config) -> None:
     warnings.simplefilter("default")
 
 
+def with_cache(folder: Path) -> dict[str, str]:
+    """Returns the environment of a process that keeps what it compiles in a cache of its own."""
+    environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+    return {**environment, "BMJAX_CACHE": str(folder)}
+
+
 def draw_shapes(num: int, seed: int, channels: int = 1, size: int = 12) -> ArraySource:
     """Three classes anyone can tell apart: a bright left half, top half, or centre."""
     rng = np.random.default_rng(seed)

@@ -1,5 +1,4 @@
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from bmjax.config.flat import flatten, unflatten
 from bmjax.errors import UserError
 from bmjax.ops import onednn
 from bmjax.runs import checkpoint
+from tests.conftest import with_cache
 from tests.folder_helpers import write, write_class
 
 
@@ -334,7 +334,7 @@ finally:
         ]
         done = subprocess.run(
             [sys.executable, "-c", code, *words],
-            env={**os.environ, "BMJAX_CACHE": str(tmp_path / "cache")},
+            env=with_cache(tmp_path / "cache"),
             capture_output=True,
             text=True,
             check=True,

@@ -145,7 +145,9 @@ def test_a_run_predicts_by_torchvisions_preprocessing(capsys, weights):
     assert run(capsys, *words, "--out", "run")[0] == 0
     pixels = np.random.default_rng(0).integers(0, 256, (50, 70, 3)).astype(np.uint8)
     Image.fromarray(pixels).save("photo.png")
-    main(["predict", "run", "photo.png", "--json"])
+    with pytest.raises(SystemExit) as ended:
+        main(["predict", "run", "photo.png", "--json"])
+    assert ended.value.code == 0
     got = json.loads(capsys.readouterr().out)["probabilities"]
 
     trained = bmjax.load_run("run")

@@ -259,10 +259,6 @@ def test_a_head_is_kept_where_the_classes_are_the_same(config, tmp_path):
     finetune(again)
     before, after = leaves(config.out), leaves(again.out)
     np.testing.assert_allclose(before["params/head/kernel"], after["params/head/kernel"], atol=1e-6)
-    other = dataclasses.replace(again, weights=config.weights, out=str(tmp_path / "no"))
-    with pytest.raises(UserError, match=r"10 classes apart, but .* has 3"):
-        finetune(other)
-    assert not Path(other.out).exists()
 
 
 @pytest.mark.slow

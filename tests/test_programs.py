@@ -1,5 +1,4 @@
 import dataclasses
-import os
 import shutil
 import subprocess
 import sys
@@ -26,7 +25,7 @@ from bmjax.train.loop import fit
 from bmjax.train.programs import TrainingPrograms
 from bmjax.train.step import classification_loss
 from bmjax.weights.writing import write_state_dict
-from tests.conftest import draw_shapes
+from tests.conftest import draw_shapes, with_cache
 from tests.folder_helpers import write, write_class
 from tests.test_loop import Read, on_host
 
@@ -199,7 +198,7 @@ def test_another_length_rate_or_seed_compiles_nothing_anew(command, tmp_path):
                 *(sys.executable, "-c", MISSES, command, *words, "--batch-size", "20"),
                 *("--data", f"npz:{tmp_path / 'shapes.npz'}", "--out", str(tmp_path / out), *flags),
             ],
-            env={**os.environ, "BMJAX_CACHE": str(tmp_path / "cache")},
+            env=with_cache(tmp_path / "cache"),
             capture_output=True,
             text=True,
             check=True,
