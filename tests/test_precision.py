@@ -29,7 +29,7 @@ def of_products(text: str) -> set[str]:
 
 @pytest.mark.parametrize(
     ("precision", "expected"),
-    [("float32", {"HIGHEST"}), ("tensorfloat32", {"HIGH", "HIGHEST"})],
+    [("float32", {"HIGHEST"}), ("tf32", {"HIGH", "HIGHEST"})],
 )
 def test_a_training_step_has_products_of_its_precision(precision, expected):
     """Forward and backward, of convolutions, which are primitives of our own, and matmuls."""
@@ -63,7 +63,7 @@ def test_bfloat16_is_left_as_it_is():
 
 def test_on_cpu_no_bit_changes():
     plain = jax.jit(products)(*operands())
-    for precision in ("float32", "tensorfloat32"):
+    for precision in ("float32", "tf32"):
         got = jax.jit(in_precision(products, precision))(*operands())
         jax.tree.map(np.testing.assert_array_equal, got, plain)
 

@@ -37,7 +37,7 @@ from bmjax.train.compiled import make_train_steps, zero_totals
 from bmjax.train.optim import make_optimizer
 from bmjax.train.step import Batch, classification_loss, create_state
 
-_DTYPES = {"float32": None, "tensorfloat32": None, "bfloat16": jnp.bfloat16}
+_DTYPES = {"float32": None, "tf32": None, "bfloat16": jnp.bfloat16}
 
 
 def _model(name: str, precision: str) -> nn.Module:

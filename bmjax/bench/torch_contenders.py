@@ -76,7 +76,7 @@ class Torch:
         def put(module: torch.nn.Module) -> torch.nn.Module:
             return module.to(self._device).to(memory_format=form)
 
-        rounds = workload.precision == "tensorfloat32"
+        rounds = workload.precision == "tf32"
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = rounds
         torch.manual_seed(0)
         plain = put(torch_model(workload, workload.model))

@@ -26,7 +26,7 @@ class Workload:
         model: name of the model; of the student where there is a teacher.
         image_size: side in pixels.
         batch_size: images of a step.
-        precision: `float32`, `tensorfloat32` or `bfloat16`, of the computation; params are
+        precision: `float32`, `tf32` or `bfloat16`, of the computation; params are
             float32.
         teacher: name of the teacher of a distillation; None: there is none.
     """

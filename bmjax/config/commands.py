@@ -157,7 +157,7 @@ class BenchConfig:
     model: str = "resnet18"
     image_size: int = 64
     batch_size: int = 64
-    precision: Literal["float32", "tensorfloat32", "bfloat16"] = "float32"
+    precision: Literal["float32", "tf32", "bfloat16"] = "float32"
     teacher: str | None = None
     contenders: tuple[str, ...] = ()
     steps: int = 2

@@ -190,7 +190,7 @@ class BaseConfig:
             params of the best epoch are reported; none given: it goes on to the last epoch.
         precision: Precision of the computation; params, statistics and losses are float32
             always. Products of float32 are those of float32 on GPU and TPU too; with
-            tensorfloat32, faster there, a GPU rounds the factors to 10 bits.
+            tf32, faster there, a GPU rounds the factors to 10 bits.
         ema_decay: Decay of the running average of params and running statistics that is
             evaluated instead; none at 0.
         seed: Seed of the initial params, the order of the data and the views.
@@ -213,7 +213,7 @@ class BaseConfig:
     label_smoothing: float = 0.0
     class_weights: Literal["none", "balanced"] = "none"
     patience: int | None = None
-    precision: Literal["float32", "tensorfloat32", "bfloat16"] = "float32"
+    precision: Literal["float32", "tf32", "bfloat16"] = "float32"
     ema_decay: float = 0.0
     seed: int = 0
     out: str | None = None

@@ -17,7 +17,7 @@ Function = TypeVar("Function", bound=Callable[..., object])
 
 # What JAX calls the precision of a product; None leaves it as it is: factors of bfloat16 are not
 # rounded, and float32 beside them may be.
-PRECISIONS = {"float32": "highest", "tensorfloat32": "high", "bfloat16": None}
+PRECISIONS = {"float32": "highest", "tf32": "high", "bfloat16": None}
 
 
 def in_precision(function: Function, precision: str) -> Function:
@@ -27,7 +27,7 @@ def in_precision(function: Function, precision: str) -> Function:
 
     Args:
         function: a function of arrays.
-        precision: `float32`; `tensorfloat32`, whose products a GPU rounds to TensorFloat-32, and a
+        precision: `float32`; `tf32`, whose products a GPU rounds to TensorFloat-32, and a
             TPU, which has none, makes of three of bfloat16; or `bfloat16`, of a model with that
             dtype.
 
