@@ -31,13 +31,13 @@ import sys, jax
 missed = []
 jax.monitoring.register_event_listener(
     lambda name, **_: missed.append(name) if name.endswith("/cache_misses") else None)
-from bmjax import loop
+from bmjax.train import session
 from bmjax.cli import main
 import os
 def first(self, steps, seconds):
     print(len(missed), flush=True)
     os._exit(0)
-loop._Calls.add = first
+session._Calls.add = first
 main(sys.argv[1:])
 """
 

@@ -15,6 +15,7 @@ from bmjax.errors import UserError
 from bmjax.machine.storage import read_settings, write_settings
 from bmjax.models import find, registry
 from bmjax.train import verify_resume
+from tests.test_cli import run
 
 pytestmark = pytest.mark.usefixtures("own_names")
 
@@ -43,16 +44,6 @@ def mine(tmp_path):
     (folder / "beside.py").write_text("WIDTH = 6\n")
     (folder / "mine.py").write_text(MINE)
     return folder / "mine.py"
-
-
-def run(capsys, *argv):
-    code: Any = 0
-    try:
-        cli.main([str(word) for word in argv])
-    except SystemExit as leave:
-        code = leave.code
-    out, err = capsys.readouterr()
-    return code, out, err
 
 
 def forget():

@@ -276,7 +276,6 @@ def _check_form(config: Any, data: dict[str, Any], extra: Any) -> None:
 
 def check_same_settings(saved: Run, config: TrainConfig, extra: dict[str, Any]) -> None:
     """Raises UserError where a resumption contradicts the run, with each field and both values."""
-    check_same_parts(saved, extra)
     differing = contradictions(saved.config, config)
     # Where the teacher or the weights lie may change; their fingerprint says if they are the same.
     ways = {"teacher", "weights", "weights_key", "student_weights", "own_parts"}

@@ -153,6 +153,19 @@ def _named(given: str, model: nn.Module) -> tuple[str, bool]:
     return (of_module if given in list_models() else given), False
 
 
+def _saved(config: TrainConfig, job: Job) -> Run:
+    """Reads the run that is gone on with.
+
+    What its own parts are is compared before anything else is made of its settings, as only the
+    script that began it may know what its model is.
+    """
+    out = config.out or resolve(config, job.architecture).folder
+    saved = hosts.on_first(read_run, Path(out))
+    check_kind(saved, job.kind)
+    check_same_parts(saved, job.extra)
+    return saved
+
+
 def train(
     config: TrainConfig,
     dataset: Dataset | None = None,
@@ -171,13 +184,10 @@ def train(
     """
     job, console = job or Job(), forgiving_console(console)
     request_devices(config.device)
-    if config.run.resume and config.out:
-        # First of all, as only the script that began it may know what its model is.
-        check_same_parts(hosts.on_first(read_run, Path(config.out)), job.extra)
+    hosts.check_same("settings", settings_to_keep(config), "Start all with the same flags.")
+    saved = _saved(config, job) if config.run.resume else None
     config = resolve(config, job.architecture)
     path = Path(config.folder)
-    hosts.check_same("settings", settings_to_keep(config), "Start all with the same flags.")
-    saved = hosts.on_first(read_run, path) if config.run.resume else None
     # Before any work, so that an unknown name is said, and memory is shared as the model needs it.
     named = saved.config if saved else config
     architecture = job.architecture or find(named.model)
@@ -185,7 +195,6 @@ def train(
     if saved is None:
         hosts.on_first(refuse_existing, path)
     else:
-        check_kind(saved, job.kind)
         check_same_settings(saved, config, job.extra)
         job = dataclasses.replace(job, changes=hosts.on_first(_changes, saved, config))
     use_compilation_cache()
