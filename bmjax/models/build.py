@@ -47,6 +47,16 @@ def build_model(
         UserError: an unknown name, or an option for a model that does not have it.
     """
     architecture = architecture or find(config.model)
+    model = make_module(architecture, num_classes, **model_options(config, architecture))
+    return with_axis(model, axis_name)
+
+
+def model_options(config: TrainConfig, architecture: Architecture) -> dict[str, Any]:
+    """Returns what the config asks of the module that an architecture makes.
+
+    Raises:
+        UserError: an option for a model that does not have it.
+    """
     asked: dict[str, tuple[str, Any]] = {}  # option: (flag, value)
     if config.precision == "bfloat16":
         asked["dtype"] = ("precision bfloat16", jnp.bfloat16)
@@ -69,9 +79,7 @@ def build_model(
             raise UserError(
                 f"--{flag} belongs to {' and '.join(owners)}, but --model is {architecture.name}."
             )
-    options = {option: value for option, (_, value) in asked.items()}
-    model = make_module(architecture, num_classes, **options)
-    return with_axis(model, axis_name)
+    return {option: value for option, (_, value) in asked.items()}
 
 
 def with_axis(model: nn.Module, axis_name: str | None) -> nn.Module:

@@ -26,8 +26,9 @@ from bmjax.machine.terminal import forgiving_console
 from bmjax.machine.threads import compute_in_calling_thread, suits_one_thread
 from bmjax.metrics import OwnMetric
 from bmjax.models import architecture_of, list_models
-from bmjax.models.build import build_model, resolve
+from bmjax.models.build import build_model, model_options, resolve
 from bmjax.models.registry import find, makes
+from bmjax.ops.memory import share_memory
 from bmjax.runs import checkpoint
 from bmjax.runs.changes import Change, changed, check_change, explain, with_change
 from bmjax.runs.folder import (
@@ -191,7 +192,9 @@ def train(
     # Before any work, so that an unknown name is said, and memory is shared as the model needs it.
     named = saved.config if saved else config
     architecture = job.architecture or find(named.model)
-    model = build_model(named, 2, architecture=architecture)
+    model_options(named, architecture)
+    if architecture.shares_memory:
+        share_memory()
     if saved is None:
         hosts.on_first(refuse_existing, path)
     else:
@@ -201,17 +204,19 @@ def train(
 
     def make_programs(spec: DatasetSpec) -> TrainingPrograms:
         check_own_parts(job, spec.num_classes, spec.image_shape)
+        model = build_model(config, spec.num_classes, architecture=architecture)
         flops = config.batch_size * architecture.forward_flops(model, spec.image_shape)
         # Random views are several times the work of a small model, and gain by a second thread.
         views = config.views.augment or job.view is not None
         if job.own_process and not views and suits_one_thread(flops):
             compute_in_calling_thread()
-        check_possible(config, spec, architecture)
+        check_possible(config, spec, architecture, model)
         return TrainingPrograms(
             config,
             make_parallel(config.device, config.precision),
             spec,
             dataclasses.replace(job, architecture=architecture),
+            model,
         )
 
     if dataset is None:

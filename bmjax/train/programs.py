@@ -18,7 +18,7 @@ from bmjax.errors import UserError
 from bmjax.machine.parallel import Parallel, check_divides, make_parallel
 from bmjax.machine.progress import stage
 from bmjax.models.architecture import Architecture
-from bmjax.models.build import build_model
+from bmjax.models.build import build_model, with_axis
 from bmjax.models.contract import check_module
 from bmjax.models.registry import find
 from bmjax.train.compiled import make_train_steps, zero_totals
@@ -41,6 +41,7 @@ class TrainingPrograms:
         parallel: the devices.
         spec: of the dataset.
         job: the run's own parts.
+        model: the Linen module; None: the one that job or config say.
 
     Attributes:
         spec: as given.
@@ -60,6 +61,7 @@ class TrainingPrograms:
         parallel: Parallel,
         spec: DatasetSpec,
         job: Job | None = None,
+        model: nn.Module | None = None,
     ):
         job = job or Job()
         self.spec, self.parallel = spec, parallel
@@ -67,7 +69,8 @@ class TrainingPrograms:
         self._make_loss = job.make_loss or _with_normalization_as_input(config, spec)
         self._ahead = job.make_loss is None and job.view_targets is None
         self.num_batches = loader.num_batches(len(spec.labels), config.batch_size)
-        self.model = build_model(config, spec.num_classes, parallel.axis_name, job.architecture)
+        model = model or build_model(config, spec.num_classes, architecture=job.architecture)
+        self.model = with_axis(model, parallel.axis_name)
         self.phases = make_phases(config, self.model, spec.image_shape, self.num_batches, job)
         size, channels = spec.image_shape[:2], spec.image_shape[2]
         self._view = loader.make_view(
@@ -132,7 +135,10 @@ class TrainingPrograms:
 
 
 def check_possible(
-    config: TrainConfig, data: Dataset | DatasetSpec, architecture: Architecture | None = None
+    config: TrainConfig,
+    data: Dataset | DatasetSpec,
+    architecture: Architecture | None = None,
+    model: nn.Module | None = None,
 ) -> None:
     """Checks all that only the data can show to be wrong, before anything is trained or written.
 
@@ -140,6 +146,7 @@ def check_possible(
         config: of the run, checked by itself.
         data: of the run.
         architecture: of the model; None: that of the name.
+        model: the Linen module; None: the one that the architecture makes.
 
     Raises:
         UserError: a batch that does not divide, a model that cannot take the images or does not
@@ -150,7 +157,7 @@ def check_possible(
     parallel = make_parallel(config.device)
     check_divides(parallel, config.batch_size, config.accumulate)
     architecture = architecture or find(config.model)
-    model = build_model(config, data.num_classes, architecture=architecture)
+    model = model or build_model(config, data.num_classes, architecture=architecture)
     alone = parallel.axis_name is not None and len(parallel.devices) > 1
     check_module(architecture, model, data.num_classes, data.image_shape, alone)
 
