@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import hashlib
 import io
 import json
@@ -161,6 +162,10 @@ def test_streamed_examples_are_those_in_memory(bugs):
     again = pickle.loads(pickle.dumps(streamed.train))
     assert repr(again) == repr(streamed.train)
     assert pickle.dumps(again) == pickle.dumps(load(bugs, 14, memory_gib=0).train)
+    for settled in (False, True):  # which depends on when the files were listed
+        encoded = dataclasses.replace(streamed.train.encoded, settled=settled)
+        other = dataclasses.replace(streamed.train, encoded=encoded)
+        assert pickle.dumps(other) == pickle.dumps(again)
     np.testing.assert_array_equal(again[5]["image"], kept.train[5]["image"])
     assert len(streamed.split("all")) == 56
 

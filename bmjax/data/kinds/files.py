@@ -63,6 +63,11 @@ class Encoded:
     settled: bool = False
     on_read: Callable[[int, bytes], None] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Another process reads images and does no more, so its copy is the same whenever the files
+        # were listed.
+        return {**self.__dict__, "settled": False, "on_read": None}
+
     def __len__(self) -> int:
         return len(self.keys)
 
