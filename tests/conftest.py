@@ -28,6 +28,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 from bmjax.config import AugmentConfig, DeviceConfig, RunConfig, TrainConfig  # noqa: E402
 from bmjax.data import ArraySource, Dataset  # noqa: E402
 from bmjax.data.sources import all_images  # noqa: E402
+from bmjax.evaluate import measure  # noqa: E402
 from bmjax.machine.cache import COMPILED_BYTES, use_compilation_cache  # noqa: E402
 from bmjax.models import registry  # noqa: E402
 from bmjax.ops import onednn  # noqa: E402
@@ -50,6 +51,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # Programs that tests start leave their compiled modules for the next one, as usual.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     jax.devices()  # no test may be the first to say how many there are
+    measure._SPEED_SECONDS = 0.0  # as few passes as a median needs
     use_compilation_cache()  # the same small programs are compiled in many tests
     for line in (
         "error",
@@ -105,11 +107,14 @@ def shapes() -> Dataset:
 
 @pytest.fixture
 def shapes_npz(tmp_path: Path, shapes: Dataset) -> Path:
-    path = tmp_path / "shapes.npz"
+    return write_npz(tmp_path / "shapes.npz", shapes)
+
+
+def write_npz(path: Path, dataset: Dataset) -> Path:
     arrays: dict[str, Any] = {}
     for name in ("train", "validation", "test"):
-        arrays[f"{name}_image"] = all_images(shapes.split(name))
-        arrays[f"{name}_label"] = shapes.split(name).labels
+        arrays[f"{name}_image"] = all_images(dataset.split(name))
+        arrays[f"{name}_label"] = dataset.split(name).labels
     np.savez(path, **arrays)
     return path
 

@@ -345,6 +345,7 @@ finally:
     assert counts[1] == 0
 
 
+@pytest.mark.slow
 def test_what_may_be_unreadable_is_asked_for_and_kept(capsys, tmp_path):
     data, out = tmp_path / "data", tmp_path / "run"
     for name in ("a", "b"):

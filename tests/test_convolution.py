@@ -207,6 +207,7 @@ def test_what_onednn_does_not_do_is_left_to_matmuls(monkeypatch):
 
 @needs_onednn
 @pytest.mark.parametrize("role", ROLES)
+@pytest.mark.slow
 def test_onednn_computes_the_same_in_several_threads_at_a_time(role):
     # As XLA does with independent convolutions of a program.
     geometry, _ = operands((4, 128, 3, 128, 1, (1, 1), 1), jnp.float32, batch=16)

@@ -60,7 +60,7 @@ def stopped_at(step, config, shapes, quiet, monkeypatch):
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        (on("jit", 8), on("jit", 1)),
+        pytest.param(on("jit", 8), on("jit", 1), marks=pytest.mark.slow),
         pytest.param(on("jit", 8), on("jit", 2), marks=pytest.mark.slow),
         pytest.param(on("jit", 8), on("jit", 4), marks=pytest.mark.slow),
         pytest.param(on("jit", 1), on("jit", 8), marks=pytest.mark.slow),

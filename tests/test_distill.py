@@ -105,6 +105,7 @@ def test_a_tour_that_was_stopped_goes_on(tmp_path, quiet, as_data, monkeypatch):
     assert (saved.epochs, saved.optim.learning_rate, saved.data) == (4, 1e-4, "moved")
 
 
+@pytest.mark.slow
 def test_the_advice_after_a_divergence_names_the_tour(tmp_path, quiet, as_data):
     wild = OptimConfig(optimizer="sgd", learning_rate=1e18, warmup_epochs=0)
     config = config_of(tmp_path, teacher_model="mlp", student="mlp", optim=wild)
@@ -117,6 +118,7 @@ def test_the_advice_after_a_divergence_names_the_tour(tmp_path, quiet, as_data):
     assert distill(tame, quiet)["steps"] == 18
 
 
+@pytest.mark.slow
 def test_a_change_that_would_make_another_teacher_is_refused(tmp_path, quiet, as_data):
     config = config_of(tmp_path, teacher_model="mlp", epochs=1, generations=2)
     distill(config, quiet)
@@ -272,6 +274,7 @@ def test_a_cached_teacher_gives_the_same_bits(
     )
 
 
+@pytest.mark.slow
 def test_a_resumed_run_with_a_cache_goes_on(teacher, tmp_path, quiet, as_data):
     config = config_of(
         tmp_path,
@@ -323,6 +326,7 @@ def test_two_teachers_are_one(teacher, tmp_path, quiet, as_data):
     assert rows[1]["loss"] == pytest.approx(alone[1]["loss"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_student_larger_than_its_teacher_is_told(teacher, tmp_path, as_data, capsys):
     from rich.console import Console
 

@@ -1,11 +1,14 @@
 import dataclasses
 import json
+import os
+import shutil
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from bmjax.config import DeviceConfig, EvaluateConfig, PredictConfig
 from bmjax.errors import UserError
@@ -17,12 +20,25 @@ from bmjax.runs.history import read_metrics
 from bmjax.runs.trained import load_run
 from bmjax.train.loop import fit
 
+from .conftest import small_config, write_npz
+
+
+@pytest.fixture(scope="module")
+def once(tmp_path_factory, shapes):
+    """A run and the state that its training ended with."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    data = write_npz(folder / "shapes.npz", shapes)
+    config = dataclasses.replace(small_config(folder / "run"), data=f"npz:{data}", ema_decay=0.5)
+    with open(os.devnull, "w") as nowhere:
+        state, _ = fit(config, console=Console(file=nowhere))
+    return config, state
+
 
 @pytest.fixture
-def run(small, shapes_npz, quiet):
-    config = dataclasses.replace(small, data=f"npz:{shapes_npz}", ema_decay=0.5)
-    state, _ = fit(config, console=quiet)
-    return config, state
+def run(once, tmp_path):
+    config, state = once
+    out = shutil.copytree(config.out, tmp_path / "run")
+    return dataclasses.replace(config, out=str(out)), state
 
 
 def test_metrics_of_a_run(run, shapes):

@@ -195,7 +195,9 @@ def test_the_head_learns_first_then_everything(config, tmp_path):
     assert rates[2] < 0.05
 
 
-@pytest.mark.parametrize("calls", [1, pytest.param(2, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize(
+    "calls", [1, *(pytest.param(calls, marks=pytest.mark.slow) for calls in (2, 4))]
+)
 def test_stopped_in_either_phase_and_resumed_is_as_never_stopped(
     config, tmp_path, monkeypatch, calls
 ):

@@ -121,6 +121,7 @@ def test_two_processes_train_as_one_does(small, shapes, shapes_npz, quiet, tmp_p
 EVALUATE = cli.parse(["evaluate", "run", "--devices", "1"])
 
 
+@pytest.mark.slow
 def test_processes_with_other_flags_both_say_so(small, shapes_npz, tmp_path):
     data = f"npz:{shapes_npz}"
     two = Processes(tmp_path, "train", *words(small, data, 2), each=((), ("--seed", "5")))
@@ -165,6 +166,7 @@ def test_processes_with_other_data_both_say_so(small, shapes_npz, tmp_path):
     assert not (two.folders[0] / "run").exists()
 
 
+@pytest.mark.slow
 def test_what_one_lacks_the_other_does_not_wait_for(small, shapes_npz, tmp_path):
     (tmp_path / "host0").mkdir()
     (tmp_path / "host0" / "data.npz").write_bytes(shapes_npz.read_bytes())

@@ -1,3 +1,4 @@
+import itertools
 import re
 from functools import partial
 from typing import Any
@@ -28,13 +29,9 @@ def test_every_model_keeps_the_contract(name, shape, dtype):
 
 @pytest.mark.parametrize(
     ("shape", "dtype"),
-    [
-        pytest.param((28, 28, 1), jnp.bfloat16, marks=pytest.mark.slow),
-        ((13, 10, 3), None),
-        pytest.param((28, 28, 1), None, marks=pytest.mark.slow),
-        pytest.param((13, 10, 3), jnp.bfloat16, marks=pytest.mark.slow),
-    ],
+    list(itertools.product([(28, 28, 1), (13, 10, 3)], [jnp.bfloat16, None])),
 )
+@pytest.mark.slow
 def test_a_resnet_keeps_the_contract(shape, dtype):
     keeps_the_contract("resnet_tiny", shape, dtype)
 

@@ -83,7 +83,13 @@ def test_each_script_is_short_and_has_a_test():
         assert len(path.read_text().splitlines()) < 40, name
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name == "own_data" else pytest.param(name, marks=pytest.mark.slow)
+        for name in SCRIPTS
+    ],
+)
 def test_a_script_with_own_parts_runs(name, tmp_path):
     epochs, check = SCRIPTS[name]
     done = subprocess.run(

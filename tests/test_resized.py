@@ -104,6 +104,7 @@ def test_a_student_of_smaller_images(teacher, tmp_path, quiet, shapes_npz):
     assert rows[0]["loss"] == pytest.approx(of_teacher["loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_cached_teacher_of_another_size_gives_the_same_bits(teacher, tmp_path, quiet, shapes_npz):
     config = config_of(
         tmp_path,

@@ -190,6 +190,7 @@ print(next(iterator)["label"])
 """
 
 
+@pytest.mark.slow
 def test_a_program_may_end_in_the_midst_of_it(data):
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", CODE, data],

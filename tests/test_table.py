@@ -67,6 +67,7 @@ def test_a_row_says_what_its_function_takes(row: DistillationLoss):
     assert row.weight == 1 or row.kind == "features"
 
 
+@pytest.mark.slow
 def test_every_loss_is_the_same_on_any_devices():
     """Value and gradient, of a batch whose last part is filled up: one device has nothing else."""
     student, teacher = CNN(num_classes=3, features=(4, 8)), CNN(num_classes=3, features=(6, 10))

@@ -39,6 +39,7 @@ def run(**environment):
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="threads are not listed here")
+@pytest.mark.slow
 def test_one_thread_computes_unless_told_otherwise():
     tried, threads = run()
     assert tried

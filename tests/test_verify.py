@@ -51,6 +51,7 @@ def words(data, *more):
     )
 
 
+@pytest.mark.slow
 def test_a_command_that_fails_by_itself_is_said(tmp_path, shapes_npz):
     wrong = words(shapes_npz, "--optimizer", "sgd", "--learning-rate", "1e30")
     with pytest.raises(UserError, match=r"exit code 0, but 1: .*loss is not finite"):
