@@ -65,6 +65,26 @@ def test_a_setting_of_ones_own_is_respected(where, name, value):
     assert second_faults(100, where=where, **{name: value}) > FEW
 
 
+def test_what_is_free_is_returned_when_asked_for():
+    code = """
+import numpy as np
+from bmjax.ops.memory import keep_memory, release_memory, share_memory
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 >> 20
+share_memory()
+keep_memory()
+before = resident()
+np.ones(200 << 20, np.uint8)
+kept = resident()
+release_memory()
+print(kept - before, resident() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    kept, left = map(int, done.stdout.split())
+    assert kept > 150
+    assert left < 20
+
+
 def test_a_model_that_convolves_shares_memory(monkeypatch):
     shared = []
     monkeypatch.setattr("bmjax.models.registry.share_memory", lambda: shared.append(1))

@@ -35,6 +35,16 @@ def keep_memory() -> None:
     _set(options, "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_")
 
 
+def release_memory() -> None:
+    """Returns to the system what is free now, once; what is freed later is kept as before.
+
+    Worth its cost, a fault for each page that is used again, where much was needed just once:
+    after compiling, or to write a checkpoint.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def _set(options: dict[int, int], *own: str) -> None:
     if platform.libc_ver()[0] != "glibc" or any(name in os.environ for name in own):
         return

@@ -27,6 +27,7 @@ from bmjax.losses.table import LOSS_PARAMS
 from bmjax.machine import hosts
 from bmjax.machine.quiet import errors_only
 from bmjax.machine.storage import free_folder, read_json
+from bmjax.ops.memory import release_memory
 
 MANIFEST = "manifest.json"
 DAMAGED = "damaged"
@@ -156,6 +157,14 @@ class CheckpointWriter:
             self._thread.shutdown()
 
     def _write(self, step: int, items: dict[str, Named], meta: dict[str, Any]) -> None:
+        # Orbax needs several times the arrays, in threads beside those that train.
+        release_memory()
+        try:
+            self._write_one(step, items, meta)
+        finally:
+            release_memory()
+
+    def _write_one(self, step: int, items: dict[str, Named], meta: dict[str, Any]) -> None:
         import orbax.checkpoint as ocp
 
         path, saving = self._folder / str(step), self._folder / f"{SAVING}{step}"
