@@ -76,7 +76,13 @@ RESNET_PARAMS = {
 }
 
 
-@pytest.mark.parametrize("name", RESNET_PARAMS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if re.search("101|152", name) else name
+        for name in RESNET_PARAMS
+    ],
+)
 def test_resnets_have_the_published_number_of_params(name):
     model = bmjax.create_model(name, num_classes=1000)
     images = jnp.ones((2, 65, 50, 3))

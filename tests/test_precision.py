@@ -29,7 +29,10 @@ def of_products(text: str) -> set[str]:
 
 @pytest.mark.parametrize(
     ("precision", "expected"),
-    [("float32", {"HIGHEST"}), ("tf32", {"HIGH", "HIGHEST"})],
+    [
+        ("float32", {"HIGHEST"}),
+        pytest.param("tf32", {"HIGH", "HIGHEST"}, marks=pytest.mark.slow),
+    ],
 )
 def test_a_training_step_has_products_of_its_precision(precision, expected):
     """Forward and backward, of convolutions, which are primitives of our own, and matmuls."""

@@ -112,7 +112,9 @@ def test_logits_are_those_of_an_independent_resnet(model, groups, size):
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("model", ["resnet_tiny", "resnext_tiny", "resnet50"])
+@pytest.mark.parametrize(
+    "model", ["resnet_tiny", "resnext_tiny", pytest.param("resnet50", marks=pytest.mark.slow)]
+)
 def test_there_and_back_is_the_same_to_the_bit(model):
     state_dict = draw(model)
     back = bmjax.to_torchvision(bmjax.from_torchvision(state_dict, model), model)
