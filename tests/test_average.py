@@ -76,6 +76,7 @@ def without_average_of_statistics(folder: Path) -> None:
     writer.close()
 
 
+@pytest.mark.slow
 def test_it_is_resumed_to_the_bit_and_begun_where_there_was_none(
     small, shapes, quiet, tmp_path, monkeypatch
 ):

@@ -58,6 +58,7 @@ def test_each_stretch_has_the_settings_of_its_time():
     )
 
 
+@pytest.mark.slow
 def test_a_run_made_longer_is_the_same_however_often_it_is_stopped(
     small, shapes, capsys, quiet, tmp_path, monkeypatch
 ):

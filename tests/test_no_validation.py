@@ -77,6 +77,7 @@ def test_without_an_example_to_train_on_nothing_is_trained(config, quiet, shapes
         fit(config, Dataset("none", empty, empty, empty, shapes.class_names), console=quiet)
 
 
+@pytest.mark.slow
 def test_a_linear_probe_and_fine_tuning_need_no_validation(config, teacher, quiet, tmp_path):
     settings = common(config, weights=str(teacher.run.path), hidden_sizes=())
     with quiet.capture() as shown:
@@ -91,6 +92,7 @@ def test_a_linear_probe_and_fine_tuning_need_no_validation(config, teacher, quie
     assert evaluate_finished(result["out"], config)["accuracy"] == 1
 
 
+@pytest.mark.slow
 def test_distillation_needs_no_validation(config, teacher, quiet):
     settings = common(config, teacher=(str(teacher.run.path),), student="mlp")
     result = distill(DistillConfig(**settings), quiet)

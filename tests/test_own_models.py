@@ -115,6 +115,7 @@ def test_modules_with_statistics_are_trained_and_read_again(make, small, shapes,
     assert np.abs(mean).max() > 0
 
 
+@pytest.mark.slow
 def test_pmap_over_linens_batch_normalisation_is_jit(small, shapes, quiet, tmp_path):
     bmjax.register_model("own", Normalized)
     plain = OptimConfig(optimizer="sgd", learning_rate=0.1)
@@ -199,6 +200,7 @@ def test_each_device_and_each_part_of_a_batch_drops_others(how):
     assert set(shares) == {0.0, 0.5, 1.0}
 
 
+@pytest.mark.slow
 def test_a_student_drops_and_its_teacher_does_not(own, shapes, quiet):
     own = dataclasses.replace(own, epochs=1)
     bmjax.fit(own, shapes, console=quiet)
@@ -259,6 +261,7 @@ def test_a_module_that_is_made_by_its_name_needs_no_script_to_go_on(own, shapes,
     assert bmjax.load_run(own.out).model == Patches(3)
 
 
+@pytest.mark.slow
 def test_a_module_of_ones_own_is_timed(patches):
     workload = Workload("patches", image_size=12, batch_size=4)
     contender = Bmjax(workload, 1)
