@@ -140,12 +140,11 @@ def small(tmp_path: Path) -> TrainConfig:
 
 
 @pytest.fixture(scope="session")
-def trained_once(tmp_path_factory: pytest.TempPathFactory, shapes: Dataset) -> Path:
+def trained_once(tmp_path_factory: pytest.TempPathFactory, shapes: Dataset, quiet: Console) -> Path:
     """The folder of a run that tests copy: a convolutional network that has learned the shapes."""
     folder = tmp_path_factory.mktemp("trained") / "teacher"
     config = dataclasses.replace(small_config(folder), model="cnn_tiny", hidden_sizes=())
-    with open(os.devnull, "w") as nowhere:
-        fit(config, shapes, console=Console(file=nowhere))
+    fit(config, shapes, console=quiet)
     return folder
 
 
@@ -166,7 +165,7 @@ def own_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]
             del sys.modules[name]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def quiet() -> Iterator[Console]:
     with open(os.devnull, "w") as nowhere:
         yield Console(file=nowhere)

@@ -1,6 +1,5 @@
 import dataclasses
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -8,7 +7,6 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from rich.console import Console
 
 from bmjax.config import DeviceConfig, EvaluateConfig, PredictConfig
 from bmjax.errors import UserError
@@ -24,13 +22,12 @@ from .conftest import small_config, write_npz
 
 
 @pytest.fixture(scope="module")
-def once(tmp_path_factory, shapes):
+def once(tmp_path_factory, shapes, quiet):
     """A run and the state that its training ended with."""
     folder = tmp_path_factory.mktemp("evaluate")
     data = write_npz(folder / "shapes.npz", shapes)
     config = dataclasses.replace(small_config(folder / "run"), data=f"npz:{data}", ema_decay=0.5)
-    with open(os.devnull, "w") as nowhere:
-        state, _ = fit(config, console=Console(file=nowhere))
+    state, _ = fit(config, console=quiet)
     return config, state
 
 

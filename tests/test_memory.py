@@ -67,10 +67,11 @@ def test_a_setting_of_ones_own_is_respected(where, name, value):
 
 def test_what_is_free_is_returned_when_asked_for():
     code = """
+import os
 import numpy as np
 from bmjax.ops.memory import keep_memory, release_memory, share_memory
 def resident():
-    return int(open("/proc/self/statm").read().split()[1]) * 4096 >> 20
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE") >> 20
 share_memory()
 keep_memory()
 before = resident()

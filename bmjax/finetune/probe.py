@@ -162,9 +162,8 @@ def fit_logistic(
         iteration, head, state, before, stood, _ = carry
         value, grad = value_and_grad(head, state=state)
         updates, state = optimizer.update(grad, state, head, value=value, grad=grad, value_fn=loss)
-        norm = jnp.sqrt(sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(grad)))
         # The kernel is off by the gradient over the penalty at most, as that bounds the curvature.
-        near = norm <= _NEAR * penalty
+        near = optax.tree.norm(grad) <= _NEAR * penalty
         # What float32 cannot tell apart, a line search tries to in vain, at length.
         stands = before - value <= jnp.finfo(value.dtype).eps * value
         stood = jnp.where(stands, stood + 1, 0)

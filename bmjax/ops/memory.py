@@ -41,13 +41,19 @@ def release_memory() -> None:
     Worth its cost, a fault for each page that is used again, where much was needed just once:
     after compiling, or to write a checkpoint.
     """
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
+    if library := _glibc():
+        library.malloc_trim(0)
 
 
 def _set(options: dict[int, int], *own: str) -> None:
-    if platform.libc_ver()[0] != "glibc" or any(name in os.environ for name in own):
+    library = _glibc()
+    if library is None or any(name in os.environ for name in own):
         return
-    set_option = ctypes.CDLL(None).mallopt
     for option, value in options.items():
-        set_option(option, value)
+        library.mallopt(option, value)
+
+
+@functools.cache
+def _glibc() -> ctypes.CDLL | None:
+    """Returns the C library of this process, None where it is another than glibc."""
+    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None

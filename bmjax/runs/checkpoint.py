@@ -157,20 +157,13 @@ class CheckpointWriter:
             self._thread.shutdown()
 
     def _write(self, step: int, items: dict[str, Named], meta: dict[str, Any]) -> None:
-        # Orbax needs several times the arrays, in threads beside those that train.
-        release_memory()
-        try:
-            self._write_one(step, items, meta)
-        finally:
-            release_memory()
-
-    def _write_one(self, step: int, items: dict[str, Named], meta: dict[str, Any]) -> None:
         import orbax.checkpoint as ocp
 
         path, saving = self._folder / str(step), self._folder / f"{SAVING}{step}"
         if path.exists():
             return  # the same run has been at this step before, and saved the same
         arguments = {name: ocp.args.StandardSave(named) for name, named in items.items()}
+        release_memory()  # Orbax needs several times the arrays, beside what training needs
         try:
             _reserve(self._folder, items)
             with _checkpointer() as checkpointer:
@@ -185,6 +178,7 @@ class CheckpointWriter:
             raise _not_written(path, error) from error
         finally:  # on a full disk, what is there of it would keep others from writing
             _remove_unfinished(self._folder)
+            release_memory()
         self._remove_old(self._keep)
 
     def _remove_old(self, keep: int) -> None:
