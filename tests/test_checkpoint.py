@@ -53,6 +53,17 @@ def test_low_precision_and_typed_keys_come_back(tmp_path):
     assert back["half"].dtype == jnp.bfloat16
 
 
+def test_arrays_are_written_as_they_are(tmp_path):
+    named = {"kernel": np.ones(250_000, np.float32)}  # compressed, next to nothing
+    writer = checkpoint.CheckpointWriter(tmp_path, 1)
+    writer.save(1, {"state": named}, {})
+    writer.close()
+    size = sum(path.stat().st_size for path in (tmp_path / "1").rglob("*") if path.is_file())
+    assert size >= named["kernel"].nbytes
+    read = checkpoint.read(tmp_path, 1, ("state",))["state"]
+    np.testing.assert_array_equal(read["kernel"], named["kernel"])
+
+
 def test_only_the_newest_are_kept(tmp_path):
     save(tmp_path, [1, 2, 3, 4, 5], keep=2)
     assert checkpoint.saved_steps(tmp_path) == [4, 5]

@@ -86,6 +86,33 @@ print(kept - before, resident() - before)
     assert left < 20
 
 
+def test_what_grows_between_calls_is_returned():
+    code = """
+import os
+import numpy as np
+from bmjax.ops.memory import keep_memory, release_if_grown, share_memory
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE") >> 20
+def call():
+    np.ones(100 << 20, np.uint8)
+    release_if_grown()
+    return resident()
+share_memory()
+keep_memory()
+first = call()
+again = call()
+np.ones(300 << 20, np.uint8)  # something large that was needed once
+grown = resident()
+print(again - first, grown - first, call() - first, call() - first)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    again, grown, released, after = map(int, done.stdout.split())
+    assert abs(again) < 20  # what each call needs is kept
+    assert grown > 150
+    assert released < -80  # with what the call had freed itself
+    assert abs(after) < 20
+
+
 def test_a_model_that_convolves_shares_memory(monkeypatch):
     shared = []
     monkeypatch.setattr("bmjax.models.registry.share_memory", lambda: shared.append(1))

@@ -10,6 +10,8 @@ import ctypes
 import functools
 import os
 import platform
+from dataclasses import dataclass
+from pathlib import Path
 
 # Of glibc's malloc.h.
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
@@ -43,6 +45,40 @@ def release_memory() -> None:
     """
     if library := _glibc():
         library.malloc_trim(0)
+        _resident.bytes = None
+
+
+def release_if_grown() -> None:
+    """Calls `release_memory` where this process holds much more than after its last release.
+
+    For between two calls of a program. Its temporaries lie where they lay before, until something
+    small has been put there and the gap is a few bytes too short: they then go elsewhere, and the
+    gap would be kept, unused.
+    """
+    now = _resident_now()
+    if _resident.bytes is None:  # a call has used again what it needs
+        _resident.bytes = now
+    elif now > _resident.bytes + _GROWTH_BYTES:
+        release_memory()
+
+
+@dataclass
+class _Resident:
+    """Bytes of this process's memory after the call that followed a release; None before it."""
+
+    bytes: int | None = None
+
+
+_resident = _Resident()
+
+
+def _resident_now() -> int:
+    """Returns the bytes of this process's memory, 0 where the system doesn't say."""
+    try:
+        pages = Path("/proc/self/statm").read_text("ascii").split()[1]
+    except OSError:
+        return 0
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _set(options: dict[int, int], *own: str) -> None:

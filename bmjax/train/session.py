@@ -16,6 +16,7 @@ from bmjax.errors import DivergenceError, StoppedError
 from bmjax.machine import hosts
 from bmjax.machine.signals import Stop
 from bmjax.metrics import summarize
+from bmjax.ops.memory import release_if_grown
 from bmjax.runs import checkpoint
 from bmjax.runs.folder import KINDS, Run
 from bmjax.runs.inference import evaluate_split, make_evaluate
@@ -190,6 +191,7 @@ class Session:
                 self._train.read_ahead()
                 figures = self._read_totals(totals, phase)
             calls.add(until - step, time.monotonic() - begin)
+            release_if_grown()
             step = until
             figures["examples_per_second"] = calls.steps_per_second() * config.batch_size
             self._display.advance(step, figures)
