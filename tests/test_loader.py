@@ -2,6 +2,7 @@
 
 import time
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -102,7 +103,34 @@ def test_a_window_is_divided_and_not_copied_to_every_device():
     arrays, end = feed_of(Read(), parallel).at(0)
     assert end == 2
     assert arrays["image"].shape == (2, 8, 12, 12, 1)
-    assert {shard.data.shape for shard in arrays["image"].addressable_shards} == {(2, 2, 12, 12, 1)}
+    shards = arrays["image"].values.addressable_shards
+    assert {shard.data.shape for shard in shards} == {(2, 2, 144)}
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8, 16), (2, 3, 5, 7, 3), (2, 28, 28, 1)])
+def test_rows_hold_the_images_folded_or_not(shape):
+    images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    leading, length = shape[:-3], int(np.prod(shape[-3:]))
+    for folded in (False, True):
+        rows = loader.Rows.of(images, folded)
+        tiles = -(-length // 1024)
+        assert rows.values.shape == (*leading, *((8 * tiles, 128) if folded else (length,)))
+        assert rows.shape == shape
+        np.testing.assert_array_equal(rows.images(), images)
+        outline = loader.Rows.outline(leading, shape[-3:], folded, None)
+        chex.assert_trees_all_equal_shapes_and_dtypes(outline, rows)
+    # Where nothing is to be filled up, it is the same memory.
+    assert np.shares_memory(images, loader.Rows.of(images).values)
+
+
+@pytest.mark.parametrize("source", [SOURCE, Read()], ids=["memory", "windows"])
+def test_folded_images_make_the_same_batches(source, monkeypatch):
+    one = Parallel("jit", jax.devices()[:1])
+    expected = batches_of(feed_of(source, one), one)
+    monkeypatch.setattr(Parallel, "folds_images", True)
+    feed = feed_of(source, one)
+    assert feed.at(0)[0]["image"].folded
+    chex.assert_trees_all_equal(batches_of(feed, one), expected)
 
 
 @pytest.mark.parametrize("first", [0, 1, 3])
@@ -118,7 +146,8 @@ def test_each_process_reads_its_own_part_of_every_batch(first):
         while step < 4:
             arrays, end = feed.at(step)
             for index in range(end - step):
-                steps.append({n: np.asarray(arrays[n][index]) for n in ("image", "label")})
+                image, label = arrays["image"].images()[index], arrays["label"][index]
+                steps.append({"image": np.asarray(image), "label": np.asarray(label)})
                 steps[-1]["beside_it"] = np.asarray(arrays["view_targets"]["beside_it"][index])
             step = end
         parts.append(steps)
@@ -145,7 +174,7 @@ def epochs_of(source, first, until, look=lambda end: None):
         look(end)
         for index in range(end - step):
             count = int(arrays["count"]) - index * BATCH
-            found.append(np.asarray(arrays["image"][index])[:count])
+            found.append(np.asarray(arrays["image"].images()[index])[:count])
         step = end
     rows = [part for draw in draws for part in np.split(draw, range(BATCH, 30, BATCH))]
     return found, [SOURCE.images[part] for part in rows[first:]]

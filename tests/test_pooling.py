@@ -1,3 +1,5 @@
+from typing import Any
+
 import chex
 import flax.linen as nn
 import jax
@@ -5,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bmjax.ops import onednn, onednn_pooling
+from bmjax.ops import onednn, onednn_pooling, pooling
 from bmjax.ops.pooling import _max_pool, max_pool_2x2, max_pool_3x3
 
 needs_onednn = pytest.mark.skipif(onednn.library() is None, reason="oneDNN is not installed")
@@ -36,6 +38,34 @@ def test_pooling_equals_that_of_linen(window, side, ties):
 
     ours = value_and_grad({2: max_pool_2x2, 3: max_pool_3x3}[window])
     chex.assert_trees_all_close(ours, value_and_grad(by_linen(window)), atol=1e-6)
+
+
+@pytest.mark.parametrize("window", [2, 3])
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("side", [7, 8])
+def test_what_accelerators_compute_equals_it(window, ties, side):
+    """By their own lowering, of which this platform's compiler can make something too."""
+    images = jnp.asarray(pictures(side, ties))
+    out, places = pooling._with_places(images, window)
+    np.testing.assert_array_equal(pooling._reduce(images, window), out)
+    cotangent = jnp.asarray(np.random.default_rng(1).normal(size=out.shape), jnp.float32)
+    options: dict[str, Any] = {"window": window, "size": images.shape[1:3], "spread": True}
+    expected = pooling._compute(places, cotangent, images, **options)
+    found = pooling._elsewhere(places * 0, cotangent, images, **options)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    options["spread"] = False
+    picked = pooling._elsewhere(places * 0, images, images, **options)
+    np.testing.assert_array_equal(picked, pooling._compute(places, images, images, **options))
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+@pytest.mark.parametrize("pool", [max_pool_2x2, max_pool_3x3])
+def test_accelerators_reduce_windows_and_keep_no_places(pool, platform):
+    images = jnp.zeros((2, 8, 8, 3), jnp.bfloat16)
+    gradient = jax.jit(jax.grad(lambda values: jnp.sum(pool(values).astype(jnp.float32))))
+    text = gradient.trace(images).lower(lowering_platforms=(platform,)).as_text()
+    assert "stablehlo.select_and_scatter" in text
+    assert "compare  GT" not in text  # of which the places would be made
 
 
 @pytest.mark.parametrize("window", [2, 3])

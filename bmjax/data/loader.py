@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jax import Array, lax
 from jax.profiler import TraceAnnotation
 from jax.tree_util import Partial
@@ -31,6 +32,8 @@ from bmjax.errors import UserError
 OwnView = Callable[[Array, Array], Array]
 # Of images in one window, so that the next ones are decoded while it is trained on.
 _WINDOW_BYTES = 64 * 2**20
+# Of bytes, in the memory of a TPU: values in a line, and in a tile of 8 lines.
+_LINE, _TILE = 128, 1024
 
 
 def num_batches(num_examples: int, batch_size: int) -> int:
@@ -38,15 +41,67 @@ def num_batches(num_examples: int, batch_size: int) -> int:
     return -(-num_examples // batch_size)
 
 
-def as_arrays(source: ArraySource, wide: bool = False) -> dict[str, np.ndarray]:
-    """Returns `image` [examples, height, width, channels] uint8 and `label` [examples] int32.
+@struct.dataclass
+class Rows:
+    """Images as they lie on a device: all values of one in a row.
+
+    On a TPU the row is folded into lines of 128 and filled up to whole tiles of 1,024, so that what
+    a program takes of an example it takes whole. As [examples, height, width, channels] or
+    [examples, values] the examples lie innermost, in tiles with others: each call of a program that
+    takes some of them would begin by a copy of all, in another order.
+
+    Attributes:
+        values: [..., height * width * channels] uint8, or [..., lines, 128].
+        image_shape: height, width and channels.
+        folded: whether into lines.
+    """
+
+    values: Any
+    image_shape: tuple[int, ...] = struct.field(pytree_node=False)
+    folded: bool = struct.field(pytree_node=False, default=False)
+
+    @classmethod
+    def of(cls, images: np.ndarray, folded: bool = False) -> "Rows":
+        """Makes them of [..., height, width, channels]; without a copy where nothing is filled."""
+        *leading, _, _, _ = images.shape
+        rows = images.reshape(*leading, -1)
+        if folded:
+            missing = -rows.shape[-1] % _TILE
+            rows = np.pad(rows, (*[(0, 0)] * len(leading), (0, missing))) if missing else rows
+            rows = rows.reshape(*leading, -1, _LINE)
+        return cls(rows, tuple(images.shape[-3:]), folded)
+
+    @classmethod
+    def outline(
+        cls, leading: tuple[int, ...], image_shape: Sequence[int], folded: bool, sharding: Any
+    ) -> "Rows":
+        """Returns shapes and types of what `of` makes of [*leading, *image_shape]."""
+        length = math.prod(image_shape)
+        row = (-(-length // _TILE) * _TILE // _LINE, _LINE) if folded else (length,)
+        values = jax.ShapeDtypeStruct((*leading, *row), jnp.uint8, sharding=sharding)
+        return cls(values, tuple(image_shape), folded)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the images, [..., height, width, channels]."""
+        return (*self.values.shape[: -2 if self.folded else -1], *self.image_shape)
+
+    def images(self) -> Any:
+        """Returns [..., height, width, channels]."""
+        rows = self.values.reshape(*self.shape[:-3], -1)
+        return rows[..., : math.prod(self.image_shape)].reshape(self.shape)
+
+
+def as_arrays(source: ArraySource, wide: bool = False, folded: bool = False) -> dict[str, Any]:
+    """Returns `image`, the uint8 images as `Rows`, and `label` [examples] int32.
 
     Args:
         source: a split in memory.
         wide: whether the images come with their margin, where they have one.
+        folded: see `Rows`.
     """
     images = source.wide if wide and source.wide is not None else source.images
-    return {"image": images, "label": source.labels}
+    return {"image": Rows.of(images, folded), "label": source.labels}
 
 
 def batches_in_window(image_shape: Sequence[int], batch_size: int, num_batches: int) -> int:
@@ -54,9 +109,7 @@ def batches_in_window(image_shape: Sequence[int], batch_size: int, num_batches: 
     return max(1, min(num_batches, _WINDOW_BYTES // (math.prod(image_shape) * batch_size)))
 
 
-def shapes_of_train(
-    spec: DatasetSpec, batch_size: int, parallel: "Devices"
-) -> dict[str, jax.ShapeDtypeStruct]:
+def shapes_of_train(spec: DatasetSpec, batch_size: int, parallel: "Devices") -> dict[str, Any]:
     """Returns shapes and types of what a `Feed` of the training split gives, with nothing beside.
 
     Args:
@@ -72,18 +125,17 @@ def shapes_of_train(
         names = ("first", "count", "num_batches")
         scalars = {name: jax.ShapeDtypeStruct((), jnp.int32) for name in names}
         sharding = parallel.windows
-    shapes = {"image": ((*leading, *spec.wide_shape), jnp.uint8), "label": (leading, jnp.int32)}
-    return {
-        **{
-            name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-            for name, (shape, dtype) in shapes.items()
-        },
-        **scalars,
-    }
+    image = Rows.outline(leading, spec.wide_shape, parallel.folds_images, sharding)
+    label = jax.ShapeDtypeStruct(leading, jnp.int32, sharding=sharding)
+    return {"image": image, "label": label, **scalars}
 
 
 class Devices(Protocol):
     """Where a split is put; see `parallel.Parallel`."""
+
+    @property
+    def folds_images(self) -> bool:
+        """Whether images lie there as folded `Rows`."""
 
     @property
     def windows(self) -> Any:
@@ -147,7 +199,7 @@ class Feed:
         self.num_batches = num_batches(len(source), batch_size)
         self._whole = None
         if isinstance(source, ArraySource):
-            self._whole = parallel.put_data(as_arrays(source, wide))
+            self._whole = parallel.put_data(as_arrays(source, wide, parallel.folds_images))
         self._windows: Iterator[dict[str, np.ndarray]] = iter(())
         # The step up to which windows are read ahead, and the one that those in turn end at.
         self._until, self._windows_end = until, 0
@@ -210,6 +262,7 @@ class Feed:
             window: dict[str, Any] = next(self._windows)
         number, own = self._batches_in_window, self._own.stop - self._own.start
         batches = jax.tree.map(lambda leaf: leaf.reshape(number, own, *leaf.shape[1:]), window)
+        batches["image"] = Rows.of(batches["image"], self._parallel.folds_images)
         if self._targets is not None:
             batches["view_targets"] = self._read_targets(step)
         rest = len(self._source) - step % self.num_batches * self._batch_size
@@ -330,8 +383,8 @@ def take_batch(
 
     Args:
         arrays: the split on the device, [examples, ...]; or a window of it, [batches, batch, ...],
-            with `count`, the examples in it; and perhaps `view_targets`, arrays in the order of the
-            batches.
+            with `count`, the examples in it; its images may be `Rows`; and perhaps `view_targets`,
+            arrays in the order of the batches.
         order: the order of the epoch; of a window, which is in order, it is not used.
         index: scalar integer, the number of the batch in the epoch, or in the window.
         batch_size: over all devices.
@@ -351,24 +404,25 @@ def take_batch(
     if "count" in arrays:
         pick = partial(lax.dynamic_index_in_dim, index=index, keepdims=False)
         count = arrays["count"]
-        taken = {name: pick(leaf) for name, leaf in {**_examples(arrays), **view_targets}.items()}
+        taken = jax.tree.map(pick, {**_examples(arrays), **view_targets})
     else:
         assert order is not None
         rows = lax.dynamic_slice(order, (begin,), (size,))
         count = len(arrays["label"])
-        taken = {name: leaf[rows] for name, leaf in _examples(arrays).items()}
+        taken = jax.tree.map(lambda leaf: leaf[rows], _examples(arrays))
         taken |= {
             name: lax.dynamic_slice_in_dim(leaf, begin, size) for name, leaf in view_targets.items()
         }
+    images = taken["image"].images() if isinstance(taken["image"], Rows) else taken["image"]
     return {
         **taken,
-        "image": taken["image"].astype(jnp.float32) / 255,
+        "image": images.astype(jnp.float32) / 255,
         "mask": index * batch_size + position < count,
         "position": position,
     }
 
 
-def _examples(arrays: dict[str, Any]) -> dict[str, Array]:
+def _examples(arrays: dict[str, Any]) -> dict[str, Any]:
     return {name: arrays[name] for name in ("image", "label")}
 
 

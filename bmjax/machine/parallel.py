@@ -41,6 +41,11 @@ class Parallel:
         self._own = [device for device in self.devices if device in jax.local_devices()]
 
     @property
+    def folds_images(self) -> bool:
+        """Whether images lie in the memory of these devices as folded `loader.Rows`."""
+        return self.devices[0].platform == "tpu"
+
+    @property
     def windows(self) -> NamedSharding:
         """How arrays [batches, batch, ...] from `put_windows` lie on the devices under jit."""
         return NamedSharding(self._divided.mesh, PartitionSpec(None, AXIS))

@@ -150,7 +150,9 @@ class BatchNorm(nn.Module):
         values = computed(values)
         axis_name = None if self.is_initializing() else self.axis_name
         given = values if self.dtype in (None, values.dtype) else wider(values)
-        out, of_batch, number = normalize(given, scale, bias, mask, self.epsilon, axis_name)
+        out, of_batch, number = normalize(
+            given, scale, bias, mask, self.epsilon, axis_name, mean.value
+        )
         if not self.is_initializing():
             unbiased = of_batch[1] * (number / jnp.maximum(number - 1, 1))
             some = number > 0  # a part of a filled-up batch may hold nothing that counts

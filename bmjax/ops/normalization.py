@@ -1,4 +1,4 @@
-"""Batch normalisation as a primitive of JAX: by oneDNN on one CPU, elsewhere by XLA.
+"""Batch normalisation as a primitive of JAX: by oneDNN on one CPU, in one pass on GPU and TPU.
 
 Its tangent is linear in the tangents of values, scale and bias, and the transpose of that is what
 reverse mode needs. Both are primitives too, so that each can be computed in the fastest way; their
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.interpreters import ad, mlir
 
-from bmjax.ops import onednn
+from bmjax.ops import one_pass_normalization, onednn
 from bmjax.ops import onednn_normalization as fast
 from bmjax.ops.composite import make_primitive
 from bmjax.ops.precision import at_least_float32, wider
@@ -30,6 +30,7 @@ def normalize(
     mask: Array | None,
     epsilon: float,
     axis_name: str | None = None,
+    about: Array | None = None,
 ) -> tuple[Array, tuple[Array, Array], Array]:
     """Normalises values by the statistics of their batch, per channel.
 
@@ -40,6 +41,8 @@ def normalize(
         mask: [batch] bool, False for the examples that the statistics leave out; None: all count.
         epsilon: what is added to the variance.
         axis_name: under pmap, the axis of the devices that share a batch.
+        about: [channels], at least float32, near the mean, for where mean and variance are taken in
+            one pass (see `one_pass_normalization`); None: 0.
 
     Returns:
         The normalised values, of the type of the values; the batch's mean and biased variance, at
@@ -53,7 +56,9 @@ def normalize(
             wider(values), scale, bias, weights, number, epsilon, axis_name
         )
         return out.astype(values.dtype), (mean, var), number
-    out, mean, var = _forward.bind(values, scale, bias, weights, epsilon=epsilon)
+    about = jnp.zeros(values.shape[-1:], type_) if about is None else about.astype(type_)
+    about = lax.stop_gradient(about)
+    out, mean, var = _forward.bind(values, scale, bias, weights, about, epsilon=epsilon)
     return out, (mean, var), number
 
 
@@ -154,8 +159,9 @@ def _over_devices_jvp(epsilon: float, axis_name: str, primals: Any, tangents: An
 
 
 def _plain_forward(
-    values: Array, scale: Array, bias: Array, weights: Array, *, epsilon: float
+    values: Array, scale: Array, bias: Array, weights: Array, about: Array, *, epsilon: float
 ) -> tuple[Array, Array, Array]:
+    del about
     number = _number(values, weights, None)
     out, (mean, var) = _by_definition(wider(values), scale, bias, weights, number, epsilon, None)
     return out.astype(values.dtype), mean, var
@@ -196,7 +202,7 @@ def _plain_cotangents(
 
 
 def _forward_jvp(primals: Any, tangents: Any, *, epsilon: float) -> Any:
-    values, scale, _, weights = primals
+    values, scale, _, weights, _ = primals
     moves = [ad.instantiate_zeros(each) for each in tangents[:3]]
     out, mean, var = _forward.bind(*primals, epsilon=epsilon)
     known = values, scale, mean, var, weights
@@ -220,9 +226,9 @@ def _cotangents_transposed(
 
 
 def _forward_in_library(
-    values: Array, scale: Array, bias: Array, weights: Array, *, epsilon: float
+    values: Array, scale: Array, bias: Array, weights: Array, about: Array, *, epsilon: float
 ) -> Any:
-    plain = functools.partial(_plain_forward, values, scale, bias, weights, epsilon=epsilon)
+    plain = functools.partial(_plain_forward, values, scale, bias, weights, about, epsilon=epsilon)
     by_library = functools.partial(fast.forward, values, scale, bias, epsilon)
     return lax.cond(jnp.all(weights == 1), lambda: tuple(by_library()), plain)
 
@@ -256,3 +262,8 @@ ad.primitive_transposes[_tangent] = _tangent_transposed
 ad.primitive_transposes[_cotangents] = _cotangents_transposed
 mlir.register_lowering(_forward, _on_cpu(_forward_in_library, _plain_forward), "cpu")
 mlir.register_lowering(_cotangents, _on_cpu(_cotangents_in_library, _plain_cotangents), "cpu")
+for _platform in ("tpu", "cuda", "rocm"):
+    _rule = mlir.lower_fun(one_pass_normalization.forward, multiple_results=True)
+    mlir.register_lowering(_forward, _rule, _platform)
+    _rule = mlir.lower_fun(one_pass_normalization.cotangents, multiple_results=True)
+    mlir.register_lowering(_cotangents, _rule, _platform)

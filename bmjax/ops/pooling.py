@@ -1,9 +1,10 @@
 """Maximum over windows with stride 2, whose gradient costs little.
 
-XLA's gradient of a window reduction (select-and-scatter) is slow on CPU. Here the place of each
+XLA's gradient of a window reduction (select-and-scatter) is slow on CPU. There the place of each
 window's maximum is kept, in a byte, and the gradient is laid out pixel by pixel from there: each
-pixel of an image lies in at most four windows. Of equal pixels the first by row and then by column
-is taken, as in PyTorch.
+pixel of an image lies in at most four windows. Compilers for GPU and TPU know window reductions and
+their gradient, for which the image is kept; the steps above would each pass through memory. Of
+equal pixels the first by row and then by column is taken, as in PyTorch.
 """
 
 import functools
@@ -51,21 +52,38 @@ def max_pool_2x2(images: Array) -> Array:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _max_pool(images: Array, window: int) -> Array:
-    def with_places(images: Array) -> Array:
-        return _with_places(images, window)[0]
-
     alone = _by_halves if window == 2 else _by_picking
-    out = lax.platform_dependent(wider(images), cpu=alone, default=with_places)
-    return out.astype(images.dtype)
+
+    def on_cpu(images: Array) -> Array:
+        return alone(wider(images)).astype(images.dtype)
+
+    reduced = functools.partial(_reduce, window=window)
+    return lax.platform_dependent(images, cpu=on_cpu, default=reduced)
 
 
 @_max_pool.defjvp
 def _max_pool_jvp(window: int, primals: Any, tangents: Any) -> tuple[Array, Array]:
     (images,), (tangent,) = primals, tangents
-    out, places = _with_places(wider(images), window)
+
+    def on_cpu(images: Array) -> tuple[Array, Array]:
+        out, places = _with_places(wider(images), window)
+        return out.astype(images.dtype), places
+
+    def elsewhere(images: Array) -> tuple[Array, Array]:
+        out = _reduce(images, window)
+        return out, jnp.zeros(out.shape, jnp.uint8)  # of no use, see `_elsewhere`
+
+    out, places = lax.platform_dependent(images, cpu=on_cpu, default=elsewhere)
     size = images.shape[1:3]
-    moved = _primitive.bind(places, tangent, window=window, size=size, spread=False)
-    return out.astype(images.dtype), moved
+    return out, _primitive.bind(places, tangent, images, window=window, size=size, spread=False)
+
+
+def _reduce(images: Array, window: int) -> Array:
+    """Returns the maxima alone, by XLA's own reduction over windows."""
+    side = (window - 2,) * 2
+    lowest = np.array(-np.inf, images.dtype)  # JAX must see the number to know the gradient
+    padding = ((0, 0), side, side, (0, 0))
+    return lax.reduce_window(images, lowest, lax.max, (1, window, window, 1), (1, 2, 2, 1), padding)
 
 
 def _windows(images: Array, window: int, fill: float) -> list[Array]:
@@ -158,30 +176,45 @@ def _spread(places: Array, values: Array, window: int, size: tuple[int, int]) ->
     return jnp.pad(image, ((0, 0), *missing, (0, 0)))
 
 
-def _compute(places: Array, values: Array, *, window: int, size: Any, spread: bool) -> Array:
+def _compute(
+    places: Array, values: Array, images: Array, *, window: int, size: Any, spread: bool
+) -> Array:
+    del images
     if spread:
         return _spread(places, values, window, size)
     return _pick(places, values, window)
 
 
-def _abstract(places: Any, values: Any, *, window: int, size: Any, spread: bool) -> Any:
-    del window
+def _elsewhere(
+    places: Array, values: Array, images: Array, *, window: int, size: Any, spread: bool
+) -> Array:
+    """Computes it from the images, for a compiler that knows the gradient of such a reduction."""
+    if not spread:
+        return _pick(_with_places(images, window)[1], values, window)
+    _, transposed = jax.vjp(functools.partial(_reduce, window=window), images)
+    return transposed(values)[0]
+
+
+def _abstract(
+    places: Any, values: Any, images: Any, *, window: int, size: Any, spread: bool
+) -> Any:
+    del images, window
     batch, _, _, channels = values.shape
     shape = (batch, *size, channels) if spread else places.shape
     return jax.core.ShapedArray(shape, values.dtype)
 
 
 def _jvp(primals: Any, tangents: Any, **options: Any) -> tuple[Array, Any]:
-    (places, values), (_, tangent) = primals, tangents
-    out = _primitive.bind(places, values, **options)
-    return out, _primitive.bind(places, ad.instantiate_zeros(tangent), **options)
+    (places, values, images), (_, tangent, _) = primals, tangents
+    out = _primitive.bind(places, values, images, **options)
+    return out, _primitive.bind(places, ad.instantiate_zeros(tangent), images, **options)
 
 
 def _transpose(
-    cotangent: Array, places: Array, values: Any, *, spread: bool, **options: Any
+    cotangent: Array, places: Array, values: Any, images: Array, *, spread: bool, **options: Any
 ) -> Any:
     del values
-    return None, _primitive.bind(places, cotangent, spread=not spread, **options)
+    return None, _primitive.bind(places, cotangent, images, spread=not spread, **options), None
 
 
 def _batched(operands: Sequence[Array], dims: Sequence[Any], **options: Any) -> tuple[Array, int]:
@@ -200,8 +233,10 @@ def _compiled(**options: Any) -> Any:
 
 
 def _on_cpu(context: Any, *operands: Any, **options: Any) -> Any:
-    def by_library(places: Array, values: Array, *, window: int, size: Any, spread: bool) -> Array:
-        del spread
+    def by_library(
+        places: Array, values: Array, images: Array, *, window: int, size: Any, spread: bool
+    ) -> Array:
+        del images, spread
         return onednn_pooling.spread(places, values, window, size)
 
     values = context.avals_in[1]
@@ -222,4 +257,4 @@ ad.primitive_jvps[_primitive] = _jvp
 ad.primitive_transposes[_primitive] = _transpose
 batching.primitive_batchers[_primitive] = _batched
 mlir.register_lowering(_primitive, _on_cpu, "cpu")
-mlir.register_lowering(_primitive, mlir.lower_fun(_compute, multiple_results=False))
+mlir.register_lowering(_primitive, mlir.lower_fun(_elsewhere, multiple_results=False))
