@@ -1,5 +1,6 @@
 """bmjax itself, and Flax Linen as one writes it without bmjax."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -37,10 +38,11 @@ from bmjax.train.compiled import make_train_steps, zero_totals
 from bmjax.train.optim import make_optimizer
 from bmjax.train.step import Batch, classification_loss, create_state
 
-_DTYPES = {"float32": None, "tf32": None, "bfloat16": jnp.bfloat16}
+DTYPES = {"float32": None, "tf32": None, "bfloat16": jnp.bfloat16}
 
 
-def _model(name: str, precision: str) -> nn.Module:
+def bmjax_model(name: str, precision: str) -> nn.Module:
+    """Returns bmjax's model, in a precision of `DTYPES`."""
     precise: Any = precision
     return build_model(TrainConfig(model=name, precision=precise), NUM_CLASSES)
 
@@ -53,7 +55,7 @@ def initial_variables(workload: Workload, name: str = "") -> Any:
     """Returns the variables that all contenders which can be given any begin with."""
     name = name or workload.model
     images = jnp.zeros((1, *_shape(workload)))
-    return jax.jit(partial(contract.init, _model(name, "float32")))(jax.random.key(0), images)
+    return jax.jit(partial(contract.init, bmjax_model(name, "float32")))(jax.random.key(0), images)
 
 
 class Bmjax:
@@ -67,7 +69,7 @@ class Bmjax:
 
     def __init__(self, workload: Workload, steps: int):
         self._workload, self._steps = workload, steps
-        model = _model(workload.model, workload.precision)
+        model = bmjax_model(workload.model, workload.precision)
         normalization = pixel_normalization(workload.channels)
         config = OptimConfig(optimizer="sgd", nesterov=False, weight_decay=0.0, momentum=MOMENTUM)
         optimizer = make_optimizer(config, lambda _: LEARNING_RATE)
@@ -75,9 +77,9 @@ class Bmjax:
         state = create_state(model, optimizer, _shape(workload), seed=0, variables=variables)
         loss_fn = Partial(classification_loss(model, normalization))
         if workload.teacher:
-            teacher = _model(workload.teacher, workload.precision)
+            teacher = bmjax_model(workload.teacher, workload.precision)
             held = initial_variables(workload, workload.teacher)
-            loss_fn = Partial(partial(_distillation, model, teacher, normalization), held)
+            loss_fn = Partial(partial(distillation_loss, model, teacher, normalization), held)
         self._parallel = Parallel("jit", jax.local_devices()[:1], workload.precision)
         put = self._parallel.put
         view = loader.make_view(
@@ -112,7 +114,7 @@ class Bmjax:
         jax.block_until_ready(self._apply(self._variables, self._images))
 
 
-def _distillation(
+def distillation_loss(
     model: nn.Module,
     teacher: nn.Module,
     normalization: Normalization,
@@ -122,6 +124,7 @@ def _distillation(
     batch: Batch,
     key: Array,
 ) -> tuple[Array, tuple[Any, dict[str, Array]]]:
+    """The loss per example with an asked teacher, whose variables are `held`; see `LossFn`."""
     images = preprocess.normalize(batch["image"], normalization)
     logits, batch_stats = apply_train(model, params, batch_stats, images, batch["mask"], key)
     taught = contract.apply(teacher, held, images)
@@ -133,6 +136,46 @@ def _mixed(logits: Array, taught: Any, labels: Array) -> Array:
     return ALPHA * between + (1 - ALPHA) * losses.cross_entropy(logits, labels)
 
 
+def linen_step(
+    model: nn.Module, precision: str, teacher: nn.Module | None = None
+) -> tuple[Callable[..., Any], Callable[[Any], Any]]:
+    """Returns a training step as one writes it, SGD with momentum, and what its state begins as.
+
+    Args:
+        model: of Linen's layers.
+        precision: see `in_precision`.
+        teacher: what teaches it, asked in each step; None: it learns from labels alone.
+
+    Returns:
+        `step(state, held, images, labels) -> (state, loss)`, where `held` are the teacher's
+        variables, and `begin(variables)`, the first state.
+    """
+    optimizer = optax.sgd(LEARNING_RATE, MOMENTUM)
+
+    def begin(variables: Any) -> Any:
+        params = variables["params"]
+        return params, variables.get("batch_stats", {}), optimizer.init(params)
+
+    @partial(in_precision, precision=precision)
+    def step(state: Any, held: Any, images: Array, labels: Array) -> tuple[Any, Array]:
+        params, stats, opt_state = state
+
+        def loss_fn(params: Any) -> tuple[Array, Any]:
+            variables = {"params": params, "batch_stats": stats}
+            logits, new = model.apply(variables, images, train=True, mutable=["batch_stats"])
+            if teacher is None:
+                loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+            else:
+                loss = _mixed(logits, teacher.apply(held, images), labels)
+            return loss.mean(), new.get("batch_stats", {})
+
+        (loss, stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        updates, opt_state = optimizer.update(grads, opt_state)
+        return (optax.apply_updates(params, updates), stats, opt_state), loss
+
+    return step, begin
+
+
 class Linen:
     """Flax Linen with its own layers, one jitted step a batch, the loss read each step."""
 
@@ -140,41 +183,19 @@ class Linen:
 
     def __init__(self, workload: Workload, steps: int):
         self._workload, self._steps = workload, steps
-        dtype = _DTYPES[workload.precision]
+        dtype = DTYPES[workload.precision]
         model = plain_model(workload.model, dtype)
         data = workload.data(steps)
         images = normalized(data["image"])
         self._images, self._labels = jnp.asarray(images), jnp.asarray(data["label"])
         self._variables = jax.jit(model.init)(jax.random.key(0), self._images[:1])
-        params = self._variables["params"]
-        optimizer = optax.sgd(LEARNING_RATE, MOMENTUM)
-        stats = self._variables.get("batch_stats", {})
-        self._state = jax.tree.map(jnp.copy, (params, stats, optimizer.init(params)))
-        taught: Any = None
+        teacher, self._held = None, None
         if workload.teacher:
             teacher = plain_model(workload.teacher, dtype)
-            held = jax.jit(teacher.init)(jax.random.key(1), self._images[:1])
-            taught = partial(teacher.apply, held)
-
-        @partial(jax.jit, donate_argnums=0)
-        @partial(in_precision, precision=workload.precision)
-        def step(state: Any, images: Array, labels: Array) -> tuple[Any, Array]:
-            params, stats, opt_state = state
-
-            def loss_fn(params: Any) -> tuple[Array, Any]:
-                variables = {"params": params, "batch_stats": stats}
-                logits, new = model.apply(variables, images, train=True, mutable=["batch_stats"])
-                if taught is None:
-                    loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-                else:
-                    loss = _mixed(logits, taught(images), labels)
-                return loss.mean(), new.get("batch_stats", {})
-
-            (loss, stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
-            updates, opt_state = optimizer.update(grads, opt_state)
-            return (optax.apply_updates(params, updates), stats, opt_state), loss
-
-        self._step = step
+            self._held = jax.jit(teacher.init)(jax.random.key(1), self._images[:1])
+        step, begin = linen_step(model, workload.precision, teacher)
+        self._state = jax.tree.map(jnp.copy, begin(self._variables))
+        self._step = jax.jit(step, donate_argnums=0)
         self._apply = jax.jit(in_precision(model.apply, workload.precision))
         batch = self._images[: workload.batch_size]
         flops = count_flops(self._apply, self._variables, batch)
@@ -189,7 +210,8 @@ class Linen:
         size, value = self._workload.batch_size, 0.0
         for first in range(0, self._steps * size, size):
             part = slice(first, first + size)
-            self._state, loss = self._step(self._state, self._images[part], self._labels[part])
+            batch = self._images[part], self._labels[part]
+            self._state, loss = self._step(self._state, self._held, *batch)
             value = float(loss)
         return value
 

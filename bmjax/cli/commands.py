@@ -186,13 +186,21 @@ def _convert(config: ConvertConfig) -> None:
 
 
 def _bench(config: BenchConfig) -> None:
-    from bmjax.bench.run import bench, show
+    console = Console(stderr=config.json)
+    if config.compile_for:
+        from bmjax.bench.compile_for import bench_compiled, show_compiled
 
-    result = bench(config, own_process=True)
+        with shown_on(console):
+            result = bench_compiled(config)
+        show: Callable[[Any, Console], None] = show_compiled
+    else:
+        from bmjax.bench.run import bench, show
+
+        result = bench(config, own_process=True)
     if config.json:
         print(as_json(result))
     else:
-        show(result, Console())
+        show(result, console)
 
 
 def _doctor(config: DoctorConfig) -> None:

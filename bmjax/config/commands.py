@@ -149,6 +149,12 @@ class BenchConfig:
             given: the first two, and torch and torch-compiled where PyTorch is installed.
         steps: Batches of a turn.
         turns: Turns that count, after two that compile and warm up.
+        compile_for: Run nothing, but compile for TPUs that need not be there, such as v5e:2x4, and
+            count memory, traffic and collectives; of the contenders, bmjax and linen can. Needs
+            pip install "jax[tpu]".
+        jobs: What is compiled, with --compile-for: training, "random views", streamed,
+            distillation, evaluation or prediction; none given: training, and distillation with
+            --teacher.
         json: Print one JSON object instead of a table.
         imports: A file of Python, or a module, that registers models of your own by
             bmjax.register_model; give the flag once for each.
@@ -162,6 +168,8 @@ class BenchConfig:
     contenders: tuple[str, ...] = ()
     steps: int = 2
     turns: int = 10
+    compile_for: str | None = None
+    jobs: tuple[str, ...] = ()
     json: bool = False
     imports: Imports = ()
 

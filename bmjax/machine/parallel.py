@@ -30,13 +30,14 @@ class Parallel:
         devices: those that are used.
         axis_name: what a function adds up along; None under jit, where there is no need.
         precision: of the products in all that is compiled for them, see `in_precision`.
+        everywhere: how what every device holds lies on them, under jit.
     """
 
     def __init__(self, kind: str, devices: Sequence[jax.Device], precision: str = "float32"):
         self.devices, self.precision = list(devices), precision
         self.axis_name = AXIS if kind == "pmap" else None
         mesh = Mesh(np.array(self.devices), (AXIS,), axis_types=(AxisType.Auto,))
-        self._everywhere = NamedSharding(mesh, PartitionSpec())
+        self.everywhere = NamedSharding(mesh, PartitionSpec())
         self._divided = NamedSharding(mesh, PartitionSpec(AXIS))
         self._own = [device for device in self.devices if device in jax.local_devices()]
 
@@ -72,7 +73,7 @@ class Parallel:
         if len(self._own) < len(self.devices):
             copies = [jax.device_put(tree, device) for device in self._own]
             return jax.tree.map(self._replicate, *copies)
-        return jax.device_put(tree, self._everywhere)
+        return jax.device_put(tree, self.everywhere)
 
     def _put_stacked(self, leaf: Any) -> jax.Array:
         parts = [jax.device_put(leaf[None], device) for device in self._own]
@@ -81,7 +82,7 @@ class Parallel:
 
     def _replicate(self, *copies: jax.Array) -> jax.Array:
         shape = copies[0].shape
-        return jax.make_array_from_single_device_arrays(shape, self._everywhere, list(copies))
+        return jax.make_array_from_single_device_arrays(shape, self.everywhere, list(copies))
 
     def _stack(self, *copies: jax.Array) -> jax.Array:
         shape = (len(copies), *copies[0].shape)
@@ -150,7 +151,7 @@ class Parallel:
             return jax.jit(
                 function,
                 donate_argnums=donated,
-                out_shardings=self._everywhere,
+                out_shardings=self.everywhere,
                 compiler_options=compiler_options(),
             )
         compiled: dict[int, Callable[..., Any]] = {}
@@ -187,7 +188,7 @@ class Parallel:
 
             def outline(leaf: Any) -> jax.ShapeDtypeStruct:
                 divided = isinstance(leaf, jax.ShapeDtypeStruct) and leaf.sharding
-                sharding = divided or self._everywhere
+                sharding = divided or self.everywhere
                 return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
             # A later call finds what this leaves in JAX's own caches.

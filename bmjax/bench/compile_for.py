@@ -1,0 +1,210 @@
+"""`bmjax bench --compile-for`: what the compiler of a TPU makes of the programs, without a TPU."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from jax.stages import Compiled
+from rich.console import Console
+from rich.table import Table
+
+from bmjax.bench.compiled_text import Instruction, read_step
+from bmjax.bench.lowered import CONTENDERS, JOBS, OF_BMJAX_ALONE, jobs_of
+from bmjax.bench.workload import BLOCKS, Workload
+from bmjax.config import BenchConfig
+from bmjax.errors import UserError, unknown_name
+from bmjax.machine.progress import stage
+from bmjax.machine.topologies import Chip, Topology, find_topology
+
+_MODELS = ("mlp", "cnn", *BLOCKS)
+_LARGEST = 10
+_DEFAULT_JOBS = ("training",)
+
+
+def bench_compiled(config: BenchConfig) -> dict[str, Any]:
+    """Compiles a workload for a topology, and reads what the compiler says of it.
+
+    Nothing is run: times are what the chip's published figures give for the bytes, FLOPs and
+    exchanged bytes that the compiler counts, each as if it were alone. The largest of the three is
+    the bound, and the images a second that are predicted are at most as many.
+
+    Args:
+        config: the workload, `compile_for`, `jobs` and `contenders`.
+
+    Returns:
+        `topology`, its `chip` and number of `devices`; `workload`; and `rows`, one for each job and
+        contender, per device and step: see `_row`.
+
+    Raises:
+        UserError: see `find_topology`; or a job, a contender or a batch that cannot be.
+    """
+    names = config.contenders or tuple(CONTENDERS)
+    jobs = config.jobs or _DEFAULT_JOBS + (("distillation",) if config.teacher else ())
+    _check(config, names, jobs)
+    topology = find_topology(config.compile_for or "")
+    number = len(topology.devices)
+    if config.batch_size % number:
+        raise UserError(
+            f"--batch-size {config.batch_size} does not divide over the {number} devices of "
+            f"{topology.name}. Choose a multiple of {number}."
+        )
+    workload = Workload(
+        config.model, config.image_size, config.batch_size, config.precision, config.teacher
+    )
+    rows = []
+    for job in jobs:
+        for name in names:
+            if job in jobs_of(name, jobs):
+                contender = CONTENDERS[name](workload, topology.devices)
+                with stage(f"compiling {job} by {contender.name} for {topology.name}"):
+                    begin = time.monotonic()
+                    compiled = _compile(contender, job, topology)
+                seconds = time.monotonic() - begin
+                row = _row(compiled, topology, workload)
+                rows.append({"contender": contender.name, "job": job, **row, "seconds": seconds})
+    return {
+        "topology": topology.name,
+        "chip": vars(topology.chip),
+        "devices": number,
+        "workload": workload.name,
+        "rows": rows,
+    }
+
+
+def _check(config: BenchConfig, names: Sequence[str], jobs: Sequence[str]) -> None:
+    for name in names:
+        if name not in CONTENDERS:
+            raise UserError(
+                f"--contenders {name} cannot be compiled for a TPU; these can: "
+                f"{', '.join(CONTENDERS)}."
+            )
+    for job in jobs:
+        if job not in JOBS:
+            raise unknown_name("job", job, JOBS)
+    if "linen" in names and config.model not in _MODELS:
+        raise UserError(
+            f"--model {config.model} has no counterpart in plain Linen; these have: "
+            f"{', '.join(_MODELS)}. bmjax alone takes any: --contenders bmjax."
+        )
+    if "distillation" in jobs and not config.teacher:
+        raise UserError("--jobs distillation needs a --teacher.")
+    if config.teacher and config.teacher not in BLOCKS:
+        raise UserError(f"--teacher {config.teacher} is none of {', '.join(BLOCKS)}.")
+    for name in ("image_size", "batch_size"):
+        if getattr(config, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1.")
+
+
+def _compile(contender: Any, job: str, topology: Topology) -> Compiled:
+    import jax
+
+    try:
+        compiled: Compiled = contender.lower(job).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error) and "Ran out of memory" not in str(error):
+            raise
+        said = next((line for line in str(error).splitlines() if "emory" in line), "")
+        room = _per_device(topology.chip).memory_bytes / 2**30
+        raise UserError(
+            f"{job} by {contender.name} does not fit into the {room:.0f} GiB of a device of "
+            f"{topology.name} ({said.strip()}). A smaller --batch-size, more chips or --precision "
+            "bfloat16 help."
+        ) from error
+    return compiled
+
+
+def _per_device(chip: Chip) -> Chip:
+    parts = chip.devices
+    return Chip(
+        chip.memory_bytes // parts,
+        chip.bytes_per_second / parts,
+        chip.flops_per_second / parts,
+        chip.link_bytes_per_second / parts,
+    )
+
+
+def _row(compiled: Compiled, topology: Topology, workload: Workload) -> dict[str, Any]:
+    """Returns the figures of a program, per device and step.
+
+    `flops` and `bytes_accessed` are the compiler's own count of the program, in which a loop's body
+    counts once: a step with what comes before and after all steps. `seconds_by` are of memory,
+    compute and links.
+    """
+    memory: Any = compiled.memory_analysis()
+    cost: Any = compiled.cost_analysis()
+    step = read_step(compiled.as_text() or "")
+    exchanged = sum(each.bytes for each in step.collectives)
+    number, chip = len(topology.devices), _per_device(topology.chip)
+    seconds = {
+        "memory": cost["bytes accessed"] / chip.bytes_per_second,
+        "compute": cost["flops"] / chip.flops_per_second,
+        # A ring passes on each part twice: to add up, and to tell the sum.
+        "links": 2 * (number - 1) / number * exchanged / chip.link_bytes_per_second,
+    }
+    bound = max(seconds, key=lambda name: seconds[name])
+    return {
+        "flops": cost["flops"],
+        "bytes_accessed": cost["bytes accessed"],
+        "temp_bytes": memory.temp_size_in_bytes,
+        "argument_bytes": memory.argument_size_in_bytes,
+        "output_bytes": memory.output_size_in_bytes,
+        "alias_bytes": memory.alias_size_in_bytes,
+        "memory_bytes": chip.memory_bytes,
+        "all_reduces": sum(each.kind == "all-reduce" for each in step.collectives),
+        "collectives": [each._asdict() for each in step.collectives],
+        "exchanged_bytes": exchanged,
+        "host_transfers": step.host_transfers,
+        "copied_bytes": step.copies,
+        "largest": [_shown(each) for each in step.largest(_LARGEST)],
+        "seconds_by": seconds,
+        "bound": bound,
+        "predicted_images_per_second": workload.batch_size / seconds[bound],
+    }
+
+
+def _shown(instruction: Instruction) -> dict[str, Any]:
+    shown = ("name", "kind", "result", "source", "bytes")
+    return {name: getattr(instruction, name) for name in shown}
+
+
+def show_compiled(result: dict[str, Any], console: Console) -> None:
+    """Prints what `bench_compiled` returned as a table."""
+    title = f"{result['workload']}, compiled for {result['topology']}, per device and step"
+    table = Table(title=title)
+    for heading in ("job", "contender", "bound by"):
+        table.add_column(heading)
+    for heading in ("images/s", "GB", "MiB", "sums", "GB, MiB of Linen's"):
+        table.add_column(heading, justify="right")
+    for row in result["rows"]:
+        plain = _counterpart(row, result["rows"])
+        table.add_row(
+            row["job"],
+            row["contender"],
+            row["bound"],
+            f"{row['predicted_images_per_second']:,.0f}",
+            f"{row['bytes_accessed'] / 1e9:.3g}",
+            f"{row['temp_bytes'] / 2**20:,.0f}",
+            f"{row['all_reduces']}",
+            _ratios(row, plain),
+        )
+    console.print(table)
+    line = (
+        "compiled, not run: images/s at most, by the chip's published figures; GB that pass "
+        "through memory, MiB of temporaries, sums over the devices"
+    )
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _counterpart(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Returns plain Linen's row of the same job, or of the training that a job is a kind of."""
+    job = "training" if row["job"] in OF_BMJAX_ALONE else row["job"]
+    plain = (other for other in rows if other["contender"] == CONTENDERS["linen"].name)
+    return next((other for other in plain if other["job"] == job), None)
+
+
+def _ratios(row: dict[str, Any], plain: dict[str, Any] | None) -> str:
+    if plain is None or row["contender"] == plain["contender"]:
+        return "-"
+    names = ("bytes_accessed", "temp_bytes")
+    parts = [f"{row[name] / plain[name]:.2f}" if plain[name] else "-" for name in names]
+    return ", ".join(parts)

@@ -1,0 +1,204 @@
+"""Programs for devices that are not there, lowered: bmjax's own, and plain Linen's."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.stages import Lowered
+from jax.tree_util import Partial
+
+from bmjax.bench.jax_contenders import (
+    DTYPES,
+    bmjax_model,
+    distillation_loss,
+    linen_step,
+    plain_model,
+)
+from bmjax.bench.workload import (
+    LEARNING_RATE,
+    MOMENTUM,
+    NO_SCHEDULE,
+    NUM_CLASSES,
+    Workload,
+    pixel_normalization,
+)
+from bmjax.config import AugmentConfig, OptimConfig
+from bmjax.data import loader
+from bmjax.machine.parallel import AXIS, Parallel
+from bmjax.machine.precision import in_precision
+from bmjax.models import contract
+from bmjax.runs.inference import make_evaluate
+from bmjax.train.compiled import make_train_steps, zero_totals
+from bmjax.train.optim import make_optimizer
+from bmjax.train.step import classification_loss, state_maker
+
+# Batches of a split in memory: more than a window has, as an epoch does.
+_BATCHES = 8
+_VIEWS = AugmentConfig(crop=0.25, flip=0.5, shift=0.0, rotate=0.0, scale=0.0)
+_NO_VIEWS = AugmentConfig(augment=False)
+
+Shape = tuple[int, int, int]
+
+
+def _shape(workload: Workload) -> Shape:
+    return workload.image_size, workload.image_size, workload.channels
+
+
+class Bmjax:
+    """The programs of `bmjax train`, `distill`, `evaluate` and `predict`."""
+
+    name = "bmjax"
+
+    def __init__(self, workload: Workload, devices: Sequence[jax.Device]):
+        self._workload, self._shape = workload, _shape(workload)
+        self._parallel = Parallel("jit", devices, workload.precision)
+        self._model = bmjax_model(workload.model, workload.precision)
+        self._normalization = pixel_normalization(workload.channels)
+
+    def lower(self, job: str) -> Lowered:
+        """Lowers one of `JOBS`."""
+        if job == "evaluation":
+            return self._evaluation()
+        if job == "prediction":
+            return self._prediction()
+        return self._training(
+            _VIEWS if job == "random views" else _NO_VIEWS, job != "streamed", job
+        )
+
+    def _everywhere(self, tree: Any) -> Any:
+        return _divided(tree, self._parallel.everywhere)
+
+    def _arrays(self, in_memory: bool) -> dict[str, Any]:
+        size, parallel = self._workload.batch_size, self._parallel
+        leading = (_BATCHES * size,) if in_memory else (_BATCHES, size)
+        sharding = parallel.everywhere if in_memory else parallel.windows
+        image = loader.Rows.outline(leading, self._shape, parallel.folds_images, sharding)
+        label = jax.ShapeDtypeStruct(leading, jnp.int32, sharding=sharding)
+        names = () if in_memory else ("first", "count", "num_batches")
+        scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=parallel.everywhere)
+        return {"image": image, "label": label, **dict.fromkeys(names, scalar)}
+
+    def _training(self, views: AugmentConfig, in_memory: bool, job: str) -> Lowered:
+        workload, model, shape = self._workload, self._model, self._shape
+        optim = OptimConfig(optimizer="sgd", nesterov=False, weight_decay=0.0, momentum=MOMENTUM)
+        optimizer = make_optimizer(optim, lambda _: LEARNING_RATE)
+        state = jax.eval_shape(state_maker(model, optimizer, shape, seed=0))
+        loss_fn = Partial(classification_loss(model, self._normalization))
+        if job == "distillation":
+            assert workload.teacher is not None
+            teacher = bmjax_model(workload.teacher, workload.precision)
+            held = _variables(partial(contract.init, teacher), shape)
+            loss = partial(distillation_loss, model, teacher, self._normalization)
+            loss_fn = Partial(loss, held)
+        view = loader.make_view(views, shape[:2], self._normalization.mean)
+        steps = make_train_steps(self._parallel, lambda _: optimizer, workload.batch_size)
+        held = (
+            state,
+            zero_totals(_without_shapes(loss_fn), state, shape),
+            (view, loss_fn, NO_SCHEDULE),
+        )
+        arguments = (*map(self._everywhere, held), self._arrays(in_memory))
+        return _lower(steps, *arguments, np.int32(_BATCHES))
+
+    def _evaluation(self) -> Lowered:
+        evaluate = make_evaluate(
+            self._parallel,
+            self._model,
+            self._normalization,
+            NUM_CLASSES,
+            self._workload.batch_size,
+        )
+        variables = _variables(partial(contract.init, self._model), self._shape)
+        return _lower(evaluate, self._everywhere(variables), self._arrays(in_memory=True))
+
+    def _prediction(self) -> Lowered:
+        apply = partial(contract.apply, self._model)
+        variables = _variables(partial(contract.init, self._model), self._shape)
+        return _lower_prediction(apply, variables, self._workload, self._parallel.devices)
+
+
+class Linen:
+    """The same jobs as one writes them with Linen's layers; images come normalised."""
+
+    name = "plain Linen"
+
+    def __init__(self, workload: Workload, devices: Sequence[jax.Device]):
+        self._workload, self._shape, self._devices = workload, _shape(workload), devices
+        self._model = plain_model(workload.model, DTYPES[workload.precision])
+
+    def lower(self, job: str) -> Lowered:
+        """Lowers one of `JOBS`."""
+        variables = _variables(self._model.init, self._shape)
+        if job in ("evaluation", "prediction"):
+            apply = partial(self._model.apply)
+            return _lower_prediction(apply, variables, self._workload, self._devices)
+        teacher, held = None, None
+        if job == "distillation":
+            assert self._workload.teacher is not None
+            teacher = plain_model(self._workload.teacher, DTYPES[self._workload.precision])
+            held = _variables(teacher.init, self._shape)
+        everywhere, along = _shardings(self._devices)
+        step, begin = linen_step(self._model, self._workload.precision, teacher)
+        state = _divided(jax.eval_shape(begin, variables), everywhere)
+        compiled = jax.jit(step, donate_argnums=0, out_shardings=everywhere)
+        images, labels = _batch(self._workload, along)
+        return compiled.lower(state, _divided(held, everywhere), images, labels)
+
+
+def _variables(init: Callable[..., Any], shape: Shape) -> Any:
+    return jax.eval_shape(init, jax.random.key(0), jax.ShapeDtypeStruct((1, *shape), jnp.float32))
+
+
+def _without_shapes(loss_fn: Partial) -> Partial:
+    """Returns the loss with zeros in place of shapes, as they are traced."""
+    return jax.tree.map(
+        lambda leaf: (
+            jnp.zeros(leaf.shape, leaf.dtype) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf
+        ),
+        loss_fn,
+    )
+
+
+def _divided(tree: Any, sharding: NamedSharding) -> Any:
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
+    )
+
+
+def _shardings(devices: Sequence[jax.Device]) -> tuple[NamedSharding, NamedSharding]:
+    mesh = Mesh(np.array(devices), (AXIS,))
+    return NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(AXIS))
+
+
+def _batch(workload: Workload, along: NamedSharding) -> tuple[Any, Any]:
+    number = workload.batch_size
+    images = jax.ShapeDtypeStruct((number, *_shape(workload)), jnp.float32, sharding=along)
+    return images, jax.ShapeDtypeStruct((number,), jnp.int32, sharding=along)
+
+
+def _lower_prediction(
+    apply: Callable[..., Any], variables: Any, workload: Workload, devices: Sequence[jax.Device]
+) -> Lowered:
+    everywhere, along = _shardings(devices)
+    compiled = jax.jit(in_precision(apply, workload.precision), out_shardings=along)
+    return compiled.lower(_divided(variables, everywhere), _batch(workload, along)[0])
+
+
+def _lower(compiled: Any, *arguments: Any) -> Lowered:
+    lowered: Lowered = compiled.lower(*arguments)
+    return lowered
+
+
+CONTENDERS: dict[str, type[Bmjax] | type[Linen]] = {"bmjax": Bmjax, "linen": Linen}
+JOBS = ("training", "random views", "streamed", "distillation", "evaluation", "prediction")
+# Kinds of training that plain Linen has no counterpart of.
+OF_BMJAX_ALONE = ("random views", "streamed")
+
+
+def jobs_of(contender: str, jobs: Sequence[str]) -> list[str]:
+    """Returns those of some jobs that a contender does."""
+    return [job for job in jobs if contender == "bmjax" or job not in OF_BMJAX_ALONE]

@@ -1,0 +1,69 @@
+"""What the compiler of TPUs makes of the programs; it need not be installed for the other tests."""
+
+import importlib.util
+import re
+
+import jax
+import pytest
+
+from bmjax.bench import compile_for
+from bmjax.bench.compile_for import bench_compiled
+from bmjax.bench.lowered import Bmjax
+from bmjax.bench.workload import Workload
+from bmjax.config import BenchConfig
+from bmjax.errors import UserError
+from bmjax.machine.topologies import CHIPS, Topology, find_topology
+
+TOPOLOGY = "v5e:2x4"
+needs_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="the compiler for TPUs is not installed"
+)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"jobs": ("trainin",)}, "unknown job 'trainin'"),
+        ({"jobs": ("distillation",)}, "needs a --teacher"),
+        ({"contenders": ("torch",)}, "cannot be compiled for a TPU; these can: bmjax, linen."),
+        ({"model": "resnet_tiny"}, "resnet_tiny has no counterpart in plain Linen"),
+        ({"teacher": "mlp"}, "--teacher mlp is none of"),
+        ({"batch_size": 0}, "--batch-size must be at least 1"),
+        ({"batch_size": 12}, "does not divide over the 8 devices of v5e:2x4"),
+    ],
+)
+def test_what_cannot_be_compiled_is_said_before(settings, said, monkeypatch):
+    eight = Topology(TOPOLOGY, CHIPS["v5e"], jax.devices()[:1] * 8)
+    monkeypatch.setattr(compile_for, "find_topology", lambda name: eight)
+    with pytest.raises(UserError) as raised:
+        bench_compiled(BenchConfig(compile_for=TOPOLOGY, **settings))
+    assert said in str(raised.value)
+
+
+@pytest.mark.parametrize("job", ["training", "streamed", "random views", "evaluation"])
+def test_programs_are_those_that_run_here(job):
+    """Each can be lowered and compiled for the devices of this machine, too."""
+    workload = Workload("cnn_tiny", 32, 16)
+    compiled = Bmjax(workload, jax.devices()[:2]).lower(job).compile()
+    assert compiled.memory_analysis() is not None
+
+
+# Bytes of temporaries of a step per device, by jax 0.10.2 and libtpu 0.0.42.
+TEMPORARIES = {"cnn": 1_389_056, "resnet_tiny": 8_596_992}
+
+
+@needs_compiler
+@pytest.mark.parametrize("model", ["cnn", "resnet_tiny"])
+def test_a_step_for_a_tpu(model):
+    workload = Workload(model, 32, 1024, "bfloat16")
+    devices = find_topology(TOPOLOGY).devices
+    compiled = Bmjax(workload, devices).lower("training").compile()
+    row = compile_for._row(compiled, find_topology(TOPOLOGY), workload)
+    assert row["host_transfers"] == 0
+    text = compiled.as_text() or ""
+    assert not re.findall(r"= f32\[\d+,\d+,\d+,\d+\]\S* convolution\(", text)
+    # State and totals are written over: all but the bytes of alignment.
+    assert row["alias_bytes"] >= 0.9 * row["output_bytes"]
+    norms = {"cnn": 0, "resnet_tiny": 9}[model]
+    assert 1 <= row["all_reduces"] <= 2 * norms + 3
+    assert row["temp_bytes"] == pytest.approx(TEMPORARIES[model], rel=0.05)
