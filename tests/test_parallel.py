@@ -45,7 +45,7 @@ def test_images_in_memory_are_there_once(wide):
     source = ArraySource(array[:, 1:-1, 1:-1] if wide else array, np.arange(5, dtype=np.int32))
     source = ArraySource(source.images, source.labels, array if wide else None)
     feed = loader.Feed(source, Parallel("jit", jax.devices()[:1]), 2, wide=wide)
-    assert pointer(feed.at(0)[0]["image"]) == array.ctypes.data
+    assert pointer(feed.at(0)[0]["image"].values) == array.ctypes.data
 
 
 def test_a_state_is_a_copy_that_can_be_donated():

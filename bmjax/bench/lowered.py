@@ -95,7 +95,12 @@ class Bmjax:
             loss = partial(distillation_loss, model, teacher, self._normalization)
             loss_fn = Partial(loss, held)
         view = loader.make_view(views, shape[:2], self._normalization.mean)
-        steps = make_train_steps(self._parallel, lambda _: optimizer, workload.batch_size)
+        steps = make_train_steps(
+            self._parallel,
+            lambda _: optimizer,
+            workload.batch_size,
+            own_statistics=job == "device statistics",
+        )
         held = (
             state,
             zero_totals(_without_shapes(loss_fn), state, shape),
@@ -194,9 +199,17 @@ def _lower(compiled: Any, *arguments: Any) -> Lowered:
 
 
 CONTENDERS: dict[str, type[Bmjax] | type[Linen]] = {"bmjax": Bmjax, "linen": Linen}
-JOBS = ("training", "random views", "streamed", "distillation", "evaluation", "prediction")
+JOBS = (
+    "training",
+    "random views",
+    "streamed",
+    "device statistics",
+    "distillation",
+    "evaluation",
+    "prediction",
+)
 # Kinds of training that plain Linen has no counterpart of.
-OF_BMJAX_ALONE = ("random views", "streamed")
+OF_BMJAX_ALONE = ("random views", "streamed", "device statistics")
 
 
 def jobs_of(contender: str, jobs: Sequence[str]) -> list[str]:

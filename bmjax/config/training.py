@@ -181,6 +181,9 @@ class BaseConfig:
         accumulate: Parts that a batch is split into, one after the other, to save memory; the
             gradient is that of the whole batch, but batch normalisation, and losses that compare
             examples with each other, see one part at a time.
+        batch_statistics: Whose examples batch normalisation takes mean and variance of: global, the
+            whole batch's, on any number of devices the same; or device, those of each device's own
+            part, as PyTorch's DistributedDataParallel does, which exchanges nothing forward.
         remat: Compute each block of a ResNet again backward, instead of keeping what is inside, to
             save memory on GPU and TPU; XLA undoes it on CPU.
         label_smoothing: Share of the target spread evenly over the classes, in [0, 1).
@@ -209,6 +212,7 @@ class BaseConfig:
     epochs: int | None = None
     batch_size: int = 64
     accumulate: int = 1
+    batch_statistics: Literal["global", "device"] = "global"
     remat: bool = False
     label_smoothing: float = 0.0
     class_weights: Literal["none", "balanced"] = "none"

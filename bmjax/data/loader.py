@@ -63,12 +63,13 @@ class Rows:
     @classmethod
     def of(cls, images: np.ndarray, folded: bool = False) -> "Rows":
         """Makes them of [..., height, width, channels]; without a copy where nothing is filled."""
-        *leading, _, _, _ = images.shape
-        rows = images.reshape(*leading, -1)
+        *leading, height, width, channels = images.shape
+        length = height * width * channels
+        rows = images.reshape(*leading, length)
         if folded:
-            missing = -rows.shape[-1] % _TILE
+            missing = -length % _TILE
             rows = np.pad(rows, (*[(0, 0)] * len(leading), (0, missing))) if missing else rows
-            rows = rows.reshape(*leading, -1, _LINE)
+            rows = rows.reshape(*leading, (length + missing) // _LINE, _LINE)
         return cls(rows, tuple(images.shape[-3:]), folded)
 
     @classmethod
@@ -88,7 +89,8 @@ class Rows:
 
     def images(self) -> Any:
         """Returns [..., height, width, channels]."""
-        rows = self.values.reshape(*self.shape[:-3], -1)
+        row = self.values.shape[len(self.shape) - 3 :]
+        rows = self.values.reshape(*self.shape[:-3], math.prod(row))
         return rows[..., : math.prod(self.image_shape)].reshape(self.shape)
 
 

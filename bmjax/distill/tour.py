@@ -43,7 +43,7 @@ from bmjax.distill.teachers import as_one, check_weights, load_teacher, with_cla
 from bmjax.errors import DivergenceError, StoppedError, UserError
 from bmjax.losses.table import LOSS_PARAMS
 from bmjax.machine import hosts
-from bmjax.machine.parallel import make_parallel, request_devices
+from bmjax.machine.parallel import AXIS, make_parallel, request_devices
 from bmjax.machine.progress import shown_on, stage
 from bmjax.machine.storage import make_folder, write_settings
 from bmjax.machine.terminal import forgiving_console
@@ -304,7 +304,8 @@ def train_student(
         mean = list(normalization_of(dataset, weights).mean)
         view_targets = cached_teacher(folder, teacher, dataset, config, mean, console)
 
-    axis_name = make_parallel(config.device).axis_name
+    parallel = make_parallel(config.device)
+    axis_name = AXIS if config.batch_statistics == "device" else parallel.axis_name
 
     def make_loss(model: nn.Module, normalization: Normalization) -> LossFn:
         return distillation_loss(

@@ -30,13 +30,14 @@ class Parallel:
         devices: those that are used.
         axis_name: what a function adds up along; None under jit, where there is no need.
         precision: of the products in all that is compiled for them, see `in_precision`.
+        mesh: of the devices.
         everywhere: how what every device holds lies on them, under jit.
     """
 
     def __init__(self, kind: str, devices: Sequence[jax.Device], precision: str = "float32"):
         self.devices, self.precision = list(devices), precision
         self.axis_name = AXIS if kind == "pmap" else None
-        mesh = Mesh(np.array(self.devices), (AXIS,), axis_types=(AxisType.Auto,))
+        self.mesh = mesh = Mesh(np.array(self.devices), (AXIS,), axis_types=(AxisType.Auto,))
         self.everywhere = NamedSharding(mesh, PartitionSpec())
         self._divided = NamedSharding(mesh, PartitionSpec(AXIS))
         self._own = [device for device in self.devices if device in jax.local_devices()]

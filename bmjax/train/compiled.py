@@ -12,7 +12,7 @@ from jax.tree_util import Partial
 from bmjax.data import loader
 from bmjax.errors import UserError
 from bmjax.machine.parallel import AXIS, Parallel
-from bmjax.train.gradients import Batch, Gradient, whole_batch
+from bmjax.train.gradients import Batch, Gradient, Parts, whole_batch
 from bmjax.train.step import LossFn, TrainState, train_step, with_average
 
 
@@ -67,6 +67,7 @@ def make_train_steps(
     ema_decay: float = 0.0,
     trained: Any = None,
     view_passes: int | None = None,
+    own_statistics: bool = False,
 ) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
     """Compiles training over data that lies on the device.
 
@@ -78,6 +79,7 @@ def make_train_steps(
         ema_decay: see `train_step`.
         trained: see `train_step`.
         view_passes: epochs after which order and views repeat; None: they never do.
+        own_statistics: whether batch statistics are of each device's own part, see `Parts`.
 
     Returns:
         `steps(state, totals, (view, loss_fn, schedule), arrays, until) -> (state, totals)`, which
@@ -90,6 +92,8 @@ def make_train_steps(
         otherwise -1; so it is where the last update of the call left params that are not finite.
     """
     axis_name = parallel.axis_name
+    mesh = None if axis_name else parallel.mesh
+    parts = Parts(AXIS, mesh) if own_statistics else None
 
     def steps(
         state: TrainState,
@@ -117,7 +121,7 @@ def make_train_steps(
             state, totals = carry
             batch = draw(state.step)
             new, sums = train_step(
-                state, batch, loss_fn, optimizer, gradient, ema_decay, axis_name, trained
+                state, batch, loss_fn, optimizer, gradient, ema_decay, axis_name, trained, parts
             )
             bad = jnp.where(jnp.isfinite(sums["loss"]), -1, state.step)
             totals = {

@@ -8,11 +8,13 @@ by `sums["count"]`, under pmap after adding up over the devices.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import Mesh, PartitionSpec
 
 Batch = dict[str, Array]
 SummedLoss = Callable[[Any, Any, Batch, Array], tuple[Array, tuple[Any, dict[str, Array]]]]
@@ -33,6 +35,43 @@ def whole_batch(
     """Computes the gradient of the batch at once."""
     grads, aux = jax.grad(summed_loss, has_aux=True)(params, batch_stats, batch, key)
     return grads, aux
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Has each device compute on its part of the batch, with batch statistics of that part alone.
+
+    Nothing is exchanged but what `train_step` adds up at the end, gradients and sums, and the mean
+    of the running statistics, which then are the same everywhere. A device whose part is all
+    padding leaves its own as they were.
+
+    Attributes:
+        axis_name: of the devices.
+        mesh: of the devices, under jit; None: under pmap, where the batch is divided already.
+    """
+
+    axis_name: str
+    mesh: Mesh | None
+
+    def mean(self, batch_stats: Any) -> Any:
+        """Returns the mean over the devices, of counts the largest."""
+
+        def of_devices(leaf: Array) -> Array:
+            inexact = jnp.issubdtype(leaf.dtype, jnp.inexact)
+            mean: Array = (lax.pmean if inexact else lax.pmax)(leaf, self.axis_name)
+            return mean
+
+        return jax.tree.map(of_devices, batch_stats)
+
+    def divide(self, of_part: Callable[..., Any]) -> Callable[..., Any]:
+        """Returns `of_part(params, batch_stats, batch, key)` on a batch that it sees in parts."""
+        if self.mesh is None:
+            return of_part
+        whole, divided = PartitionSpec(), PartitionSpec(self.axis_name)
+        given = (whole, whole, divided, whole)
+        return jax.shard_map(
+            of_part, mesh=self.mesh, in_specs=given, out_specs=whole, check_vma=False
+        )
 
 
 def accumulated(parts: int) -> Gradient:

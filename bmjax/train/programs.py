@@ -70,7 +70,8 @@ class TrainingPrograms:
         self._ahead = job.make_loss is None and job.view_targets is None
         self.num_batches = loader.num_batches(len(spec.labels), config.batch_size)
         model = model or build_model(config, spec.num_classes, architecture=job.architecture)
-        self.model = with_axis(model, parallel.axis_name)
+        own = config.batch_statistics == "device"
+        self.model = with_axis(model, None if own else parallel.axis_name)
         self.phases = make_phases(config, self.model, spec.image_shape, self.num_batches, job)
         size, channels = spec.image_shape[:2], spec.image_shape[2]
         self._view = loader.make_view(
@@ -91,6 +92,7 @@ class TrainingPrograms:
                 config.ema_decay,
                 phase.trained,
                 config.views.view_passes,
+                config.batch_statistics == "device",
             )
         return self._steps[phase.program]
 

@@ -18,7 +18,7 @@ from bmjax.data.preprocess import Normalization
 from bmjax.losses import logits as losses
 from bmjax.models import contract
 from bmjax.train.apply import apply_train
-from bmjax.train.gradients import Batch, Gradient, whole_batch
+from bmjax.train.gradients import Batch, Gradient, Parts, whole_batch
 from bmjax.train.optim import merge, select
 
 
@@ -211,6 +211,7 @@ def train_step(
     ema_decay: float = 0.0,
     axis_name: str | None = None,
     trained: Any = None,
+    parts: Parts | None = None,
 ) -> tuple[TrainState, dict[str, Array]]:
     """Does one update on the masked mean of the loss.
 
@@ -228,14 +229,14 @@ def train_step(
         axis_name: under pmap, the axis to add up along.
         trained: a tree as that of the params with True for every leaf to be trained; None: all.
             Of the others there is neither gradient nor state of the optimizer.
+        parts: how each device does its own part of the batch, running statistics included; None:
+            they are of the whole batch.
 
     Returns:
         The state after the step, and sums over the examples: `loss`, the metrics of the loss
         function, and `count`.
     """
     key = jax.random.fold_in(jax.random.split(state.key, 3)[2], state.step)
-    if axis_name is not None:  # each device draws for its own part of the batch
-        key = jax.random.fold_in(key, lax.axis_index(axis_name))
 
     def summed_loss(
         moving: Any, batch_stats: Any, batch: Batch, key: Array
@@ -248,9 +249,19 @@ def train_step(
 
     loss_fn = with_average(loss_fn, state)
     moving = _trained(state.params, trained)
-    grads, (batch_stats, sums) = gradient(summed_loss, moving, state.batch_stats, batch, key)
-    if axis_name is not None:
-        grads, sums = lax.psum((grads, sums), axis_name)
+    if parts is not None:
+        axis_name = parts.axis_name
+
+    def of_part(moving: Any, batch_stats: Any, batch: Batch, key: Array) -> Any:
+        if axis_name is not None:  # each device draws for its own part of the batch
+            key = jax.random.fold_in(key, lax.axis_index(axis_name))
+        grads, (batch_stats, sums) = gradient(summed_loss, moving, batch_stats, batch, key)
+        if axis_name is not None:
+            grads, sums = lax.psum((grads, sums), axis_name)
+        return grads, batch_stats if parts is None else parts.mean(batch_stats), sums
+
+    of_batch = of_part if parts is None else parts.divide(of_part)
+    grads, batch_stats, sums = of_batch(moving, state.batch_stats, batch, key)
     scale = 1 / sums["count"]
     grads = jax.tree.map(lambda leaf: leaf * scale, grads)
 
