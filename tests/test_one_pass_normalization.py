@@ -91,7 +91,8 @@ def test_nothing_that_counts_leaves_finite_numbers():
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
-def test_accelerators_add_up_batch_and_pixels_at_once(platform):
+def test_accelerators_exchange_no_deviations_from_the_mean(platform):
+    """Backward both sums are of batch and pixels at once, and forward no pass waits for another."""
     model = create_model("resnet_tiny", 3)
     images = jnp.zeros((4, 16, 16, 3))
     variables = model.init(jax.random.key(0), images[:1])
@@ -107,8 +108,8 @@ def test_accelerators_add_up_batch_and_pixels_at_once(platform):
     here = traced.lower().as_text()
     number = sum("norm" in jax.tree_util.keystr(path) for path, _ in _paths(variables))
     sums = "across dimensions = [0, 1, 2] : (tensor<4x"
-    # Of each layer's scale and bias, two sums: four forward and backward.
-    assert text.count(sums) >= 2 * number > here.count(sums)
+    # As many as there are scales and biases.
+    assert text.count(sums) >= number > here.count(sums)
 
 
 def _paths(variables):

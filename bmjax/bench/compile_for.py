@@ -14,7 +14,7 @@ from bmjax.bench.workload import BLOCKS, Workload
 from bmjax.config import BenchConfig
 from bmjax.errors import UserError, unknown_name
 from bmjax.machine.progress import stage
-from bmjax.machine.topologies import Chip, Topology, find_topology
+from bmjax.machine.topologies import Chip, Topology, compile_elsewhere, find_topology
 
 _MODELS = ("mlp", "cnn", *BLOCKS)
 _LARGEST = 10
@@ -99,7 +99,7 @@ def _compile(contender: Any, job: str, topology: Topology) -> Compiled:
     import jax
 
     try:
-        compiled: Compiled = contender.lower(job).compile()
+        return compile_elsewhere(contender.lower(job))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error) and "Ran out of memory" not in str(error):
             raise
@@ -110,7 +110,6 @@ def _compile(contender: Any, job: str, topology: Topology) -> Compiled:
             f"{topology.name} ({said.strip()}). A smaller --batch-size, more chips or --precision "
             "bfloat16 help."
         ) from error
-    return compiled
 
 
 def _per_device(chip: Chip) -> Chip:

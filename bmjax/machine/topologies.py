@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+from jax.stages import Compiled, Lowered
 
 from bmjax.errors import UserError, unknown_name
 
@@ -97,6 +98,24 @@ def find_topology(name: str) -> Topology:
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(_INSTALL)
     return Topology(name, chip, _devices(name, sides))
+
+
+def compile_elsewhere(lowered: Lowered) -> Compiled:
+    """Compiles a program for devices that are not there, past JAX's cache of programs.
+
+    The cache would keep the program, and could not read it without such a device.
+    """
+    from jax.experimental.compilation_cache import compilation_cache
+
+    before = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
+    # Whether there is a cache is asked but once, until it is reset.
+    compilation_cache.reset_cache()
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        return lowered.compile()
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
 
 
 def _devices(name: str, sides: list[int]) -> Sequence[jax.Device]:

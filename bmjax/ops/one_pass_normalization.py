@@ -7,7 +7,9 @@ should be near the mean: the running mean. With values of mean m and standard de
 number c, the variance loses the factor 1 + ((m - c) / s)^2 of float32's precision. Backward, the
 two sums of the gradient need no other pass, and the gradient one more.
 
-Examples that don't count weigh nothing in the sums: a factor within a pass that is made anyway.
+Examples that don't count weigh nothing: the sums are of each image first, and then weighed. (As a
+factor within the pass, the weights would be an operand of all such sums; the compiler for TPUs then
+takes sums of different layers together, and reads a layer's output once more for it.)
 """
 
 import jax.numpy as jnp
@@ -44,8 +46,10 @@ def forward(
     """
     number = _number(values, weights)
     apart = wider(values) - _along(about)
-    counted = apart * _of_images(weights)
-    first, second = jnp.sum(counted, _BATCH) / number, jnp.sum(counted * apart, _BATCH) / number
+    first, second = (
+        jnp.matmul(weights, jnp.sum(each, (1, 2)), precision=lax.Precision.HIGHEST) / number
+        for each in (apart, apart**2)
+    )
     mean, var = about + first, jnp.maximum(second - first**2, 0)
     factor = lax.rsqrt(var + epsilon) * scale
     out = (wider(values) - _along(mean)) * _along(factor) + _along(bias)
