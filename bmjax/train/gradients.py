@@ -53,15 +53,24 @@ class Parts:
     axis_name: str
     mesh: Mesh | None
 
-    def mean(self, batch_stats: Any) -> Any:
-        """Returns the mean over the devices, of counts the largest."""
+    def mean(self, batch_stats: Any, before: Any) -> Any:
+        """Returns the mean over the devices; counts grow by the mean growth, rounded up.
 
-        def of_devices(leaf: Array) -> Array:
-            inexact = jnp.issubdtype(leaf.dtype, jnp.inexact)
-            mean: Array = (lax.pmean if inexact else lax.pmax)(leaf, self.axis_name)
-            return mean
+        Args:
+            batch_stats: of this device, after the step.
+            before: those before it, the same on all.
+        """
 
-        return jax.tree.map(of_devices, batch_stats)
+        def of_devices(leaf: Array, before: Array) -> Array:
+            if jnp.issubdtype(leaf.dtype, jnp.inexact):
+                mean: Array = lax.pmean(leaf, self.axis_name)
+                return mean
+            # As float32, in which they are exact, to be exchanged with the others.
+            grown = lax.psum((leaf - before).astype(jnp.float32), self.axis_name)
+            number = lax.axis_size(self.axis_name)
+            return before + -(-grown.astype(leaf.dtype) // number)
+
+        return jax.tree.map(of_devices, batch_stats, before)
 
     def divide(self, of_part: Callable[..., Any]) -> Callable[..., Any]:
         """Returns `of_part(params, batch_stats, batch, key)` on a batch that it sees in parts."""

@@ -255,10 +255,10 @@ def train_step(
     def of_part(moving: Any, batch_stats: Any, batch: Batch, key: Array) -> Any:
         if axis_name is not None:  # each device draws for its own part of the batch
             key = jax.random.fold_in(key, lax.axis_index(axis_name))
-        grads, (batch_stats, sums) = gradient(summed_loss, moving, batch_stats, batch, key)
+        grads, (new_stats, sums) = gradient(summed_loss, moving, batch_stats, batch, key)
         if axis_name is not None:
             grads, sums = lax.psum((grads, sums), axis_name)
-        return grads, batch_stats if parts is None else parts.mean(batch_stats), sums
+        return grads, new_stats if parts is None else parts.mean(new_stats, batch_stats), sums
 
     of_batch = of_part if parts is None else parts.divide(of_part)
     grads, batch_stats, sums = of_batch(moving, state.batch_stats, batch, key)
