@@ -6,12 +6,13 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from bmjax.bench.compiled_text import COLLECTIVES
 from bmjax.bench.step import make_step
 from bmjax.machine.parallel import Parallel
 from bmjax.models import create_model
 from bmjax.train.step import TrainState
 
-_KINDS = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
+_KINDS = "|".join(COLLECTIVES)
 _SHAPE = re.compile(r"[a-z]\w*\[([\d,]*)\]")
 _STEPS = 2  # more than one, so that the step stands in a loop, as in an epoch
 

@@ -4,19 +4,19 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 from jax.stages import Compiled
 from rich.console import Console
 from rich.table import Table
 
 from bmjax.bench.compiled_text import Instruction, read_step
-from bmjax.bench.lowered import CONTENDERS, JOBS, OF_BMJAX_ALONE, jobs_of
-from bmjax.bench.workload import BLOCKS, Workload
+from bmjax.bench.lowered import CONTENDERS, JOBS, OF_BMJAX_ALONE, does
+from bmjax.bench.workload import MODELS, Workload, check_workload
 from bmjax.config import BenchConfig
 from bmjax.errors import UserError, unknown_name
 from bmjax.machine.progress import stage
 from bmjax.machine.topologies import Chip, Topology, compile_elsewhere, find_topology
 
-_MODELS = ("mlp", "cnn", *BLOCKS)
 _LARGEST = 10
 _DEFAULT_JOBS = ("training",)
 
@@ -54,7 +54,7 @@ def bench_compiled(config: BenchConfig) -> dict[str, Any]:
     rows = []
     for job in jobs:
         for name in names:
-            if job in jobs_of(name, jobs):
+            if does(name, job):
                 contender = CONTENDERS[name](workload, topology.devices)
                 with stage(f"compiling {job} by {contender.name} for {topology.name}"):
                     begin = time.monotonic()
@@ -81,23 +81,17 @@ def _check(config: BenchConfig, names: Sequence[str], jobs: Sequence[str]) -> No
     for job in jobs:
         if job not in JOBS:
             raise unknown_name("job", job, JOBS)
-    if "linen" in names and config.model not in _MODELS:
+    if "linen" in names and config.model not in MODELS:
         raise UserError(
             f"--model {config.model} has no counterpart in plain Linen; these have: "
-            f"{', '.join(_MODELS)}. bmjax alone takes any: --contenders bmjax."
+            f"{', '.join(MODELS)}. bmjax alone takes any: --contenders bmjax."
         )
     if "distillation" in jobs and not config.teacher:
         raise UserError("--jobs distillation needs a --teacher.")
-    if config.teacher and config.teacher not in BLOCKS:
-        raise UserError(f"--teacher {config.teacher} is none of {', '.join(BLOCKS)}.")
-    for name in ("image_size", "batch_size"):
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1.")
+    check_workload(config, ("image_size", "batch_size"))
 
 
 def _compile(contender: Any, job: str, topology: Topology) -> Compiled:
-    import jax
-
     try:
         return compile_elsewhere(contender.lower(job))
     except jax.errors.JaxRuntimeError as error:

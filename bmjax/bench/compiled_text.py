@@ -15,7 +15,7 @@ _BYTES = {"pred": 1, "bf16": 2, "f8e4m3fn": 1, "f8e5m2": 1}
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](?:\{([\d,]*)(?::T\(([\d,]+)\))?[^}]*\})?")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%([\w.\-]+) = (.*)$")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
-_COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
+COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
 # Names of what is there already, and of no traffic of its own.
 _FREE = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant", "while", "conditional"}
 _TO_HOST = re.compile(r" (?:infeed|outfeed|send|recv)\(|is_host_transfer=true")
@@ -73,7 +73,7 @@ class Step:
         found = []
         for each in self.instructions:
             kind = each.kind.removesuffix("-start")
-            if kind in _COLLECTIVES:
+            if kind in COLLECTIVES:
                 overlapped = each.kind.endswith("-start")
                 found.append(Collective(kind, size_of(each.result) // (1 + overlapped), overlapped))
         return found

@@ -47,14 +47,16 @@ def bmjax_model(name: str, precision: str) -> nn.Module:
     return build_model(TrainConfig(model=name, precision=precise), NUM_CLASSES)
 
 
-def _shape(workload: Workload) -> tuple[int, int, int]:
-    return workload.image_size, workload.image_size, workload.channels
+def bmjax_sgd() -> optax.GradientTransformation:
+    """Returns bmjax's SGD with momentum, as the other contenders have it."""
+    config = OptimConfig(optimizer="sgd", nesterov=False, weight_decay=0.0, momentum=MOMENTUM)
+    return make_optimizer(config, lambda _: LEARNING_RATE)
 
 
 def initial_variables(workload: Workload, name: str = "") -> Any:
     """Returns the variables that all contenders which can be given any begin with."""
     name = name or workload.model
-    images = jnp.zeros((1, *_shape(workload)))
+    images = jnp.zeros((1, *workload.image_shape))
     return jax.jit(partial(contract.init, bmjax_model(name, "float32")))(jax.random.key(0), images)
 
 
@@ -71,10 +73,9 @@ class Bmjax:
         self._workload, self._steps = workload, steps
         model = bmjax_model(workload.model, workload.precision)
         normalization = pixel_normalization(workload.channels)
-        config = OptimConfig(optimizer="sgd", nesterov=False, weight_decay=0.0, momentum=MOMENTUM)
-        optimizer = make_optimizer(config, lambda _: LEARNING_RATE)
+        optimizer = bmjax_sgd()
         variables = initial_variables(workload)
-        state = create_state(model, optimizer, _shape(workload), seed=0, variables=variables)
+        state = create_state(model, optimizer, workload.image_shape, seed=0, variables=variables)
         loss_fn = Partial(classification_loss(model, normalization))
         if workload.teacher:
             teacher = bmjax_model(workload.teacher, workload.precision)
@@ -83,11 +84,11 @@ class Bmjax:
         self._parallel = Parallel("jit", jax.local_devices()[:1], workload.precision)
         put = self._parallel.put
         view = loader.make_view(
-            AugmentConfig(augment=False), _shape(workload)[:2], normalization.mean
+            AugmentConfig(augment=False), workload.image_shape[:2], normalization.mean
         )
         self._run = make_train_steps(self._parallel, lambda _: optimizer, workload.batch_size)
         self._state = put(state)
-        self._totals = put(zero_totals(loss_fn, state, _shape(workload)))
+        self._totals = put(zero_totals(loss_fn, state, workload.image_shape))
         self._functions = put((view, loss_fn, NO_SCHEDULE))
         data = workload.data(steps)
         self._arrays, self._done = put(data), 0

@@ -14,26 +14,25 @@ from jax.tree_util import Partial
 from bmjax.bench.jax_contenders import (
     DTYPES,
     bmjax_model,
+    bmjax_sgd,
     distillation_loss,
     linen_step,
     plain_model,
 )
 from bmjax.bench.workload import (
-    LEARNING_RATE,
-    MOMENTUM,
     NO_SCHEDULE,
     NUM_CLASSES,
     Workload,
     pixel_normalization,
 )
-from bmjax.config import AugmentConfig, OptimConfig
+from bmjax.config import AugmentConfig
 from bmjax.data import loader
+from bmjax.data.rows import Rows
 from bmjax.machine.parallel import AXIS, Parallel
 from bmjax.machine.precision import in_precision
 from bmjax.models import contract
 from bmjax.runs.inference import make_evaluate
 from bmjax.train.compiled import make_train_steps, zero_totals
-from bmjax.train.optim import make_optimizer
 from bmjax.train.step import classification_loss, state_maker
 
 # Batches of a split in memory: more than a window has, as an epoch does.
@@ -44,17 +43,13 @@ _NO_VIEWS = AugmentConfig(augment=False)
 Shape = tuple[int, int, int]
 
 
-def _shape(workload: Workload) -> Shape:
-    return workload.image_size, workload.image_size, workload.channels
-
-
 class Bmjax:
     """The programs of `bmjax train`, `distill`, `evaluate` and `predict`."""
 
     name = "bmjax"
 
     def __init__(self, workload: Workload, devices: Sequence[jax.Device]):
-        self._workload, self._shape = workload, _shape(workload)
+        self._workload, self._shape = workload, workload.image_shape
         self._parallel = Parallel("jit", devices, workload.precision)
         self._model = bmjax_model(workload.model, workload.precision)
         self._normalization = pixel_normalization(workload.channels)
@@ -65,9 +60,7 @@ class Bmjax:
             return self._evaluation()
         if job == "prediction":
             return self._prediction()
-        return self._training(
-            _VIEWS if job == "random views" else _NO_VIEWS, job != "streamed", job
-        )
+        return self._training(job)
 
     def _everywhere(self, tree: Any) -> Any:
         return _divided(tree, self._parallel.everywhere)
@@ -76,16 +69,15 @@ class Bmjax:
         size, parallel = self._workload.batch_size, self._parallel
         leading = (_BATCHES * size,) if in_memory else (_BATCHES, size)
         sharding = parallel.everywhere if in_memory else parallel.windows
-        image = loader.Rows.outline(leading, self._shape, parallel.folds_images, sharding)
+        image = Rows.outline(leading, self._shape, parallel.folds_images, sharding)
         label = jax.ShapeDtypeStruct(leading, jnp.int32, sharding=sharding)
         names = () if in_memory else ("first", "count", "num_batches")
         scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=parallel.everywhere)
         return {"image": image, "label": label, **dict.fromkeys(names, scalar)}
 
-    def _training(self, views: AugmentConfig, in_memory: bool, job: str) -> Lowered:
+    def _training(self, job: str) -> Lowered:
         workload, model, shape = self._workload, self._model, self._shape
-        optim = OptimConfig(optimizer="sgd", nesterov=False, weight_decay=0.0, momentum=MOMENTUM)
-        optimizer = make_optimizer(optim, lambda _: LEARNING_RATE)
+        optimizer = bmjax_sgd()
         state = jax.eval_shape(state_maker(model, optimizer, shape, seed=0))
         loss_fn = Partial(classification_loss(model, self._normalization))
         if job == "distillation":
@@ -94,6 +86,7 @@ class Bmjax:
             held = _variables(partial(contract.init, teacher), shape)
             loss = partial(distillation_loss, model, teacher, self._normalization)
             loss_fn = Partial(loss, held)
+        views = _VIEWS if job == "random views" else _NO_VIEWS
         view = loader.make_view(views, shape[:2], self._normalization.mean)
         steps = make_train_steps(
             self._parallel,
@@ -101,13 +94,10 @@ class Bmjax:
             workload.batch_size,
             own_statistics=job == "device statistics",
         )
-        held = (
-            state,
-            zero_totals(_without_shapes(loss_fn), state, shape),
-            (view, loss_fn, NO_SCHEDULE),
-        )
-        arguments = (*map(self._everywhere, held), self._arrays(in_memory))
-        return _lower(steps, *arguments, np.int32(_BATCHES))
+        totals = zero_totals(_without_shapes(loss_fn), state, shape)
+        functions = (view, loss_fn, NO_SCHEDULE)
+        arguments = map(self._everywhere, (state, totals, functions))
+        return _lower(steps, *arguments, self._arrays(job != "streamed"), np.int32(_BATCHES))
 
     def _evaluation(self) -> Lowered:
         evaluate = make_evaluate(
@@ -132,15 +122,14 @@ class Linen:
     name = "plain Linen"
 
     def __init__(self, workload: Workload, devices: Sequence[jax.Device]):
-        self._workload, self._shape, self._devices = workload, _shape(workload), devices
+        self._workload, self._shape, self._devices = workload, workload.image_shape, devices
         self._model = plain_model(workload.model, DTYPES[workload.precision])
 
     def lower(self, job: str) -> Lowered:
         """Lowers one of `JOBS`."""
         variables = _variables(self._model.init, self._shape)
         if job in ("evaluation", "prediction"):
-            apply = partial(self._model.apply)
-            return _lower_prediction(apply, variables, self._workload, self._devices)
+            return _lower_prediction(self._model.apply, variables, self._workload, self._devices)
         teacher, held = None, None
         if job == "distillation":
             assert self._workload.teacher is not None
@@ -181,7 +170,7 @@ def _shardings(devices: Sequence[jax.Device]) -> tuple[NamedSharding, NamedShard
 
 def _batch(workload: Workload, along: NamedSharding) -> tuple[Any, Any]:
     number = workload.batch_size
-    images = jax.ShapeDtypeStruct((number, *_shape(workload)), jnp.float32, sharding=along)
+    images = jax.ShapeDtypeStruct((number, *workload.image_shape), jnp.float32, sharding=along)
     return images, jax.ShapeDtypeStruct((number,), jnp.int32, sharding=along)
 
 
@@ -212,6 +201,6 @@ JOBS = (
 OF_BMJAX_ALONE = ("random views", "streamed", "device statistics")
 
 
-def jobs_of(contender: str, jobs: Sequence[str]) -> list[str]:
-    """Returns those of some jobs that a contender does."""
-    return [job for job in jobs if contender == "bmjax" or job not in OF_BMJAX_ALONE]
+def does(contender: str, job: str) -> bool:
+    """Whether a contender does a job."""
+    return contender == "bmjax" or job not in OF_BMJAX_ALONE

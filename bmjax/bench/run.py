@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bmjax.bench import jax_contenders, timing
-from bmjax.bench.workload import BLOCKS, NUM_CLASSES, Contender, Workload
+from bmjax.bench.workload import MODELS, NUM_CLASSES, Contender, Workload, check_workload
 from bmjax.config import BenchConfig
 from bmjax.errors import UserError
 from bmjax.machine.cache import use_compilation_cache
@@ -31,7 +31,6 @@ _NEEDS = {
     "keras": ("keras",),
 }
 # Linen, Keras and PyTorch have to have the model as well.
-_MODELS = ("mlp", "cnn", *BLOCKS)
 # The one workload that torch-dataloader reads data of.
 _OF_DIGITS = ("mlp", 28)
 
@@ -103,7 +102,7 @@ def bench(config: BenchConfig, own_process: bool = False) -> dict[str, Any]:
 
 def _suits_one_thread(workload: Workload) -> bool:
     model = create_model(workload.model, NUM_CLASSES)
-    shape = (workload.image_size, workload.image_size, workload.channels)
+    shape = workload.image_shape
     flops = find(workload.model).forward_flops(model, shape)
     return suits_one_thread(workload.batch_size * flops)
 
@@ -130,20 +129,16 @@ def check(config: BenchConfig, names: Sequence[str]) -> None:
                     f"--contenders {name} needs {package}, which is not installed. "
                     f"pip install {package}, or leave it out."
                 )
-    if config.model not in (list_models() if set(names) == {"bmjax"} else _MODELS):
+    if config.model not in (list_models() if set(names) == {"bmjax"} else MODELS):
         raise UserError(
             f"--model {config.model} cannot be timed against others; these can: "
-            f"{', '.join(_MODELS)}. bmjax alone takes any: --contenders bmjax."
+            f"{', '.join(MODELS)}. bmjax alone takes any: --contenders bmjax."
         )
-    if config.teacher and config.teacher not in BLOCKS:
-        raise UserError(f"--teacher {config.teacher} is none of {', '.join(BLOCKS)}.")
+    check_workload(config, ("image_size", "batch_size", "steps", "turns"))
     if config.teacher and "keras" in names:
         raise UserError("--contenders keras does not distil. Leave it, or --teacher, out.")
     if "torch-dataloader" in names and (config.model, config.image_size) != _OF_DIGITS:
         raise UserError("--contenders torch-dataloader is of digits: --model mlp --image-size 28.")
-    for name in ("image_size", "batch_size", "steps", "turns"):
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1.")
 
 
 def _make(name: str) -> Callable[..., Contender]:

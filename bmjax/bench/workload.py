@@ -1,5 +1,6 @@
 """What is timed: a model, images, a batch; and the data and FLOPs that go with it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -8,7 +9,9 @@ import numpy as np
 import optax
 from jax.tree_util import Partial
 
+from bmjax.config import BenchConfig
 from bmjax.data.preprocess import Normalization
+from bmjax.errors import UserError
 from bmjax.models import find
 
 NUM_CLASSES = 10
@@ -43,6 +46,11 @@ class Workload:
         return find(self.model).image_shape[2]
 
     @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of an image."""
+        return self.image_size, self.image_size, self.channels
+
+    @property
     def name(self) -> str:
         """Such as `resnet18 64 px, batch 64`."""
         taught = f" taught by {self.teacher}" if self.teacher else ""
@@ -63,6 +71,9 @@ class Workload:
 # Residual blocks of each stage, of the ResNets that the contenders build themselves.
 BLOCKS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3)}
 
+# Those that plain Linen, PyTorch and Keras have as well.
+MODELS = ("mlp", "cnn", *BLOCKS)
+
 # Where the optimizer has a learning rate of its own.
 NO_SCHEDULE = Partial(optax.constant_schedule(0.0))
 # Of uniform pixels in [0, 1].
@@ -77,6 +88,20 @@ def pixel_normalization(channels: int) -> Normalization:
 def normalized(images: np.ndarray) -> np.ndarray:
     """Returns pixels as all contenders see them: float32, mean 0 and standard deviation 1."""
     return ((images / np.float32(255) - PIXEL_MEAN) / PIXEL_STD).astype(np.float32)
+
+
+def check_workload(config: BenchConfig, counts: Sequence[str]) -> None:
+    """Raises UserError for a teacher that the contenders don't have, or a count below 1.
+
+    Args:
+        config: of the bench.
+        counts: names of its settings that must be at least 1.
+    """
+    if config.teacher and config.teacher not in BLOCKS:
+        raise UserError(f"--teacher {config.teacher} is none of {', '.join(BLOCKS)}.")
+    for name in counts:
+        if getattr(config, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1.")
 
 
 class Contender(Protocol):

@@ -44,7 +44,7 @@ class Parallel:
 
     @property
     def folds_images(self) -> bool:
-        """Whether images lie in the memory of these devices as folded `loader.Rows`."""
+        """Whether images lie in the memory of these devices as folded `rows.Rows`."""
         return self.devices[0].platform == "tpu"
 
     @property

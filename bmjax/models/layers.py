@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from bmjax.ops.channels import normalize_by
 from bmjax.ops.convolution import Pending, computed, make_pending
 from bmjax.ops.fused_convolution import convolve_normalize, finish
-from bmjax.ops.normalization import normalize, normalize_by
+from bmjax.ops.normalization import normalize
 from bmjax.ops.precision import wider
 
 

@@ -12,10 +12,10 @@ from jax import Array
 from jax.interpreters import mlir
 
 from bmjax.ops import matmul_convolution, onednn, onednn_fused
+from bmjax.ops.channels import normalize_by
 from bmjax.ops.composite import make_primitive
 from bmjax.ops.convolution import Pending
 from bmjax.ops.geometry import Geometry
-from bmjax.ops.normalization import normalize_by
 from bmjax.ops.precision import wider
 
 

@@ -16,6 +16,7 @@ from jax.interpreters import ad, mlir
 
 from bmjax.ops import one_pass_normalization, onednn
 from bmjax.ops import onednn_normalization as fast
+from bmjax.ops.channels import count, per_channel
 from bmjax.ops.composite import make_primitive
 from bmjax.ops.precision import at_least_float32, wider
 
@@ -62,23 +63,9 @@ def normalize(
     return out, (mean, var), number
 
 
-def normalize_by(
-    values: Array, mean: Array, factor: Array, bias: Array, dtype: jnp.dtype | None = None
-) -> Array:
-    """Returns (values - mean) * factor + bias, per channel, as `dtype` or that of the values."""
-    out = (wider(values) - per_channel(mean)) * per_channel(factor) + per_channel(bias)
-    return out.astype(dtype or values.dtype)
-
-
-def per_channel(channels: Array) -> Array:
-    """Returns [channels] as [1, 1, 1, channels]."""
-    return channels[None, None, None, :]
-
-
 def _number(values: Array, weights: Array, axis_name: str | None) -> Array:
     """Returns how many values of a channel count."""
-    _, height, width, _ = values.shape
-    number = jnp.sum(weights) * height * width
+    number = count(values, weights)
     return lax.psum(number, axis_name) if axis_name else number
 
 

@@ -15,13 +15,10 @@ takes sums of different layers together, and reads a layer's output once more fo
 import jax.numpy as jnp
 from jax import Array, lax
 
+from bmjax.ops.channels import count, normalize_by, per_channel
 from bmjax.ops.precision import wider
 
 _BATCH = (0, 1, 2)
-
-
-def _along(channels: Array) -> Array:
-    return channels[None, None, None, :]
 
 
 def _of_images(weights: Array) -> Array:
@@ -44,16 +41,15 @@ def forward(
     Returns:
         The normalised values, of the type of the values; mean and biased variance, [channels].
     """
-    number = _number(values, weights)
-    apart = wider(values) - _along(about)
+    number = jnp.maximum(count(values, weights), 1)
+    apart = wider(values) - per_channel(about)
     first, second = (
         jnp.matmul(weights, jnp.sum(each, (1, 2)), precision=lax.Precision.HIGHEST) / number
         for each in (apart, apart**2)
     )
     mean, var = about + first, jnp.maximum(second - first**2, 0)
     factor = lax.rsqrt(var + epsilon) * scale
-    out = (wider(values) - _along(mean)) * _along(factor) + _along(bias)
-    return out.astype(values.dtype), mean, var
+    return normalize_by(values, mean, factor, bias), mean, var
 
 
 def cotangents(
@@ -82,15 +78,9 @@ def cotangents(
     """
     deviation = lax.rsqrt(var + epsilon)
     given = wider(cotangent)
-    unit = (wider(values) - _along(mean)) * _along(deviation)
+    unit = (wider(values) - per_channel(mean)) * per_channel(deviation)
     d_bias, d_scale = jnp.sum(given, _BATCH), jnp.sum(given * unit, _BATCH)
-    share = _of_images(weights) / _number(values, weights)
-    through = share * (_along(d_bias) + unit * _along(d_scale))
-    d_values = _along(deviation * scale) * (given - through)
+    share = _of_images(weights) / jnp.maximum(count(values, weights), 1)
+    through = share * (per_channel(d_bias) + unit * per_channel(d_scale))
+    d_values = per_channel(deviation * scale) * (given - through)
     return d_values.astype(values.dtype), d_scale, d_bias
-
-
-def _number(values: Array, weights: Array) -> Array:
-    """Returns how many values of a channel count, at least 1."""
-    _, height, width, _ = values.shape
-    return jnp.maximum(jnp.sum(weights) * height * width, 1)
