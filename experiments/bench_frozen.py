@@ -34,6 +34,7 @@ def measure(freeze: tuple[str, ...], size: int, batch_size: int) -> dict[str, fl
 
     from bmjax.config import FinetuneConfig
     from bmjax.data import ArraySource, loader
+    from bmjax.data.feed import as_arrays
     from bmjax.machine.parallel import Parallel
     from bmjax.models.build import build_model
     from bmjax.train.compiled import make_train_steps, zero_totals
@@ -63,7 +64,7 @@ def measure(freeze: tuple[str, ...], size: int, batch_size: int) -> dict[str, fl
     )
     totals = parallel.put(zero_totals(loss_fn, phase.make_fresh(), shape))
     functions = (view, Partial(loss_fn), phase.schedule)
-    arrays = parallel.put(loader.as_arrays(source))
+    arrays = parallel.put(as_arrays(source))
     state = parallel.put(phase.make_fresh())
     before = _peak()
     state, totals = steps(state, totals, functions, arrays, np.int32(1))  # compiles

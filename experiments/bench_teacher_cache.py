@@ -26,7 +26,8 @@ import numpy as np
 from rich.console import Console
 
 from bmjax.config import DistillConfig, TrainConfig
-from bmjax.data import Dataset, load_dataset, loader
+from bmjax.data import Dataset, load_dataset
+from bmjax.data.feed import Feed
 from bmjax.data.loader import epoch_orders
 from bmjax.data.preprocess import Normalization
 from bmjax.data.sources import DatasetSpec
@@ -69,7 +70,7 @@ def make_epochs(
     steps, totals = programs.steps(phase), programs.zeros(normalization)
     functions = parallel.put(programs.functions(phase, normalization))
     orders = epoch_orders(phase.make_fresh().key, dataset, train)
-    feed = loader.Feed(
+    feed = Feed(
         dataset.train, parallel, config.batch_size, orders, wide=True, view_targets=view_targets
     )
     held = [parallel.put(phase.make_fresh()), parallel.put(totals)]

@@ -35,7 +35,8 @@ import numpy as np
 from rich.console import Console
 
 from bmjax.config import DeviceConfig, OptimConfig, RunConfig, TrainConfig
-from bmjax.data import Dataset, load_dataset, loader
+from bmjax.data import Dataset, load_dataset
+from bmjax.data.feed import Feed
 from bmjax.data.loader import epoch_orders
 from bmjax.data.sources import DatasetSpec
 from bmjax.data.statistics import pixel_statistics
@@ -57,9 +58,7 @@ def first_losses(config: TrainConfig, dataset: Dataset, steps: int) -> np.ndarra
     phase, normalization = programs.phases[0], pixel_statistics(dataset)
     functions = parallel.put(programs.functions(phase, normalization))
     orders = epoch_orders(phase.make_fresh().key, dataset, config)
-    feed = loader.Feed(
-        dataset.train, parallel, config.batch_size, orders, True, share=hosts.share()
-    )
+    feed = Feed(dataset.train, parallel, config.batch_size, orders, True, share=hosts.share())
     state, zeros, losses = parallel.put(phase.make_fresh()), programs.zeros(normalization), []
     for step in range(steps):
         arrays, _ = feed.at(step)

@@ -40,7 +40,9 @@ def test_what_cannot_be_compiled_is_said_before(settings, said, monkeypatch):
     assert said in str(raised.value)
 
 
-@pytest.mark.parametrize("job", ["training", "streamed", "random views", "evaluation"])
+@pytest.mark.parametrize(
+    "job", ["training", "streamed", "divided data", "random views", "evaluation"]
+)
 def test_programs_are_those_that_run_here(job):
     """Each can be lowered and compiled for the devices of this machine, too."""
     workload = Workload("cnn_tiny", 32, 16)
@@ -67,3 +69,13 @@ def test_a_step_for_a_tpu(model):
     norms = {"cnn": 0, "resnet_tiny": 9}[model]
     assert 1 <= row["all_reduces"] <= 2 * norms + 3
     assert row["temp_bytes"] == pytest.approx(TEMPORARIES[model], rel=0.05)
+
+
+@needs_compiler
+def test_divided_data_take_a_part_of_the_memory_of_each_chip():
+    workload = Workload("cnn", 32, 1024, "bfloat16")
+    topology = find_topology(TOPOLOGY)
+    compiled = compile_elsewhere(Bmjax(workload, topology.devices).lower("divided data"))
+    row = compile_for._row(compiled, topology, workload)
+    # 8 GB of images, an eighth of them; beside them labels and the state, on each.
+    assert 1.0e9 <= row["argument_bytes"] <= 1.1e9

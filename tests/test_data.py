@@ -10,8 +10,10 @@ import pytest
 
 from bmjax import load_dataset
 from bmjax.data import loader, preprocess
+from bmjax.data.feed import as_arrays
 from bmjax.data.sources import SPLITS, all_images, stratified_split
 from bmjax.errors import UserError
+from bmjax.machine.parallel import Parallel
 
 ROLES = ("image", "label")
 
@@ -284,9 +286,9 @@ def test_order_is_a_permutation_padded_to_whole_batches():
 
 
 def test_the_last_batch_is_masked(shapes):
-    arrays = loader.as_arrays(shapes.train)
+    arrays, one = as_arrays(shapes.train), Parallel("jit", jax.devices()[:1])
     order = loader.natural_order(90, 16)
-    batches = [loader.take_batch(arrays, order, jnp.int32(i), 16) for i in range(6)]
+    batches = [loader.take_batch(one, arrays, order, jnp.int32(i), 16) for i in range(6)]
     assert [int(batch["mask"].sum()) for batch in batches] == [16] * 5 + [10]
     seen = np.concatenate([batch["label"][batch["mask"]] for batch in batches])
     np.testing.assert_array_equal(seen, shapes.train.labels)

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from bmjax.data import loader
+from bmjax.data.feed import Feed
 from bmjax.data.sources import ArraySource
 from bmjax.machine.arrays import empty_images, in_parts
 from bmjax.machine.parallel import Parallel
@@ -44,7 +44,7 @@ def test_images_in_memory_are_there_once(wide):
     array = images()
     source = ArraySource(array[:, 1:-1, 1:-1] if wide else array, np.arange(5, dtype=np.int32))
     source = ArraySource(source.images, source.labels, array if wide else None)
-    feed = loader.Feed(source, Parallel("jit", jax.devices()[:1]), 2, wide=wide)
+    feed = Feed(source, Parallel("jit", jax.devices()[:1]), 2, wide=wide)
     assert pointer(feed.at(0)[0]["image"].values) == array.ctypes.data
 
 

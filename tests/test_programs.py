@@ -12,7 +12,7 @@ from jax.tree_util import Partial
 
 from bmjax import create_model, to_torchvision
 from bmjax.config import AugmentConfig, DeviceConfig
-from bmjax.data import loader
+from bmjax.data import feed, loader
 from bmjax.data.kinds import prepare
 from bmjax.data.preprocess import Normalization
 from bmjax.data.sources import DatasetSpec
@@ -49,14 +49,14 @@ def train_epoch(made, config, dataset, functions):
     """Trains for one epoch; returns its sums on the host."""
     (phase,), parallel = made.phases, made.parallel
     functions = parallel.put(functions)
-    feed = loader.Feed(dataset.train, parallel, config.batch_size, lambda _: ORDER, wide=True)
+    train = feed.Feed(dataset.train, parallel, config.batch_size, lambda _: ORDER, wide=True)
     state, totals, step = (
         parallel.put(phase.make_fresh()),
         parallel.put(made.zeros(NORMALIZATION)),
         0,
     )
     while step < made.num_batches:
-        arrays, step = feed.at(step)
+        arrays, step = train.at(step)
         state, totals = made.steps(phase)(state, totals, functions, arrays, np.int32(step))
     return parallel.get(totals)
 
@@ -64,17 +64,20 @@ def train_epoch(made, config, dataset, functions):
 ORDER = np.arange(96, dtype=np.int32)
 
 
-@pytest.mark.parametrize("in_memory", [True, False])
+@pytest.mark.parametrize("lie", ["whole", "divided", "in windows"])
 def test_what_is_compiled_ahead_is_what_runs_with_any_statistics(
-    small, shapes, traced, monkeypatch, in_memory
+    small, shapes, traced, monkeypatch, lie
 ):
     views = AugmentConfig(erase=1.0)  # which paints with the mean
     config = dataclasses.replace(small, views=views)
+    in_memory = lie != "in windows"
     dataset = shapes if in_memory else dataclasses.replace(shapes, train=Read(shapes.train))
-    monkeypatch.setattr(loader, "_WINDOW_BYTES", 2 * config.batch_size * 12 * 12)
+    monkeypatch.setattr(feed, "_WINDOW_BYTES", 2 * config.batch_size * 12 * 12)
+    if lie == "divided":
+        monkeypatch.setattr(feed, "DIVIDED_FROM_BYTES", 1)
     spec = DatasetSpec.of(dataset)
     assert spec.in_memory == in_memory
-    parallel = Parallel("jit", jax.devices()[:1])
+    parallel = Parallel("jit", jax.devices()[: 2 if lie == "divided" else 1])
     made = TrainingPrograms(config, parallel, spec)
     made.compile_ahead()
     made.zeros(NORMALIZATION)

@@ -12,6 +12,7 @@ from jax.tree_util import Partial
 
 from bmjax.config import AugmentConfig, DeviceConfig
 from bmjax.data import loader, preprocess
+from bmjax.data.feed import as_arrays
 from bmjax.errors import UserError
 from bmjax.machine.parallel import Parallel, check_divides, make_parallel
 from bmjax.metrics import summarize
@@ -41,7 +42,7 @@ def view(views, parallel=None):
 def run_steps(dataset, parallel, until=9, accumulate=1, views=VIEWS, model=None):
     """Trains for an epoch and a half, in calls of uneven length, and evaluates."""
     model, optimizer, normalization, state, loss_fn = set_up(dataset, model)
-    arrays = loader.as_arrays(dataset.train)
+    arrays = as_arrays(dataset.train)
     steps = make_train_steps(parallel, lambda _: optimizer, 16, accumulated(accumulate))
     totals = parallel.put(zero_totals(loss_fn, state, arrays["image"].shape[1:]))
     functions = (view(views, parallel), Partial(loss_fn), Partial(optax.constant_schedule(0)))
@@ -49,7 +50,7 @@ def run_steps(dataset, parallel, until=9, accumulate=1, views=VIEWS, model=None)
     for end in (1, 4, 6, until):
         state, totals = steps(state, totals, functions, arrays, np.int32(end))
     evaluate = make_evaluate(parallel, model, normalization, dataset.num_classes, 16)
-    sums = evaluate(state.variables, parallel.put(loader.as_arrays(dataset.test)))
+    sums = evaluate(state.variables, parallel.put(as_arrays(dataset.test)))
     return parallel.get((state, totals, sums))
 
 
@@ -95,7 +96,7 @@ def test_batch_statistics_are_those_of_the_whole_batch(shapes, resnet_on_one_dev
 def test_the_length_of_the_calls_changes_nothing(shapes, on_one_device):
     parallel = Parallel("jit", jax.devices()[:1])
     _, optimizer, _, state, loss_fn = set_up(shapes)
-    arrays = loader.as_arrays(shapes.train)
+    arrays = as_arrays(shapes.train)
     steps = make_train_steps(parallel, lambda _: optimizer, 16)
     totals = parallel.put(zero_totals(loss_fn, state, arrays["image"].shape[1:]))
     functions = (view(VIEWS), Partial(loss_fn), Partial(optax.constant_schedule(0)))
@@ -108,7 +109,7 @@ def test_the_length_of_the_calls_changes_nothing(shapes, on_one_device):
 def test_nothing_is_traced_again_after_the_first_call(shapes):
     parallel = Parallel("jit", jax.devices()[:1])
     _, optimizer, _, state, loss_fn = set_up(shapes)
-    arrays = loader.as_arrays(shapes.train)
+    arrays = as_arrays(shapes.train)
     zeros = zero_totals(loss_fn, state, arrays["image"].shape[1:])
     counted = chex.assert_max_traces(loss_fn, n=1)
     steps = make_train_steps(parallel, lambda _: optimizer, 16)
@@ -131,8 +132,14 @@ def jitted_step(state, batch, loss_fn, optimizer, ema_decay=0.0):
 
 
 def take(dataset, number=16):
-    arrays = jax.tree.map(jnp.asarray, loader.as_arrays(dataset.train))
-    return loader.take_batch(arrays, loader.natural_order(90, number), jnp.int32(0), number)
+    arrays = jax.tree.map(jnp.asarray, as_arrays(dataset.train))
+    return loader.take_batch(
+        Parallel("jit", jax.devices()[:1]),
+        arrays,
+        loader.natural_order(90, number),
+        jnp.int32(0),
+        number,
+    )
 
 
 def test_the_step_is_the_masked_mean(shapes):
@@ -213,7 +220,7 @@ def test_bfloat16_keeps_params_and_loss_in_float32(shapes):
 def test_a_loss_that_is_not_finite_stops_the_loop_at_its_step(shapes):
     parallel = Parallel("jit", jax.devices()[:1])
     _, optimizer, _, state, loss_fn = set_up(shapes, optimizer=optax.sgd(1e20))
-    arrays = loader.as_arrays(shapes.train)
+    arrays = as_arrays(shapes.train)
     totals = parallel.put(zero_totals(loss_fn, state, arrays["image"].shape[1:]))
     steps = make_train_steps(parallel, lambda _: optimizer, 16)
     functions = (view(VIEWS), Partial(loss_fn), Partial(optax.constant_schedule(0)))
@@ -226,7 +233,7 @@ def test_a_loss_that_is_not_finite_stops_the_loop_at_its_step(shapes):
 
 def test_evaluation_covers_exactly_the_split(shapes):
     model, _, normalization, state, _ = set_up(shapes)
-    arrays = loader.as_arrays(shapes.test)
+    arrays = as_arrays(shapes.test)
     expected = None
     for size in (8, 16, 64):
         parallel = Parallel("jit", jax.devices()[:4])
@@ -250,8 +257,10 @@ def test_devices_that_do_not_fit_are_named():
 
 def test_a_frozen_leaf_has_no_gradient_and_the_others_have_theirs(shapes):
     model, optimizer, _, state, loss_fn = set_up(shapes, optimizer=optax.sgd(0.1))
-    arrays = jax.tree.map(jnp.asarray, loader.as_arrays(shapes.train))
-    batch = loader.take_batch(arrays, loader.natural_order(90, 16), jnp.array(0), 16)
+    arrays = jax.tree.map(jnp.asarray, as_arrays(shapes.train))
+    batch = loader.take_batch(
+        Parallel("jit", jax.devices()[:1]), arrays, loader.natural_order(90, 16), jnp.array(0), 16
+    )
     mask = trainable_mask(state.params, ["conv1/.*"], find("cnn_tiny"))
     some = create_state(
         model, optimizer, shapes.image_shape, seed=0, variables=state.variables, trained=mask

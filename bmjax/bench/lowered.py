@@ -1,5 +1,6 @@
 """Programs for devices that are not there, lowered: bmjax's own, and plain Linen's."""
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -37,6 +38,8 @@ from bmjax.train.step import classification_loss, state_maker
 
 # Batches of a split in memory: more than a window has, as an epoch does.
 _BATCHES = 8
+# Of the images of a split that is divided over the devices.
+_DIVIDED_BYTES = 8 * 10**9
 _VIEWS = AugmentConfig(crop=0.25, flip=0.5, shift=0.0, rotate=0.0, scale=0.0)
 _NO_VIEWS = AugmentConfig(augment=False)
 
@@ -65,13 +68,21 @@ class Bmjax:
     def _everywhere(self, tree: Any) -> Any:
         return _divided(tree, self._parallel.everywhere)
 
-    def _arrays(self, in_memory: bool) -> dict[str, Any]:
-        size, parallel = self._workload.batch_size, self._parallel
-        leading = (_BATCHES * size,) if in_memory else (_BATCHES, size)
-        sharding = parallel.everywhere if in_memory else parallel.windows
-        image = Rows.outline(leading, self._shape, parallel.folds_images, sharding)
+    def _arrays(self, job: str) -> dict[str, Any]:
+        size, parallel, shape = self._workload.batch_size, self._parallel, self._shape
+        folded, sharding = parallel.folds_images, parallel.everywhere
+        names: tuple[str, ...] = ()
+        leading: tuple[int, ...] = (_BATCHES * size,)
+        if job == "streamed":
+            leading, sharding = (_BATCHES, size), parallel.windows
+            names = ("first", "count", "num_batches")
+        divided = job == "divided data"
+        if divided:
+            number = max(size, _DIVIDED_BYTES // math.prod(shape))
+            leading = (number // len(parallel.devices) * len(parallel.devices),)
+        over = parallel.divided if divided else sharding
+        image = Rows.outline(leading, shape, folded, over, divided)
         label = jax.ShapeDtypeStruct(leading, jnp.int32, sharding=sharding)
-        names = () if in_memory else ("first", "count", "num_batches")
         scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=parallel.everywhere)
         return {"image": image, "label": label, **dict.fromkeys(names, scalar)}
 
@@ -97,7 +108,7 @@ class Bmjax:
         totals = zero_totals(_without_shapes(loss_fn), state, shape)
         functions = (view, loss_fn, NO_SCHEDULE)
         arguments = map(self._everywhere, (state, totals, functions))
-        return _lower(steps, *arguments, self._arrays(job != "streamed"), np.int32(_BATCHES))
+        return _lower(steps, *arguments, self._arrays(job), np.int32(_BATCHES))
 
     def _evaluation(self) -> Lowered:
         evaluate = make_evaluate(
@@ -108,7 +119,7 @@ class Bmjax:
             self._workload.batch_size,
         )
         variables = _variables(partial(contract.init, self._model), self._shape)
-        return _lower(evaluate, self._everywhere(variables), self._arrays(in_memory=True))
+        return _lower(evaluate, self._everywhere(variables), self._arrays("evaluation"))
 
     def _prediction(self) -> Lowered:
         apply = partial(contract.apply, self._model)
@@ -192,13 +203,14 @@ JOBS = (
     "training",
     "random views",
     "streamed",
+    "divided data",
     "device statistics",
     "distillation",
     "evaluation",
     "prediction",
 )
 # Kinds of training that plain Linen has no counterpart of.
-OF_BMJAX_ALONE = ("random views", "streamed", "device statistics")
+OF_BMJAX_ALONE = ("random views", "streamed", "divided data", "device statistics")
 
 
 def does(contender: str, job: str) -> bool:

@@ -152,9 +152,9 @@ class BenchConfig:
         compile_for: Run nothing, but compile for TPUs that need not be there, such as v5e:2x4, and
             count memory, traffic and collectives; of the contenders, bmjax and linen can. Needs
             pip install "jax[tpu]".
-        jobs: What is compiled, with --compile-for: training, "random views", streamed, "device
-            statistics", distillation, evaluation or prediction; none given: training, and
-            distillation with --teacher.
+        jobs: What is compiled, with --compile-for: training, "random views", streamed, "divided
+            data" (8 GB of images), "device statistics", distillation, evaluation or prediction;
+            none given: training, and distillation with --teacher.
         json: Print one JSON object instead of a table.
         imports: A file of Python, or a module, that registers models of your own by
             bmjax.register_model; give the flag once for each.

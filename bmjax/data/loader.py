@@ -1,14 +1,12 @@
 """Batches out of data that lies on the device.
 
-A split is put there once, as uint8; of one that does not fit into memory, one window of batches
-after the other. The order of an epoch is a permutation drawn from the run's key, and batch `i` is
-a slice of it; the last one is padded and masked. Windows hold examples in that same order, so a
-run is the same to the bit either way.
+A split is put there once, as uint8, whole or divided over the devices; of one that does not fit
+into memory, one window of batches after the other. The order of an epoch is a permutation drawn
+from the run's key, and batch `i` is a slice of it; the last one is padded and masked. Windows hold
+examples in that same order, so a run is the same to the bit either way.
 """
 
-import functools
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
 
@@ -16,13 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.profiler import TraceAnnotation
 from jax.tree_util import Partial
 
 from bmjax.config import AugmentConfig, BaseConfig
 from bmjax.data import Dataset, loader
 from bmjax.data.rows import Rows
-from bmjax.data.sources import ArraySource, DatasetSpec, Source
 from bmjax.data.views.augment import center_crop, random_views
 from bmjax.data.views.mixing import mix
 from bmjax.errors import UserError
@@ -30,211 +26,11 @@ from bmjax.errors import UserError
 # `view(key, image)` returns a random view of an image [height, width, channels] with values in
 # [0, 1], of the same shape.
 OwnView = Callable[[Array, Array], Array]
-# Of images in one window, so that the next ones are decoded while it is trained on.
-_WINDOW_BYTES = 64 * 2**20
 
 
 def num_batches(num_examples: int, batch_size: int) -> int:
     """Returns the number of batches that hold all examples, the last one perhaps in part."""
     return -(-num_examples // batch_size)
-
-
-def as_arrays(source: ArraySource, wide: bool = False, folded: bool = False) -> dict[str, Any]:
-    """Returns `image`, the uint8 images as `Rows`, and `label` [examples] int32.
-
-    Args:
-        source: a split in memory.
-        wide: whether the images come with their margin, where they have one.
-        folded: see `Rows`.
-    """
-    images = source.wide if wide and source.wide is not None else source.images
-    return {"image": Rows.of(images, folded), "label": source.labels}
-
-
-def batches_in_window(image_shape: Sequence[int], batch_size: int, num_batches: int) -> int:
-    """Returns how many batches of uint8 images are decoded and put on the device at a time."""
-    return max(1, min(num_batches, _WINDOW_BYTES // (math.prod(image_shape) * batch_size)))
-
-
-def shapes_of_train(spec: DatasetSpec, batch_size: int, parallel: "Devices") -> dict[str, Any]:
-    """Returns shapes and types of what a `Feed` of the training split gives, with nothing beside.
-
-    Args:
-        spec: of the dataset.
-        batch_size: over all devices.
-        parallel: the devices.
-    """
-    leading: tuple[int, ...] = (len(spec.labels),)
-    sharding, scalars = None, {}
-    if not spec.in_memory:
-        number = num_batches(len(spec.labels), batch_size)
-        leading = (batches_in_window(spec.wide_shape, batch_size, number), batch_size)
-        names = ("first", "count", "num_batches")
-        scalars = {name: jax.ShapeDtypeStruct((), jnp.int32) for name in names}
-        sharding = parallel.windows
-    image = Rows.outline(leading, spec.wide_shape, parallel.folds_images, sharding)
-    label = jax.ShapeDtypeStruct(leading, jnp.int32, sharding=sharding)
-    return {"image": image, "label": label, **scalars}
-
-
-class Devices(Protocol):
-    """Where a split is put; see `parallel.Parallel`."""
-
-    @property
-    def folds_images(self) -> bool:
-        """Whether images lie there as folded `Rows`."""
-
-    @property
-    def windows(self) -> Any:
-        """How arrays from `put_windows` lie on the devices."""
-
-    def put(self, tree: Any) -> Any:
-        """Copies a tree of arrays to every device."""
-
-    def put_data(self, tree: Any) -> Any:
-        """Gives arrays that stay as they are to every device, if possible without a copy."""
-
-    def put_windows(self, tree: Any) -> Any:
-        """Divides arrays [batches, batch, ...] along the batch."""
-
-
-class ViewTargets(Protocol):
-    """What is known of each view beside its image and label, such as a teacher's logits."""
-
-    def rows(self, first: int, last: int) -> dict[str, np.ndarray]:
-        """Returns arrays [(last - first) * batch_size, ...] for the steps from first to last."""
-
-
-class Feed:
-    """Gives a split to the devices: as a whole, or window after window, decoded ahead.
-
-    Of windows each process reads its own part of every batch.
-
-    Args:
-        source: the split.
-        parallel: the devices.
-        batch_size: over all devices.
-        draw_order: `draw_order(epoch)` returns the order of an epoch, see `epoch_order`; None for
-            the natural one.
-        wide: whether the images come with their margin.
-        view_targets: what else belongs to the batches of a step.
-        share: number of this process, and how many there are; see `hosts.share`.
-        until: the step up to which windows are read ahead, across the ends of epochs; by default
-            no further than to the end of an epoch.
-    """
-
-    def __init__(
-        self,
-        source: Source,
-        parallel: Devices,
-        batch_size: int,
-        draw_order: Callable[[int], np.ndarray] | None = None,
-        wide: bool = False,
-        view_targets: ViewTargets | None = None,
-        share: tuple[int, int] = (0, 1),
-        until: int = 0,
-    ):
-        self._targets = view_targets
-        # What lies beside the epoch in use, and the step that it begins at.
-        self._targets_of_epoch: dict[str, Any] = {}
-        self._targets_first = -1
-        self._source, self._parallel, self._wide = source, parallel, wide
-        self._batch_size, self._draw_order = batch_size, draw_order
-        number, processes = share
-        size = batch_size // processes
-        self._own = slice(number * size, (number + 1) * size)
-        self.num_batches = num_batches(len(source), batch_size)
-        self._whole = None
-        if isinstance(source, ArraySource):
-            self._whole = parallel.put_data(as_arrays(source, wide, parallel.folds_images))
-        self._windows: Iterator[dict[str, np.ndarray]] = iter(())
-        # The step up to which windows are read ahead, and the one that those in turn end at.
-        self._until, self._windows_end = until, 0
-        # The window in use with the steps it begins and ends at, and the one after it.
-        self._window, self._first, self._end = None, 0, 0
-        self._ahead: Any = None
-
-    def at(self, step: int) -> tuple[Any, int]:
-        """Returns arrays for `take_batch` that hold the batch of `step`, and the step they end at.
-
-        Args:
-            step: of the run, counted over all epochs.
-        """
-        end_of_epoch = (step // self.num_batches + 1) * self.num_batches
-        if self._whole is not None:
-            return {**self._whole, **self._targets_whole(end_of_epoch)}, end_of_epoch
-        if not self._first <= step < self._end:
-            if step != self._end or step >= self._windows_end:
-                self._begin(step)
-            self._window = self._read(step) if self._ahead is None else self._ahead
-            self._ahead = None
-            self._first, self._end = step, min(step + self._batches_in_window, end_of_epoch)
-        return self._window, self._end
-
-    def read_ahead(self) -> None:
-        """Puts the next window on its way to the device, while that one is busy."""
-        if self._whole is None and self._ahead is None and self._end < self._windows_end:
-            self._ahead = self._read(self._end)
-
-    def _targets_whole(self, end: int) -> dict[str, Any]:
-        first = end - self.num_batches
-        if self._targets is not None and first != self._targets_first:
-            self._targets_of_epoch = self._parallel.put(
-                {"view_targets": self._targets.rows(first, end)}
-            )
-            self._targets_first = first
-        return self._targets_of_epoch
-
-    @functools.cached_property
-    def _batches_in_window(self) -> int:
-        # Once: to know the size, an image is decoded.
-        image = self._source.wide_image(0) if self._wide else self._source[0]["image"]
-        return batches_in_window(image.shape, self._batch_size, self.num_batches)
-
-    def _begin(self, step: int) -> None:
-        from bmjax.data.stream import Orders, own_order, windows
-
-        epoch, index = divmod(step, self.num_batches)
-        epochs = max(1, num_batches(self._until, self.num_batches) - epoch)
-        size = self._batches_in_window * (self._own.stop - self._own.start)
-        # Nothing in it may lead back here: who lets go of a feed ends its threads.
-        draw = partial(own_order, len(self._source), self._batch_size, self._own, self._draw_order)
-        orders = Orders(draw, epoch, epochs, index, size)
-        self._windows = windows(self._source, orders, size, wide=self._wide)
-        self._windows_end = (epoch + epochs) * self.num_batches
-        self._ahead = None
-
-    def _read(self, step: int) -> Any:
-        with TraceAnnotation("wait for decoded images"):
-            window: dict[str, Any] = next(self._windows)
-        number, own = self._batches_in_window, self._own.stop - self._own.start
-        batches = jax.tree.map(lambda leaf: leaf.reshape(number, own, *leaf.shape[1:]), window)
-        batches["image"] = Rows.of(batches["image"], self._parallel.folds_images)
-        if self._targets is not None:
-            batches["view_targets"] = self._read_targets(step)
-        rest = len(self._source) - step % self.num_batches * self._batch_size
-        scalars = {
-            "first": step,
-            "count": min(number * self._batch_size, rest),
-            "num_batches": self.num_batches,
-        }
-        with TraceAnnotation("transfer"):
-            return {
-                **self._parallel.put_windows(batches),
-                **self._parallel.put({name: np.int32(value) for name, value in scalars.items()}),
-            }
-
-    def _read_targets(self, step: int) -> dict[str, np.ndarray]:
-        """Returns this process's part of what lies beside a window, as many batches as in each."""
-        assert self._targets is not None
-        end_of_epoch = (step // self.num_batches + 1) * self.num_batches
-        last = min(step + self._batches_in_window, end_of_epoch)
-        found = {}
-        for name, rows in self._targets.rows(step, last).items():
-            rows = rows.reshape(last - step, self._batch_size, *rows.shape[1:])[:, self._own]
-            missing = self._batches_in_window - len(rows)  # so that nothing compiles anew
-            found[name] = np.pad(rows, ((0, missing), *[(0, 0)] * (rows.ndim - 1)))
-        return found
 
 
 def make_view(
@@ -319,29 +115,41 @@ def _padded(order: Array, batch_size: int) -> Array:
     return jnp.pad(order, (0, -len(order) % batch_size))
 
 
+class Devices(Protocol):
+    """Those that a batch is taken on; see `parallel.Parallel`."""
+
+    @property
+    def axis_name(self) -> str | None:
+        """Under pmap, the axis that the batch is divided along."""
+
+    def take(self, values: Array, rows: Array) -> Array:
+        """Takes rows out of a divided array."""
+
+
 def take_batch(
+    parallel: Devices,
     arrays: dict[str, Any],
     order: Array | None,
     index: Array,
     batch_size: int,
-    axis_name: str | None = None,
 ) -> dict[str, Array]:
     """Takes batch `index` out of the split, or this device's part of it.
 
     Args:
+        parallel: the devices.
         arrays: the split on the device, [examples, ...]; or a window of it, [batches, batch, ...],
-            with `count`, the examples in it; its images may be `Rows`; and perhaps `view_targets`,
-            arrays in the order of the batches.
+            with `count`, the examples in it; its images may be `Rows`, divided ones too; and
+            perhaps `view_targets`, arrays in the order of the batches.
         order: the order of the epoch; of a window, which is in order, it is not used.
         index: scalar integer, the number of the batch in the epoch, or in the window.
         batch_size: over all devices.
-        axis_name: under pmap, the axis that the batch is divided along.
 
     Returns:
         `image` in [0, 1] float32, `label`, `mask` (False for padding), `position` (the
         example's place in the global batch) and what lies beside, each with the batch as first
         dimension.
     """
+    axis_name = parallel.axis_name
     parts = 1 if axis_name is None else lax.axis_size(axis_name)
     size = batch_size // parts
     first = 0 if axis_name is None else lax.axis_index(axis_name) * size
@@ -349,14 +157,18 @@ def take_batch(
     begin = index * batch_size + first
     view_targets = arrays.get("view_targets", {})
     if "count" in arrays:
-        pick = partial(lax.dynamic_index_in_dim, index=index, keepdims=False)
-        count = arrays["count"]
-        taken = jax.tree.map(pick, {**_examples(arrays), **view_targets})
+        of_window = partial(lax.dynamic_index_in_dim, index=index, keepdims=False)
+        count, examples = arrays["count"], {name: arrays[name] for name in ("image", "label")}
+        taken = jax.tree.map(of_window, {**examples, **view_targets})
     else:
         assert order is not None
-        rows = lax.dynamic_slice(order, (begin,), (size,))
         count = len(arrays["label"])
-        taken = jax.tree.map(lambda leaf: leaf[rows], _examples(arrays))
+        rows = lax.dynamic_slice(order, (begin,), (size,))
+        pick = lambda leaf: leaf[rows]  # noqa: E731
+        if getattr(arrays["image"], "divided", False):
+            rows_of_all = lax.dynamic_slice(order, (index * batch_size,), (batch_size,))
+            pick = partial(parallel.take, rows=rows_of_all)
+        taken = {"image": jax.tree.map(pick, arrays["image"]), "label": arrays["label"][rows]}
         taken |= {
             name: lax.dynamic_slice_in_dim(leaf, begin, size) for name, leaf in view_targets.items()
         }
@@ -367,10 +179,6 @@ def take_batch(
         "mask": index * batch_size + position < count,
         "position": position,
     }
-
-
-def _examples(arrays: dict[str, Any]) -> dict[str, Any]:
-    return {name: arrays[name] for name in ("image", "label")}
 
 
 def epoch_orders(key: Array, dataset: Dataset, config: BaseConfig) -> Callable[[int], np.ndarray]:

@@ -26,11 +26,14 @@ class Rows:
         values: [..., height * width * channels] uint8, or [..., lines, 128].
         image_shape: height, width and channels.
         folded: whether into lines.
+        divided: whether each device holds some of the examples, see `Parallel.put_divided`; of
+            those on all devices values are [examples, ...], filled up with what is no example.
     """
 
     values: Any
     image_shape: tuple[int, ...] = struct.field(pytree_node=False)
     folded: bool = struct.field(pytree_node=False, default=False)
+    divided: bool = struct.field(pytree_node=False, default=False)
 
     @classmethod
     def of(cls, images: np.ndarray, folded: bool = False) -> "Rows":
@@ -46,13 +49,18 @@ class Rows:
 
     @classmethod
     def outline(
-        cls, leading: tuple[int, ...], image_shape: Sequence[int], folded: bool, sharding: Any
+        cls,
+        leading: tuple[int, ...],
+        image_shape: Sequence[int],
+        folded: bool,
+        sharding: Any = None,
+        divided: bool = False,
     ) -> "Rows":
         """Returns shapes and types of what `of` makes of [*leading, *image_shape]."""
         length = math.prod(image_shape)
         row = (-(-length // _TILE) * _TILE // _LINE, _LINE) if folded else (length,)
         values = jax.ShapeDtypeStruct((*leading, *row), jnp.uint8, sharding=sharding)
-        return cls(values, tuple(image_shape), folded)
+        return cls(values, tuple(image_shape), folded, divided)
 
     @property
     def shape(self) -> tuple[int, ...]:

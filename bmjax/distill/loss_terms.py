@@ -13,6 +13,7 @@ from rich.table import Table
 from bmjax.config import DistillConfig
 from bmjax.config.checks import check_distill
 from bmjax.data import loader, preprocess
+from bmjax.data.feed import Feed
 from bmjax.data.loader import epoch_orders
 from bmjax.data.preprocess import Normalization
 from bmjax.data.statistics import loss_weights
@@ -65,7 +66,7 @@ def explain(config: DistillConfig, console: Console | None = None) -> dict[str, 
     variables = initial_variables(model, config, matching, dataset, student_weights)
     parallel = Parallel("jit", jax.local_devices()[:1])
     orders = epoch_orders(key, dataset, config)
-    feed = loader.Feed(dataset.train, parallel, config.batch_size, orders, wide=True)
+    feed = Feed(dataset.train, parallel, config.batch_size, orders, wide=True)
     view = loader.make_view(config.views, dataset.image_shape[:2], normalization.mean)
 
     @jax.jit

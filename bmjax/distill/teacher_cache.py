@@ -26,6 +26,7 @@ from rich.progress import Progress
 from bmjax.config import DistillConfig
 from bmjax.config.flat import flatten
 from bmjax.data import Dataset, loader
+from bmjax.data.feed import Feed
 from bmjax.data.loader import epoch_orders
 from bmjax.errors import UserError
 from bmjax.machine import hosts
@@ -46,7 +47,7 @@ _STEPS_OF_A_CALL = 16
 
 @dataclass(frozen=True, eq=False)
 class TeacherCache:
-    """A cache that was checked; see `loader.ViewTargets`.
+    """A cache that was checked; see `ViewTargets`.
 
     Attributes:
         arrays: by name, [passes, steps of an epoch, batch, ...], memory-mapped.
@@ -246,7 +247,7 @@ def _ask_all(
     parallel = Parallel("jit", jax.local_devices()[:1])
     _, key = run_keys(config.seed)
     orders = epoch_orders(key, dataset, config)
-    feed = loader.Feed(dataset.train, parallel, config.batch_size, orders, True, until=total)
+    feed = Feed(dataset.train, parallel, config.batch_size, orders, True, until=total)
     view = loader.make_view(config.views, dataset.image_shape[:2], mean)
 
     # In a loop, as the steps of the training are: the compiler then makes the same of the views,

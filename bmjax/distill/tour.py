@@ -14,7 +14,8 @@ from bmjax.config import DistillConfig, TrainConfig
 from bmjax.config.checks import checked
 from bmjax.config.flat import settings_to_keep
 from bmjax.config.paths import user_path
-from bmjax.data import Dataset, load_dataset, loader
+from bmjax.data import Dataset, load_dataset
+from bmjax.data.feed import ViewTargets
 from bmjax.data.load import with_channels
 from bmjax.data.preprocess import Normalization
 from bmjax.data.statistics import loss_weights
@@ -295,7 +296,7 @@ def train_student(
     of_classes = loss_weights(config, dataset.train.labels, dataset.num_classes)
     model = build_model(student, dataset.num_classes)
     matching = match_with(config, model, teacher, dataset.image_shape)
-    view_targets: loader.ViewTargets | None = None
+    view_targets: ViewTargets | None = None
     if teacher is not None and matching is None:
         view_targets = NoCache(config.batch_size, dataset.num_classes)
     if teacher is not None and config.teacher_cache:

@@ -32,6 +32,7 @@ class Parallel:
         precision: of the products in all that is compiled for them, see `in_precision`.
         mesh: of the devices.
         everywhere: how what every device holds lies on them, under jit.
+        divided: how a batch lies on them, and what `put_divided` gives.
     """
 
     def __init__(self, kind: str, devices: Sequence[jax.Device], precision: str = "float32"):
@@ -39,7 +40,7 @@ class Parallel:
         self.axis_name = AXIS if kind == "pmap" else None
         self.mesh = mesh = Mesh(np.array(self.devices), (AXIS,), axis_types=(AxisType.Auto,))
         self.everywhere = NamedSharding(mesh, PartitionSpec())
-        self._divided = NamedSharding(mesh, PartitionSpec(AXIS))
+        self.divided = NamedSharding(mesh, PartitionSpec(AXIS))
         self._own = [device for device in self.devices if device in jax.local_devices()]
 
     @property
@@ -50,7 +51,7 @@ class Parallel:
     @property
     def windows(self) -> NamedSharding:
         """How arrays [batches, batch, ...] from `put_windows` lie on the devices under jit."""
-        return NamedSharding(self._divided.mesh, PartitionSpec(None, AXIS))
+        return NamedSharding(self.divided.mesh, PartitionSpec(None, AXIS))
 
     def put(self, tree: Any) -> Any:
         """Copies a tree of arrays to every device; the copies are never the originals.
@@ -79,7 +80,7 @@ class Parallel:
     def _put_stacked(self, leaf: Any) -> jax.Array:
         parts = [jax.device_put(leaf[None], device) for device in self._own]
         shape = (len(parts), *leaf.shape)
-        return jax.make_array_from_single_device_arrays(shape, self._divided, parts)
+        return jax.make_array_from_single_device_arrays(shape, self.divided, parts)
 
     def _replicate(self, *copies: jax.Array) -> jax.Array:
         shape = copies[0].shape
@@ -88,7 +89,7 @@ class Parallel:
     def _stack(self, *copies: jax.Array) -> jax.Array:
         shape = (len(copies), *copies[0].shape)
         parts = [jnp.expand_dims(copy, 0) for copy in copies]
-        return jax.make_array_from_single_device_arrays(shape, self._divided, parts)
+        return jax.make_array_from_single_device_arrays(shape, self.divided, parts)
 
     def put_windows(self, tree: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """Divides batches over the devices, as each example is needed by one of them alone.
@@ -114,6 +115,59 @@ class Parallel:
 
         return jax.tree.map(put, tree)
 
+    def put_divided(self, tree: Any) -> Any:
+        """Divides arrays [examples, ...] over the devices, in order, filled up with zeros.
+
+        Where the devices are those of a CPU a part may be the memory of the original, as in
+        `put_data`. Where there are several processes, each has to give the same tree.
+
+        Returns:
+            Arrays for `take`.
+        """
+
+        def put(leaf: np.ndarray) -> jax.Array:
+            size = -(-len(leaf) // len(self.devices))
+            parts = []
+            for number, device in enumerate(self.devices):
+                if device in self._own:
+                    part = leaf[number * size : (number + 1) * size]
+                    missing = size - len(part)
+                    filled = np.pad(part, ((0, missing), *[(0, 0)] * (leaf.ndim - 1)))
+                    parts.append(jax.device_put(filled if missing else part, device))
+            if self.axis_name:
+                return self._stack(*parts)
+            shape = (size * len(self.devices), *leaf.shape[1:])
+            return jax.make_array_from_single_device_arrays(shape, self.divided, parts)
+
+        return jax.tree.map(put, tree)
+
+    def take(self, values: jax.Array, rows: jax.Array) -> jax.Array:
+        """Inside a compiled function: takes a batch out of what `put_divided` gave.
+
+        Each device picks those rows that it holds, for all; then they are exchanged.
+
+        Args:
+            values: [examples, ...]; under pmap this device's part.
+            rows: [batch], of the whole batch, the same on all devices.
+
+        Returns:
+            [batch, ...], divided as a batch is; under pmap this device's part.
+        """
+
+        def exchange(own: jax.Array, rows: jax.Array) -> jax.Array:
+            place = rows - jax.lax.axis_index(AXIS) * len(own)
+            held = (place >= 0) & (place < len(own))
+            # Past the end, where zeros are.
+            found = own.at[jnp.where(held, place, len(own))].get(mode="fill", fill_value=0)
+            return jax.lax.psum_scatter(found, AXIS, tiled=True)
+
+        if self.axis_name:
+            return exchange(values, rows)
+        divided, whole = PartitionSpec(AXIS), PartitionSpec()
+        return jax.shard_map(
+            exchange, mesh=self.mesh, in_specs=(divided, whole), out_specs=divided
+        )(values, rows)
+
     def get(self, tree: Any) -> Any:
         """Copies a tree back to the host, as numpy arrays that nothing else can change.
 
@@ -132,7 +186,7 @@ class Parallel:
         """Inside a function under jit: divides a batch over the devices. Under pmap it is."""
         if self.axis_name or len(self.devices) == 1:
             return batch
-        return jax.lax.with_sharding_constraint(batch, self._divided)
+        return jax.lax.with_sharding_constraint(batch, self.divided)
 
     def compile(
         self, function: Callable[..., Any], held: int, donated: Sequence[int] = ()

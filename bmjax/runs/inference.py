@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from bmjax.data import loader, preprocess
+from bmjax.data.feed import Feed
 from bmjax.data.preprocess import Normalization
 from bmjax.machine.parallel import Parallel
 from bmjax.metrics import ClassificationSums, OwnMetric
@@ -90,7 +91,7 @@ def make_evaluate(
             number = loader.num_batches(number, batch_size)
 
         def add_batch(index: Array, sums: ClassificationSums) -> ClassificationSums:
-            batch = loader.take_batch(arrays, order, index, batch_size, axis_name)
+            batch = loader.take_batch(parallel, arrays, order, index, batch_size)
             batch = parallel.divide(batch)
             logits = predict(variables, batch["image"])
             part = ClassificationSums.of_batch(logits, batch["label"], batch["mask"], own_metrics)
@@ -103,7 +104,7 @@ def make_evaluate(
 
 
 def evaluate_split(
-    run_evaluate: Callable[[Any, Any], ClassificationSums], variables: Any, feed: loader.Feed
+    run_evaluate: Callable[[Any, Any], ClassificationSums], variables: Any, feed: Feed
 ) -> Any:
     """Adds up what `make_evaluate` made gives for all windows of a split."""
     sums, step = None, 0

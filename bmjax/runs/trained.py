@@ -15,8 +15,9 @@ from jax import Array
 
 from bmjax.config import DeviceConfig
 from bmjax.config.paths import user_path
-from bmjax.data import Dataset, load_dataset, loader, preprocess
+from bmjax.data import Dataset, load_dataset, preprocess
 from bmjax.data.classes import ClassMatch, match_classes, relabelled
+from bmjax.data.feed import Feed
 from bmjax.data.load import with_channels
 from bmjax.data.own import as_split
 from bmjax.data.sources import SPLITS, Source
@@ -200,7 +201,7 @@ class TrainedRun:
         run_evaluate = make_evaluate(
             parallel, self.model, self.normalization, self.num_classes, batch_size
         )
-        feed = loader.Feed(source, parallel, batch_size, share=hosts.share())
+        feed = Feed(source, parallel, batch_size, share=hosts.share())
         sums = evaluate_split(run_evaluate, parallel.put(self.variables), feed)
         return summarize(parallel.get(sums), classes)
 

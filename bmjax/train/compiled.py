@@ -10,6 +10,7 @@ from jax import Array, lax
 from jax.tree_util import Partial
 
 from bmjax.data import loader
+from bmjax.data.feed import ViewTargets
 from bmjax.errors import UserError
 from bmjax.machine.parallel import AXIS, Parallel
 from bmjax.train.gradients import Batch, Gradient, Parts, whole_batch
@@ -29,7 +30,7 @@ def draw_batches(
 
     Args:
         parallel: the devices.
-        arrays: of a `loader.Feed`.
+        arrays: of a `Feed`.
         key: the run's key.
         step: any of those whose batches `arrays` hold.
         batch_size: over all devices.
@@ -52,7 +53,7 @@ def draw_batches(
     period = view_passes * num_batches if view_passes else None
 
     def draw(step: Array) -> Batch:
-        batch = loader.take_batch(arrays, order, step - first, batch_size, parallel.axis_name)
+        batch = loader.take_batch(parallel, arrays, order, step - first, batch_size)
         number = step % period if period is not None else step
         return view(jax.random.fold_in(view_key, number), parallel.divide(batch))
 
@@ -84,7 +85,7 @@ def make_train_steps(
     Returns:
         `steps(state, totals, (view, loss_fn, schedule), arrays, until) -> (state, totals)`, which
         goes on to step `until` of the run, at most to the end of the epoch or of the window that
-        `arrays` holds (see `loader.Feed`), as one compiled call for any number of steps. `view`,
+        `arrays` holds (see `Feed`), as one compiled call for any number of steps. `view`,
         from `loader.make_view`, `loss_fn` and `schedule` are `Partial`s, so that the numbers that
         they depend on are inputs; `totals` come from `zero_totals`, begin
         anew with each epoch, and grow by the step's sums. State and totals are donated. Where a
@@ -145,7 +146,7 @@ def zero_totals(
     loss_fn: LossFn,
     state: TrainState,
     image_shape: tuple[int, int, int],
-    view_targets: loader.ViewTargets | None = None,
+    view_targets: ViewTargets | None = None,
 ) -> dict[str, Array]:
     """Returns the totals before the first example, with a name for each metric of the loss.
 

@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.progress import track
 
 from bmjax.config import TrainConfig
-from bmjax.data import Dataset, loader
+from bmjax.data import Dataset
+from bmjax.data.feed import Feed
 from bmjax.data.loader import epoch_orders
 from bmjax.data.sources import DatasetSpec
 from bmjax.data.statistics import pixel_statistics
@@ -168,7 +169,7 @@ def _try_rates(
     normalization = start.normalization if start else pixel_statistics(dataset)
     steps = programs.steps(phase)
     functions = parallel.put(programs.functions(phase, normalization))
-    feed = loader.Feed(
+    feed = Feed(
         dataset.train,
         parallel,
         config.batch_size,

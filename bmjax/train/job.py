@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bmjax.data.loader import OwnView, ViewTargets, check_view_shape
+from bmjax.data.feed import ViewTargets
+from bmjax.data.loader import OwnView, check_view_shape
 from bmjax.data.preprocess import Normalization
 from bmjax.errors import UserError
 from bmjax.metrics import OwnMetric

@@ -11,6 +11,7 @@ from jax.tree_util import Partial
 
 from bmjax.config import BaseConfig, TrainConfig
 from bmjax.data import Dataset, load_dataset, loader
+from bmjax.data.feed import shapes_of_train
 from bmjax.data.preprocess import Normalization
 from bmjax.data.sources import DatasetSpec
 from bmjax.data.statistics import loss_weights
@@ -129,7 +130,7 @@ class TrainingPrograms:
             phase.outline,
             self.zeros(any_normalization),
             self.functions(phase, any_normalization),
-            loader.shapes_of_train(self.spec, self._config.batch_size, self.parallel),
+            shapes_of_train(self.spec, self._config.batch_size, self.parallel),
         )
         with stage(COMPILING):
             self.parallel.compile_ahead(self.steps(phase), held, np.int32(1))

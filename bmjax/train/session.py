@@ -10,7 +10,8 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from bmjax.data import Dataset, loader
+from bmjax.data import Dataset
+from bmjax.data.feed import Feed
 from bmjax.data.loader import epoch_orders
 from bmjax.errors import DivergenceError, StoppedError
 from bmjax.machine import hosts
@@ -62,7 +63,7 @@ class Session:
         self._total = config.num_epochs * self._num_batches
         self._zeros = programs.zeros(self._normalization)
         orders = epoch_orders(run_keys(config.seed)[1], dataset, config)
-        self._train = loader.Feed(
+        self._train = Feed(
             dataset.train,
             parallel,
             config.batch_size,
@@ -72,7 +73,7 @@ class Session:
             hosts.share(),
             self._total,
         )
-        self._validation = loader.Feed(
+        self._validation = Feed(
             dataset.validation, parallel, config.batch_size, share=hosts.share()
         )
         self._evaluate = make_evaluate(

@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bmjax.data import feed as feeds
 from bmjax.data import loader, stream
+from bmjax.data.feed import Feed
 from bmjax.machine.parallel import Parallel
 from tests.conftest import draw_shapes
 
@@ -46,7 +48,7 @@ class Rows:
 
 @pytest.fixture(autouse=True)
 def _two_batches_in_a_window(monkeypatch):
-    monkeypatch.setattr(loader, "_WINDOW_BYTES", 2 * BATCH * 12 * 12)
+    monkeypatch.setattr(feeds, "_WINDOW_BYTES", 2 * BATCH * 12 * 12)
 
 
 def batches_of(feed, parallel, first=0):
@@ -58,7 +60,7 @@ def batches_of(feed, parallel, first=0):
         order = jnp.pad(jnp.asarray(ORDER), (0, -len(ORDER) % BATCH)) if whole else None
 
         def take(index, arrays, order=order):
-            return loader.take_batch(arrays, order, index, BATCH, parallel.axis_name)
+            return loader.take_batch(parallel, arrays, order, index, BATCH)
 
         for index in range(step, end):
             number = np.int32(index if whole else index - step)
@@ -77,7 +79,7 @@ def batches_of(feed, parallel, first=0):
 
 
 def feed_of(source, parallel, share=(0, 1)):
-    return loader.Feed(source, parallel, BATCH, lambda _: ORDER, True, Rows(), share)
+    return Feed(source, parallel, BATCH, lambda _: ORDER, True, Rows(), share)
 
 
 def assert_same(got, expected):
@@ -96,6 +98,35 @@ def test_windows_on_several_devices_hold_the_batches_of_memory(kind, number):
     parallel = Parallel(kind, jax.devices()[:number])
     assert_same(batches_of(feed_of(Read(), parallel), parallel), expected)
     assert [batch["mask"].sum() for batch in expected] == [8, 8, 8, 6]
+
+
+@pytest.mark.parametrize(("kind", "number"), [("jit", 2), ("jit", 4), ("pmap", 4)])
+@pytest.mark.parametrize("folded", [False, True])
+def test_a_split_divided_over_devices_makes_the_batches_of_one(kind, number, folded, monkeypatch):
+    one = Parallel("jit", jax.devices()[:1])
+    expected = batches_of(feed_of(SOURCE, one), one)
+    monkeypatch.setattr(feeds, "DIVIDED_FROM_BYTES", 1)
+    monkeypatch.setattr(Parallel, "folds_images", folded)
+    parallel = Parallel(kind, jax.devices()[:number])
+    feed = feed_of(SOURCE, parallel)  # 30 examples: not as many on each device
+    values = feed.at(0)[0]["image"].values
+    assert {shard.data.size for shard in values.addressable_shards} == {
+        -(-30 // number) * (1024 if folded else 144)
+    }
+    assert_same(batches_of(feed, parallel), expected)
+
+
+@pytest.mark.parametrize(("kind", "number"), [("jit", 4), ("pmap", 4)])
+def test_in_its_natural_order_a_divided_split_is_one_window(kind, number, monkeypatch):
+    one = Parallel("jit", jax.devices()[:1])
+    expected = batches_of(Feed(Read(), one, BATCH, wide=True), one)
+    monkeypatch.setattr(feeds, "DIVIDED_FROM_BYTES", 1)
+    parallel = Parallel(kind, jax.devices()[:number])
+    feed = Feed(SOURCE, parallel, BATCH)
+    arrays, end = feed.at(0)
+    assert end == 4
+    assert {shard.data.size for shard in arrays["image"].values.addressable_shards} == {8 * 144}
+    assert_same(batches_of(feed, parallel), expected)
 
 
 def test_a_window_is_divided_and_not_copied_to_every_device():
@@ -150,7 +181,7 @@ def epochs_of(source, first, until, look=lambda end: None):
     """Batches from step `first` to the end of the third epoch, and what they should be."""
     draws = [np.random.default_rng(epoch).permutation(30).astype(np.int32) for epoch in range(3)]
     one = Parallel("jit", jax.devices()[:1])
-    feed = loader.Feed(source, one, BATCH, lambda epoch: draws[epoch], True, until=until)
+    feed = Feed(source, one, BATCH, lambda epoch: draws[epoch], True, until=until)
     found, step = [], first
     while step < 3 * feed.num_batches:
         arrays, end = feed.at(step)
