@@ -122,6 +122,17 @@ EVALUATE = cli.parse(["evaluate", "run", "--devices", "1"])
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("flags", [("--shard-state",), ("--shard-params", "4")])
+def test_two_processes_divide_a_state(small, shapes, shapes_npz, quiet, tmp_path, flags):
+    wide = ("--hidden-sizes", "256")  # the first layer's kernel has more than layout.SMALLEST
+    config = dataclasses.replace(small, data=f"npz:{shapes_npz}", hidden_sizes=(256,))
+    _, history = fit(config, console=quiet)
+    two = Processes(tmp_path, "train", *words(small, config.data, 6, *wide, *flags))
+    assert two.wait() == [0, 0], [two.said(0), two.said(1)]
+    assert_close(timeless(two.folders[0] / "run"), history)
+
+
+@pytest.mark.slow
 def test_processes_with_other_flags_both_say_so(small, shapes_npz, tmp_path):
     data = f"npz:{shapes_npz}"
     two = Processes(tmp_path, "train", *words(small, data, 2), each=((), ("--seed", "5")))

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from bmjax.config import DeviceConfig, OptimConfig, RunConfig
-from bmjax.data import ArraySource, Dataset, loader
+from bmjax.data import ArraySource, Dataset, feed
 from bmjax.data.load import resized
 from bmjax.errors import DivergenceError, StoppedError, UserError
 from bmjax.machine.signals import Stop
@@ -367,10 +367,8 @@ class Read:
 def test_data_read_window_by_window_give_the_run_of_data_in_memory(
     small, shapes, quiet, tmp_path, monkeypatch, parallel
 ):
-    from bmjax.data import loader
-
     # Seven windows of at most two batches of 16 an epoch, and images with a margin of 2.
-    monkeypatch.setattr(loader, "_WINDOW_BYTES", 2 * 16 * 12 * 12)
+    monkeypatch.setattr(feed, "_WINDOW_BYTES", 2 * 16 * 12 * 12)
     wide = shapes.train.images
     train = ArraySource(wide[:, 1:-1, 1:-1], shapes.train.labels, wide)
     val = ArraySource(shapes.validation.images[:, 1:-1, 1:-1], shapes.validation.labels)
@@ -409,7 +407,7 @@ def test_a_profile_holds_the_compiled_calls_and_what_feeds_them(
         device=dataclasses.replace(small.device, memory_gib=0),
         run=RunConfig(tensorboard=False, profile=True),
     )
-    monkeypatch.setattr(loader, "_WINDOW_BYTES", 1)  # a window is one batch
+    monkeypatch.setattr(feed, "_WINDOW_BYTES", 1)  # a window is one batch
     fit(config, console=quiet)
     folder = Path(config.out) / "profile"
     (trace,) = folder.rglob("perfetto_trace.json.gz")

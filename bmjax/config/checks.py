@@ -53,6 +53,7 @@ def check_train(config: BaseConfig) -> None:
         ("scale", views.scale, 0 <= views.scale < 1, "in [0, 1)"),
         ("devices", config.device.devices, _at_least_one(config.device.devices), "at least 1"),
         ("memory-gib", config.device.memory_gib, config.device.memory_gib >= 0, "at least 0"),
+        ("shard-params", config.device.shard_params, config.device.shard_params >= 1, "at least 1"),
         ("split-seed", config.split_seed, 0 <= config.split_seed < 2**32, "in [0, 2^32)"),
         ("max-unreadable", config.max_unreadable, 0 <= config.max_unreadable <= 1, "in [0, 1]"),
         ("patience", config.patience, _at_least_one(config.patience), "at least 1"),

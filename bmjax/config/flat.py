@@ -21,6 +21,8 @@ FREE_FIELDS = frozenset(
         "parallel",
         "devices",
         "memory_gib",
+        "shard_state",
+        "shard_params",
         "max_unreadable",
         *PROCESSES,
         "resume",

@@ -115,6 +115,10 @@ class DeviceConfig:
             virtual ones.
         memory_gib: Most GiB that decoded images may take; a larger folder is read again and again
             while training, to the same result.
+        shard_state: Each device keeps and moves a part of the optimizer's state and of averaged
+            params, instead of all of it, for large models; with --parallel jit.
+        shard_params: Divide the params, too, over groups of so many devices, which gather a layer's
+            for its use, for models larger than a device; with --parallel jit. 1: each has all.
         coordinator: For several processes that train one run, each started with the same flags:
             HOST:PORT of the first; or auto, as JAX finds them on a TPU pod slice, in SLURM, Open
             MPI or Kubernetes.
@@ -126,6 +130,8 @@ class DeviceConfig:
     parallel: Literal["jit", "pmap"] = "jit"
     devices: int | None = None
     memory_gib: float = 4.0
+    shard_state: bool = False
+    shard_params: int = 1
     coordinator: str | None = None
     num_processes: int | None = None
     process_id: int | None = None

@@ -1,8 +1,9 @@
 """Running one pure function on several devices: by jit over a mesh, or by pmap.
 
-Everything but the batch is held by every device; the batch is divided. Under jit the function
-sees the whole batch and the compiler divides the work, over the devices of several processes too;
-under pmap it sees its device's part and adds up by `axis_name`.
+The batch is divided; all else is held by every device, but for large data, and for those parts of
+a state that are to be divided under jit. There the function sees the whole batch and the compiler
+divides the work, over the devices of several processes too; under pmap it sees its device's part
+and adds up by `axis_name`.
 """
 
 import contextlib
@@ -12,15 +13,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from bmjax.config import DeviceConfig
 from bmjax.errors import UserError
 from bmjax.machine import hosts
+from bmjax.machine.layout import layout_of
 from bmjax.machine.precision import in_precision
 from bmjax.machine.threads import compiler_options
 
 AXIS = "devices"
+# Where params are divided, the second axis of the mesh: of the devices that share them.
+SHARDS = "shards"
 
 
 class Parallel:
@@ -33,14 +38,28 @@ class Parallel:
         mesh: of the devices.
         everywhere: how what every device holds lies on them, under jit.
         divided: how a batch lies on them, and what `put_divided` gives.
+        axes: of the mesh, over all of which a batch is divided.
+        shard_state: whether each device keeps a part of the optimizer's state; under jit.
+        shard_params: over how many devices params are divided, 1: each has all; under jit.
     """
 
-    def __init__(self, kind: str, devices: Sequence[jax.Device], precision: str = "float32"):
+    def __init__(
+        self,
+        kind: str,
+        devices: Sequence[jax.Device],
+        precision: str = "float32",
+        shard_state: bool = False,
+        shard_params: int = 1,
+    ):
         self.devices, self.precision = list(devices), precision
         self.axis_name = AXIS if kind == "pmap" else None
-        self.mesh = mesh = Mesh(np.array(self.devices), (AXIS,), axis_types=(AxisType.Auto,))
+        self.shard_state, self.shard_params = shard_state, shard_params
+        self.axes = (AXIS,) if shard_params == 1 else (AXIS, SHARDS)
+        grid = np.array(self.devices)
+        grid = grid if shard_params == 1 else grid.reshape(-1, shard_params)
+        self.mesh = mesh = Mesh(grid, self.axes, axis_types=(AxisType.Auto,) * len(self.axes))
         self.everywhere = NamedSharding(mesh, PartitionSpec())
-        self.divided = NamedSharding(mesh, PartitionSpec(AXIS))
+        self.divided = NamedSharding(mesh, PartitionSpec(self.axes))
         self._own = [device for device in self.devices if device in jax.local_devices()]
 
     @property
@@ -51,7 +70,22 @@ class Parallel:
     @property
     def windows(self) -> NamedSharding:
         """How arrays [batches, batch, ...] from `put_windows` lie on the devices under jit."""
-        return NamedSharding(self.divided.mesh, PartitionSpec(None, AXIS))
+        return NamedSharding(self.mesh, PartitionSpec(None, self.axes))
+
+    @property
+    def divides_state(self) -> bool:
+        """Whether some of a state does not lie on every device."""
+        return self.shard_state or self.shard_params > 1
+
+    def params_layout(self, params: Any) -> Any:
+        """Returns a sharding for each of the params, or of what is as large as they are."""
+        return layout_of(params, self.mesh, (SHARDS,) if self.shard_params > 1 else ())
+
+    def optimizer_layout(self, tree: Any) -> Any:
+        """Returns a sharding for each array of an optimizer's state, or of an average of params."""
+        return (
+            layout_of(tree, self.mesh, self.axes) if self.shard_state else self.params_layout(tree)
+        )
 
     def put(self, tree: Any) -> Any:
         """Copies a tree of arrays to every device; the copies are never the originals.
@@ -76,6 +110,25 @@ class Parallel:
             copies = [jax.device_put(tree, device) for device in self._own]
             return jax.tree.map(self._replicate, *copies)
         return jax.device_put(tree, self.everywhere)
+
+    def put_by(self, tree: Any, layout: Any) -> Any:
+        """Copies a tree of arrays to the devices, under jit; the copies are never the originals.
+
+        Where there are several processes, each has to give the same tree.
+
+        Args:
+            tree: of arrays.
+            layout: a sharding for each.
+        """
+
+        def put(leaf: Any, sharding: NamedSharding) -> jax.Array:
+            if sharding.is_fully_replicated:
+                whole: jax.Array = self.put(leaf)
+                return whole
+            array = np.array(leaf, copy=True)
+            return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
+
+        return jax.tree.map(put, tree, layout)
 
     def _put_stacked(self, leaf: Any) -> jax.Array:
         parts = [jax.device_put(leaf[None], device) for device in self._own]
@@ -155,15 +208,15 @@ class Parallel:
         """
 
         def exchange(own: jax.Array, rows: jax.Array) -> jax.Array:
-            place = rows - jax.lax.axis_index(AXIS) * len(own)
+            place = rows - jax.lax.axis_index(self.axes) * len(own)
             held = (place >= 0) & (place < len(own))
             # Past the end, where zeros are.
             found = own.at[jnp.where(held, place, len(own))].get(mode="fill", fill_value=0)
-            return jax.lax.psum_scatter(found, AXIS, tiled=True)
+            return jax.lax.psum_scatter(found, self.axes, tiled=True)
 
         if self.axis_name:
             return exchange(values, rows)
-        divided, whole = PartitionSpec(AXIS), PartitionSpec()
+        divided, whole = PartitionSpec(self.axes), PartitionSpec()
         return jax.shard_map(
             exchange, mesh=self.mesh, in_specs=(divided, whole), out_specs=divided
         )(values, rows)
@@ -171,12 +224,17 @@ class Parallel:
     def get(self, tree: Any) -> Any:
         """Copies a tree back to the host, as numpy arrays that nothing else can change.
 
-        A typed PRNG key becomes its raw data.
+        A typed PRNG key becomes its raw data. Arrays that are divided become whole; where several
+        processes divide them, each has to call this.
         """
 
         def to_host(leaf: jax.Array) -> np.ndarray:
             if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
                 leaf = jax.random.key_data(leaf)
+            if not (self.axis_name or leaf.is_fully_replicated):
+                if leaf.is_fully_addressable:
+                    return np.array(leaf, copy=True)
+                return np.array(multihost_utils.process_allgather(leaf, tiled=True))
             shard = leaf.addressable_shards[0].data
             return np.array(shard[0] if self.axis_name else shard, copy=True)
 
@@ -189,7 +247,11 @@ class Parallel:
         return jax.lax.with_sharding_constraint(batch, self.divided)
 
     def compile(
-        self, function: Callable[..., Any], held: int, donated: Sequence[int] = ()
+        self,
+        function: Callable[..., Any],
+        held: int,
+        donated: Sequence[int] = (),
+        layout: Any = None,
     ) -> Callable[..., Any]:
         """Compiles a pure function.
 
@@ -197,16 +259,17 @@ class Parallel:
             function: its first `held` arguments are trees from `put`, any others host scalars.
             held: number of those.
             donated: which of them the call may overwrite.
+            layout: a sharding for each result, under jit; None: every device holds all.
 
         Returns:
-            The compiled function; its results are held by every device, as those of `put`.
+            The compiled function; its results lie as `layout` says, or as those of `put`.
         """
         function = in_precision(function, self.precision)
         if self.axis_name is None:
             return jax.jit(
                 function,
                 donate_argnums=donated,
-                out_shardings=self.everywhere,
+                out_shardings=self.everywhere if layout is None else layout,
                 compiler_options=compiler_options(),
             )
         compiled: dict[int, Callable[..., Any]] = {}
@@ -290,7 +353,21 @@ def make_parallel(config: DeviceConfig, precision: str = "float32") -> Parallel:
             f"another process has fewer than the {number} device(s) of this one. Give all the same "
             "--devices."
         )
-    return Parallel(config.parallel, devices, precision)
+    _check_shards(config, len(devices))
+    return Parallel(config.parallel, devices, precision, config.shard_state, config.shard_params)
+
+
+def _check_shards(config: DeviceConfig, number: int) -> None:
+    flag = "--shard-state" if config.shard_state else f"--shard-params {config.shard_params}"
+    if config.parallel == "pmap" and (config.shard_state or config.shard_params > 1):
+        raise UserError(
+            f"{flag} divides what under --parallel pmap each device holds. Leave one of them out."
+        )
+    if number % config.shard_params:
+        raise UserError(
+            f"--shard-params {config.shard_params} does not divide the {number} device(s). Choose "
+            "a divisor of their number."
+        )
 
 
 def check_divides(parallel: Parallel, batch_size: int, accumulate: int = 1) -> None:

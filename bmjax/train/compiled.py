@@ -13,6 +13,7 @@ from bmjax.data import loader
 from bmjax.data.feed import ViewTargets
 from bmjax.errors import UserError
 from bmjax.machine.parallel import AXIS, Parallel
+from bmjax.train import sharded
 from bmjax.train.gradients import Batch, Gradient, Parts, whole_batch
 from bmjax.train.step import LossFn, TrainState, train_step, with_average
 
@@ -69,6 +70,7 @@ def make_train_steps(
     trained: Any = None,
     view_passes: int | None = None,
     own_statistics: bool = False,
+    outline: TrainState | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
     """Compiles training over data that lies on the device.
 
@@ -81,6 +83,7 @@ def make_train_steps(
         trained: see `train_step`.
         view_passes: epochs after which order and views repeat; None: they never do.
         own_statistics: whether batch statistics are of each device's own part, see `Parts`.
+        outline: shapes and types of the state, where the devices divide it, see `sharded`.
 
     Returns:
         `steps(state, totals, (view, loss_fn, schedule), arrays, until) -> (state, totals)`, which
@@ -94,7 +97,14 @@ def make_train_steps(
     """
     axis_name = parallel.axis_name
     mesh = None if axis_name else parallel.mesh
-    parts = Parts(AXIS, mesh) if own_statistics else None
+    parts = Parts(AXIS if axis_name else parallel.axes, mesh) if own_statistics else None
+    layout = None
+    if parallel.divides_state:
+        assert outline is not None
+        layout = (sharded.state_layout(parallel, outline), parallel.everywhere)
+        # Where each device does its part, params are gathered as they come to it, all at once.
+        if parallel.shard_params > 1 and parts is None:
+            gradient = sharded.gathering(parallel, gradient)
 
     def steps(
         state: TrainState,
@@ -105,6 +115,8 @@ def make_train_steps(
     ) -> tuple[TrainState, dict[str, Array]]:
         view, loss_fn, schedule = functions
         optimizer = make_optimizer(schedule)
+        if parallel.divides_state:
+            optimizer = sharded.divided_optimizer(parallel, optimizer)
         draw, begins = draw_batches(
             parallel, arrays, state.key, state.step, batch_size, view, view_passes
         )
@@ -128,7 +140,7 @@ def make_train_steps(
             totals = {
                 name: bad if name == "bad_step" else totals[name] + sums[name] for name in totals
             }
-            return new, totals
+            return sharded.constrained(parallel, new) if parallel.divides_state else new, totals
 
         state, totals = lax.while_loop(unfinished, one_step, (state, totals))
         # The losses are those before the updates: the last update is judged by its params.
@@ -139,7 +151,7 @@ def make_train_steps(
         totals["bad_step"] = jnp.where(broken, state.step - 1, totals["bad_step"])
         return state, totals
 
-    return parallel.compile(steps, held=4, donated=(0, 1))
+    return parallel.compile(steps, held=4, donated=(0, 1), layout=layout)
 
 
 def zero_totals(

@@ -30,6 +30,7 @@ from bmjax.machine.storage import make_folder, replacing, write_atomically
 from bmjax.machine.terminal import forgiving_console
 from bmjax.train.job import Job, StartingPoint
 from bmjax.train.programs import TrainingPrograms
+from bmjax.train.sharded import put_state
 from bmjax.train.step import run_keys
 
 _LOWEST, _HIGHEST, _STEPS = 1e-6, 10.0, 120
@@ -178,7 +179,8 @@ def _try_rates(
         share=hosts.share(),
         until=_STEPS,
     )
-    state, totals = parallel.put(phase.make_fresh()), parallel.put(programs.zeros(normalization))
+    state = put_state(parallel, phase.make_fresh())
+    totals = parallel.put(programs.zeros(normalization))
     losses: list[float] = []
     before = {"loss": 0.0, "count": 0.0}
     for step in track(range(_STEPS), "trying learning rates", console=console, transient=True):

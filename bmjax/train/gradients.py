@@ -46,11 +46,11 @@ class Parts:
     padding leaves its own as they were.
 
     Attributes:
-        axis_name: of the devices.
+        axis_name: of the devices, or several names.
         mesh: of the devices, under jit; None: under pmap, where the batch is divided already.
     """
 
-    axis_name: str
+    axis_name: str | tuple[str, ...]
     mesh: Mesh | None
 
     def mean(self, batch_stats: Any, before: Any) -> Any:

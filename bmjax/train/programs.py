@@ -22,6 +22,7 @@ from bmjax.models.architecture import Architecture
 from bmjax.models.build import build_model, with_axis
 from bmjax.models.contract import check_module
 from bmjax.models.registry import find
+from bmjax.train import sharded
 from bmjax.train.compiled import make_train_steps, zero_totals
 from bmjax.train.gradients import accumulated
 from bmjax.train.job import Job, MakeLoss
@@ -94,6 +95,7 @@ class TrainingPrograms:
                 phase.trained,
                 config.views.view_passes,
                 config.batch_statistics == "device",
+                phase.outline,
             )
         return self._steps[phase.program]
 
@@ -127,7 +129,7 @@ class TrainingPrograms:
         phase, channels = self.phases[0], self.spec.image_shape[2]
         any_normalization = Normalization.none(channels)
         held = (
-            phase.outline,
+            sharded.outline(self.parallel, phase.outline),
             self.zeros(any_normalization),
             self.functions(phase, any_normalization),
             shapes_of_train(self.spec, self._config.batch_size, self.parallel),

@@ -25,6 +25,7 @@ from bmjax.train.job import Epoch, Job
 from bmjax.train.optim import as_saved_today
 from bmjax.train.phases import Phase
 from bmjax.train.programs import COMPILING, TrainingPrograms
+from bmjax.train.sharded import put_state
 from bmjax.train.step import TrainState, run_keys
 from bmjax.train.tracking import Display, EventFiles, MetricsFile, Profile
 
@@ -130,7 +131,7 @@ class Session:
         for line in said:
             self._console.print(f"warning: {line}", highlight=False, markup=False, soft_wrap=True)
         totals = self._zeros
-        state = self._phases[0].make_fresh() if step is None else None
+        state: Any = self._phases[0].make_fresh() if step is None else None
         if step is None and hosts.several():
             # Processors of different kinds draw params that differ in their last bits.
             named = hosts.on_first(checkpoint.to_named, state)
@@ -152,7 +153,7 @@ class Session:
                     meta.get("improved_epoch", meta["best_epoch"]),
                     read["best"],
                 )
-        return self._parallel.put(state), self._parallel.put(totals), step or 0
+        return put_state(self._parallel, state), self._parallel.put(totals), step or 0
 
     def _loop(self, state: Any, totals: Any, start: int, stop: Stop) -> tuple[Any, int]:
         step = start
@@ -160,7 +161,8 @@ class Session:
         for phase in self._phases:
             if step < phase.last and not self._gave_up(step):
                 if phase.begins_at(step):
-                    state = self._parallel.put(phase.enter(self._on_one_device(state, step)))
+                    entered = phase.enter(self._on_one_device(state, step))
+                    state = put_state(self._parallel, entered)
                 state, totals, step = self._run_phase(phase, state, totals, step, stop)
         if step < self._total:
             reason = (
@@ -331,9 +333,12 @@ class Session:
             self._events.write(record)
 
     def _save(self, step: int, state: Any, totals: Any) -> None:
-        if not hosts.is_first():
+        # Of a state that is divided over processes each brings its part.
+        if not (hosts.is_first() or self._parallel.divides_state):
             return
         tree = {"state": self._parallel.get(state), "totals": self._parallel.get(totals)}
+        if not hosts.is_first():
+            return
         items = {"state": checkpoint.to_named(tree)}
         best_is_state = self._best.epoch > 0 and self._best.epoch * self._num_batches == step
         if self._best.variables and not best_is_state:

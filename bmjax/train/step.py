@@ -209,7 +209,7 @@ def train_step(
     optimizer: optax.GradientTransformation,
     gradient: Gradient = whole_batch,
     ema_decay: float = 0.0,
-    axis_name: str | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
     trained: Any = None,
     parts: Parts | None = None,
 ) -> tuple[TrainState, dict[str, Array]]:
