@@ -97,6 +97,9 @@ def test_float32_activations_have_the_batch_first():
     assert counted["float32_activations"] == 1
     assert counted["float32_activation_bytes"] == 4 * OUTPUT
     assert count_on_gpu(read_step(wide), 16)["float32_activations"] == 0
+    # A kernel of as many features as the batch has images is none.
+    kernel = TEXT.replace("%turned.1 = bf16[16,3,3,3]", "%turned.1 = f32[16,3,3,3]")
+    assert count_on_gpu(read_step(kernel), 16)["float32_activations"] == 0
 
 
 def test_a_collective_overlaps_where_something_is_computed_between():

@@ -72,9 +72,15 @@ def count_on_gpu(step: Step, batch: int) -> dict[str, Any]:
         many add a bias or apply ReLU as well; `transposes` and `transposed_bytes` of what is laid
         out otherwise and nothing else, and of these `transposed_activations`, whose first side is
         the batch; `float32_activations` and `float32_activation_bytes`, results of four dimensions
-        whose first side is the batch; `collectives_overlapped`.
+        whose first side is the batch, and whose shape is no kernel's; `collectives_overlapped`.
     """
     types = {line.name: line.result for line in step.lines}
+    kernels = _kernel_shapes(step, types)
+
+    def is_activation(array: Array) -> bool:
+        sides = tuple(sorted(array.shape))
+        return len(sides) == 4 and array.shape[0] == batch and sides not in kernels
+
     calls = [each for each in step.instructions if _is_library(each)]
     convolutions = [each for each in calls if _CONVOLUTION.search(each.attributes)]
     moved = [each for each in step.instructions if _only_lays_out(each, step.computations)]
@@ -82,7 +88,7 @@ def count_on_gpu(step: Step, batch: int) -> dict[str, Any]:
         array
         for each in step.instructions
         for array in arrays(each.result)
-        if array.kind == "f32" and _is_activation(array, batch)
+        if array.kind == "f32" and is_activation(array)
     ]
     return {
         "flops": _flops(step, types),
@@ -94,7 +100,7 @@ def count_on_gpu(step: Step, batch: int) -> dict[str, Any]:
         "transposes": len(moved),
         "transposed_bytes": sum(each.bytes for each in moved),
         "transposed_activations": sum(
-            any(_is_activation(array, batch) for array in arrays(each.result)) for each in moved
+            any(map(is_activation, arrays(each.result))) for each in moved
         ),
         "float32_activations": len(wide),
         "float32_activation_bytes": sum(4 * array.size for array in wide),
@@ -115,8 +121,14 @@ def overlapped(lines: Sequence[Line]) -> int:
     return number
 
 
-def _is_activation(array: Array, batch: int) -> bool:
-    return len(array.shape) == 4 and array.shape[0] == batch and array.size > batch
+def _kernel_shapes(step: Step, types: Mapping[str, str]) -> set[tuple[int, ...]]:
+    """Returns the sides of all kernels, in order of size: as many features may be the batch."""
+    found = set()
+    for each in step.instructions:
+        match = _CONVOLUTION.search(each.attributes)
+        if match and (roles := _roles(match[1], each, types)):
+            found.add(tuple(sorted(roles[0].shape)))
+    return found
 
 
 def _is_library(each: Instruction) -> bool:
@@ -196,26 +208,29 @@ def _as_line(each: Instruction) -> Line:
     return Line(each.name, each.result, each.kind, each.operands, each.source, each.attributes)
 
 
-def _convolved(kind: str, each: Instruction, types: Mapping[str, str]) -> int | None:
-    """Returns the FLOPs of a call of cuDNN, whose labels are always those of the convolution.
+def _roles(kind: str, each: Instruction, types: Mapping[str, str]) -> tuple[Array, Array] | None:
+    """Returns kernel and output of the convolution that a call of cuDNN is of.
 
     Forward it takes images and kernel and gives the output; backward by the images it takes the
     output's gradient and the kernel; backward by the kernel, images and the output's gradient.
     """
-    labels = _LABELS.search(each.attributes)
     made = arrays(each.result)
     given = [arrays(types.get(name, ""))[:1] for name in each.operands[:2]]
-    if not (labels and made and len(given) == 2 and all(given)):
+    if not (made and len(given) == 2 and all(given)):
         return None
     (first,), (second,) = given
     if kind.startswith("BackwardInput"):
-        kernel, output = second, first
-    elif kind.startswith("BackwardFilter"):
-        kernel, output = made[0], second
-    else:
-        kernel, output = second, made[0]
-    features = kernel.shape[labels[2].index("o")]
-    return 2 * output.size * kernel.size // features
+        return second, first
+    return (made[0], second) if kind.startswith("BackwardFilter") else (second, made[0])
+
+
+def _convolved(kind: str, each: Instruction, types: Mapping[str, str]) -> int | None:
+    """Returns the FLOPs of a call of cuDNN, whose labels are those of the convolution forward."""
+    labels, roles = _LABELS.search(each.attributes), _roles(kind, each, types)
+    if not (labels and roles):
+        return None
+    kernel, output = roles
+    return 2 * output.size * kernel.size // kernel.shape[labels[2].index("o")]
 
 
 def _multiplied(each: Instruction, types: Mapping[str, str]) -> int | None:
