@@ -36,4 +36,4 @@ def test_nor_do_several(platform):
 
 @pytest.mark.skipif(onednn.library() is None, reason="oneDNN is not installed")
 def test_a_cpu_does():
-    assert not targets("training", None, "cnn") <= OF_JAX
+    assert not targets("training", "cpu", "cnn") <= OF_JAX
