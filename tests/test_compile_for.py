@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -12,7 +13,7 @@ from bmjax.bench.lowered import Bmjax
 from bmjax.bench.workload import Workload
 from bmjax.config import BenchConfig
 from bmjax.errors import UserError
-from bmjax.machine.topologies import CHIPS, Topology, compile_elsewhere, find_topology
+from bmjax.machine.topologies import CHIPS, GPUS, Topology, compile_elsewhere, find_topology
 
 TOPOLOGY = "v5e:2x4"
 needs_compiler = pytest.mark.skipif(
@@ -25,7 +26,10 @@ needs_compiler = pytest.mark.skipif(
     [
         ({"jobs": ("trainin",)}, "unknown job 'trainin'"),
         ({"jobs": ("distillation",)}, "needs a --teacher"),
-        ({"contenders": ("torch",)}, "cannot be compiled for a TPU; these can: bmjax, linen."),
+        (
+            {"contenders": ("torch",)},
+            "cannot be compiled for such devices; these can: bmjax, linen.",
+        ),
         ({"model": "resnet_tiny"}, "resnet_tiny has no counterpart in plain Linen"),
         ({"teacher": "mlp"}, "--teacher mlp is none of"),
         ({"batch_size": 0}, "--batch-size must be at least 1"),
@@ -48,6 +52,39 @@ def test_programs_are_those_that_run_here(job):
     workload = Workload("cnn_tiny", 32, 16)
     compiled = Bmjax(workload, jax.devices()[:2]).lower(job).compile()
     assert compiled.memory_analysis() is not None
+
+
+def test_a_program_that_no_gpu_holds_is_refused():
+    one = Topology("h100", GPUS["h100"], jax.devices()[:1], "cuda")
+    sizes = dict.fromkeys(("output_size_in_bytes", "alias_size_in_bytes"), 2**30)
+    memory = SimpleNamespace(argument_size_in_bytes=2**30, **sizes, temp_size_in_bytes=70 * 2**30)
+    compile_for._check_room(memory, one)
+    memory.temp_size_in_bytes = 80 * 2**30
+    with pytest.raises(UserError, match=r"takes 81 GiB, and a device of h100 has 75"):
+        compile_for._check_room(memory, one)
+
+
+def test_figures_of_gpus_are_shown_with_who_counted():
+    row = {
+        "counted_by": "bmjax",
+        "job": "training",
+        "contender": "bmjax",
+        "library_calls": 7,
+        "convolutions": {"bf16 NHWC": 5},
+        "fused_convolutions": 2,
+        "transposes": 1,
+        "transposed_bytes": 2e6,
+        "transposed_activations": 0,
+        "float32_activations": 0,
+        "float32_activation_bytes": 0,
+        "collectives_overlapped": 1,
+        "collectives": [{}, {}],
+    }
+    first, second = compile_for._of_gpus([row])
+    assert first.startswith("GB and FLOPs are bmjax's count")
+    assert "7 calls of libraries (convolutions: 5 bf16 NHWC; 2 with bias or ReLU)" in second
+    assert "1 of 2 collectives overlapped" in second
+    assert compile_for._of_gpus([{**row, "counted_by": "the compiler"}]) == []
 
 
 # Bytes of temporaries of a step per device, by jax 0.10.2 and libtpu 0.0.42.

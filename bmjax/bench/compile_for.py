@@ -1,4 +1,4 @@
-"""`bmjax bench --compile-for`: what the compiler of a TPU makes of the programs, without a TPU."""
+"""`bench --compile-for`: what compilers of TPUs and GPUs make of the programs, without one."""
 
 import time
 from collections.abc import Sequence
@@ -9,7 +9,8 @@ from jax.stages import Compiled
 from rich.console import Console
 from rich.table import Table
 
-from bmjax.bench.compiled_text import Instruction, read_step
+from bmjax.bench.compiled_text import Instruction, Step, read_step
+from bmjax.bench.gpu_text import count_on_gpu
 from bmjax.bench.lowered import CONTENDERS, JOBS, OF_BMJAX_ALONE, does
 from bmjax.bench.workload import MODELS, Workload, check_workload
 from bmjax.config import BenchConfig
@@ -26,7 +27,8 @@ def bench_compiled(config: BenchConfig) -> dict[str, Any]:
 
     Nothing is run: times are what the chip's published figures give for the bytes, FLOPs and
     exchanged bytes that the compiler counts, each as if it were alone. The largest of the three is
-    the bound, and the images a second that are predicted are at most as many.
+    the bound, and the images a second that are predicted are at most as many. The compiler for GPUs
+    counts neither bytes nor FLOPs; there bmjax does, see `gpu_text`.
 
     Args:
         config: the workload, `compile_for`, `jobs` and `contenders`.
@@ -75,7 +77,7 @@ def _check(config: BenchConfig, names: Sequence[str], jobs: Sequence[str]) -> No
     for name in names:
         if name not in CONTENDERS:
             raise UserError(
-                f"--contenders {name} cannot be compiled for a TPU; these can: "
+                f"--contenders {name} cannot be compiled for such devices; these can: "
                 f"{', '.join(CONTENDERS)}."
             )
     for job in jobs:
@@ -116,28 +118,50 @@ def _per_device(chip: Chip) -> Chip:
     )
 
 
+def _check_room(memory: Any, topology: Topology) -> None:
+    """Raises UserError where a program is larger than a GPU, which its compiler does not mind."""
+    needed = (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        + memory.temp_size_in_bytes
+        - memory.alias_size_in_bytes
+    )
+    room = _per_device(topology.chip).memory_bytes
+    if needed > room:
+        raise UserError(
+            f"the program takes {needed / 2**30:.0f} GiB, and a device of {topology.name} has "
+            f"{room / 2**30:.0f}. A smaller --batch-size, more devices or --precision bfloat16 "
+            "help."
+        )
+
+
 def _row(compiled: Compiled, topology: Topology, workload: Workload) -> dict[str, Any]:
     """Returns the figures of a program, per device and step.
 
     `flops` and `bytes_accessed` are the compiler's own count of the program, in which a loop's body
-    counts once: a step with what comes before and after all steps. `seconds_by` are of memory,
-    compute and links.
+    counts once: a step with what comes before and after all steps. For GPUs they are bmjax's, of
+    the step alone, with further figures, see `count_on_gpu`; `flops` may be None there.
+    `counted_by` tells which. `seconds_by` are of memory, compute and links.
+
+    Raises:
+        UserError: it does not fit into a device's memory.
     """
     memory: Any = compiled.memory_analysis()
-    cost: Any = compiled.cost_analysis()
+    _check_room(memory, topology)
     step = read_step(compiled.as_text() or "")
+    counted = _counted(compiled, step, topology, workload)
     exchanged = sum(each.bytes for each in step.collectives)
     number, chip = len(topology.devices), _per_device(topology.chip)
     seconds = {
-        "memory": cost["bytes accessed"] / chip.bytes_per_second,
-        "compute": cost["flops"] / chip.flops_per_second,
+        "memory": counted["bytes_accessed"] / chip.bytes_per_second,
+        # What was not counted bounds nothing.
+        "compute": (counted["flops"] or 0) / chip.flops_per_second,
         # A ring passes on each part twice: to add up, and to tell the sum.
         "links": 2 * (number - 1) / number * exchanged / chip.link_bytes_per_second,
     }
     bound = max(seconds, key=lambda name: seconds[name])
     return {
-        "flops": cost["flops"],
-        "bytes_accessed": cost["bytes accessed"],
+        **counted,
         "temp_bytes": memory.temp_size_in_bytes,
         "argument_bytes": memory.argument_size_in_bytes,
         "output_bytes": memory.output_size_in_bytes,
@@ -152,6 +176,20 @@ def _row(compiled: Compiled, topology: Topology, workload: Workload) -> dict[str
         "seconds_by": seconds,
         "bound": bound,
         "predicted_images_per_second": workload.batch_size / seconds[bound],
+    }
+
+
+def _counted(
+    compiled: Compiled, step: Step, topology: Topology, workload: Workload
+) -> dict[str, Any]:
+    if topology.platform == "cuda":
+        batch = workload.batch_size // len(topology.devices)
+        return {"counted_by": "bmjax", **count_on_gpu(step, batch)}
+    cost: Any = compiled.cost_analysis()
+    return {
+        "counted_by": "the compiler",
+        "flops": cost["flops"],
+        "bytes_accessed": cost["bytes accessed"],
     }
 
 
@@ -186,6 +224,30 @@ def show_compiled(result: dict[str, Any], console: Console) -> None:
         "through memory, MiB of temporaries, sums over the devices"
     )
     console.print(line, highlight=False, markup=False, soft_wrap=True)
+    for line in _of_gpus(result["rows"]):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _of_gpus(rows: list[dict[str, Any]]) -> list[str]:
+    """Returns lines on what only rows of GPUs have."""
+    rows = [row for row in rows if row["counted_by"] == "bmjax"]
+    if not rows:
+        return []
+    lines = [
+        "GB and FLOPs are bmjax's count of the compiler's text, a loop's body once, and without "
+        "the memory that cuDNN works in; MiB are the compiler's own figure"
+    ]
+    for row in rows:
+        kinds = ", ".join(f"{number} {name}" for name, number in row["convolutions"].items())
+        lines.append(
+            f"{row['job']} by {row['contender']}: {row['library_calls']} calls of libraries "
+            f"(convolutions: {kinds or 'none'}; {row['fused_convolutions']} with bias or ReLU), "
+            f"{row['transposes']} transposes of {row['transposed_bytes'] / 1e6:,.0f} MB "
+            f"({row['transposed_activations']} of activations), {row['float32_activations']} "
+            f"float32 activations of {row['float32_activation_bytes'] / 1e6:,.0f} MB, "
+            f"{row['collectives_overlapped']} of {len(row['collectives'])} collectives overlapped"
+        )
+    return lines
 
 
 def _counterpart(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any] | None:

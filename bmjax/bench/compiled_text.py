@@ -8,7 +8,8 @@ filling included. Of the while loops the longest is the step; where there is non
 
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 _BYTES = {"pred": 1, "bf16": 2, "f8e4m3fn": 1, "f8e5m2": 1}
@@ -31,6 +32,7 @@ class Instruction(NamedTuple):
         operands: names.
         source: what of the Python program it is of, JAX's `op_name`; may be empty.
         bytes: of its operands and results.
+        attributes: the rest of its line, such as `kind=kLoop, calls=%fused`.
     """
 
     name: str
@@ -39,6 +41,23 @@ class Instruction(NamedTuple):
     operands: tuple[str, ...]
     source: str
     bytes: int
+    attributes: str = ""
+
+
+class Line(NamedTuple):
+    """One line of the text; see `Instruction`.
+
+    Attributes:
+        arguments: what stands in its parentheses, such as the number of a parameter.
+    """
+
+    name: str
+    result: str
+    kind: str
+    operands: tuple[str, ...]
+    source: str
+    attributes: str
+    arguments: str = ""
 
 
 class Collective(NamedTuple):
@@ -62,10 +81,14 @@ class Step:
     Attributes:
         instructions: in the order that they begin in.
         host_transfers: instructions anywhere that exchange data with the host.
+        lines: all of the step's, in order, with those that cost nothing.
+        computations: the lines of each computation of the program, by its name.
     """
 
     instructions: tuple[Instruction, ...]
     host_transfers: int
+    lines: tuple[Line, ...] = ()
+    computations: Mapping[str, Sequence[Line]] = field(default_factory=dict)
 
     @property
     def collectives(self) -> list[Collective]:
@@ -117,28 +140,27 @@ def read_step(text: str) -> Step:
     names = loops or ([entry[1]] if entry else [])
     longest = max(names, key=lambda name: len(computations[name]), default=None)
     lines = computations[longest] if longest else []
-    types = {name: result for name, result, *_ in lines}
+    types = {line.name: line.result for line in lines}
     instructions = [
         Instruction(
-            name,
-            kind,
-            result,
-            operands,
-            source,
-            size_of(result) + sum(size_of(types.get(each, "")) for each in set(operands)),
+            line.name,
+            line.kind,
+            line.result,
+            line.operands,
+            line.source,
+            size_of(line.result) + sum(size_of(types.get(each, "")) for each in set(line.operands)),
+            line.attributes,
         )
-        for name, result, kind, operands, source in lines
-        if kind not in _FREE and not kind.endswith("-done")
+        for line in lines
+        if line.kind not in _FREE and not line.kind.endswith("-done")
     ]
-    return Step(tuple(instructions), len(_TO_HOST.findall(text)))
+    transfers = len(_TO_HOST.findall(text))
+    return Step(tuple(instructions), transfers, tuple(lines), computations)
 
 
-_Line = tuple[str, str, str, tuple[str, ...], str]
-
-
-def _computations(text: str) -> dict[str, list[_Line]]:
-    found: dict[str, list[_Line]] = {}
-    lines: list[_Line] = []
+def _computations(text: str) -> dict[str, list[Line]]:
+    found: dict[str, list[Line]] = {}
+    lines: list[Line] = []
     for line in text.splitlines():
         if begins := _COMPUTATION.match(line):
             lines = found.setdefault(begins[1], [])
@@ -147,7 +169,7 @@ def _computations(text: str) -> dict[str, list[_Line]]:
     return found
 
 
-def _parse(name: str, rest: str) -> _Line | None:
+def _parse(name: str, rest: str) -> Line | None:
     end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.find(" ")
     match = re.match(r"\s*([\w\-]+)\(", rest[end:])
     if not match:
@@ -155,8 +177,10 @@ def _parse(name: str, rest: str) -> _Line | None:
     first = end + match.end()
     last = _closing(rest, first - 1)
     source = re.search(r'op_name="([^"]*)"', rest[last:])
-    operands = tuple(re.findall(r"%([\w.\-]+)", rest[first:last]))
-    return name, rest[:end], match[1], operands, source[1] if source else ""
+    arguments, attributes = rest[first:last], rest[last + 1 :].lstrip(", ")
+    operands = tuple(re.findall(r"%([\w.\-]+)", arguments))
+    of = source[1] if source else ""
+    return Line(name, rest[:end], match[1], operands, of, attributes, arguments)
 
 
 def _closing(text: str, opening: int) -> int:

@@ -47,11 +47,20 @@ Shape = tuple[int, int, int]
 
 
 class Bmjax:
-    """The programs of `bmjax train`, `distill`, `evaluate` and `predict`."""
+    """The programs of `bmjax train`, `distill`, `evaluate` and `predict`.
+
+    Args:
+        workload: the model and its images.
+        devices: that would run them.
+        platform: whose lowering they take, such as `cuda`; None: that of the devices.
+    """
 
     name = "bmjax"
 
-    def __init__(self, workload: Workload, devices: Sequence[jax.Device]):
+    def __init__(
+        self, workload: Workload, devices: Sequence[jax.Device], platform: str | None = None
+    ):
+        self._platform = platform
         self._workload, self._shape = workload, workload.image_shape
         self._parallel = Parallel("jit", devices, workload.precision)
         self._model = bmjax_model(workload.model, workload.precision)
@@ -108,7 +117,8 @@ class Bmjax:
         totals = zero_totals(_without_shapes(loss_fn), state, shape)
         functions = (view, loss_fn, NO_SCHEDULE)
         arguments = map(self._everywhere, (state, totals, functions))
-        return _lower(steps, *arguments, self._arrays(job), np.int32(_BATCHES))
+        arrays = self._arrays(job)
+        return _lower(steps, *arguments, arrays, np.int32(_BATCHES), platform=self._platform)
 
     def _evaluation(self) -> Lowered:
         evaluate = make_evaluate(
@@ -119,12 +129,14 @@ class Bmjax:
             self._workload.batch_size,
         )
         variables = _variables(partial(contract.init, self._model), self._shape)
-        return _lower(evaluate, self._everywhere(variables), self._arrays("evaluation"))
+        arguments = self._everywhere(variables), self._arrays("evaluation")
+        return _lower(evaluate, *arguments, platform=self._platform)
 
     def _prediction(self) -> Lowered:
         apply = partial(contract.apply, self._model)
         variables = _variables(partial(contract.init, self._model), self._shape)
-        return _lower_prediction(apply, variables, self._workload, self._parallel.devices)
+        devices = self._parallel.devices
+        return _lower_prediction(apply, variables, self._workload, devices, self._platform)
 
 
 class Linen:
@@ -186,15 +198,21 @@ def _batch(workload: Workload, along: NamedSharding) -> tuple[Any, Any]:
 
 
 def _lower_prediction(
-    apply: Callable[..., Any], variables: Any, workload: Workload, devices: Sequence[jax.Device]
+    apply: Callable[..., Any],
+    variables: Any,
+    workload: Workload,
+    devices: Sequence[jax.Device],
+    platform: str | None = None,
 ) -> Lowered:
     everywhere, along = _shardings(devices)
     compiled = jax.jit(in_precision(apply, workload.precision), out_shardings=along)
-    return compiled.lower(_divided(variables, everywhere), _batch(workload, along)[0])
+    images = _batch(workload, along)[0]
+    return _lower(compiled, _divided(variables, everywhere), images, platform=platform)
 
 
-def _lower(compiled: Any, *arguments: Any) -> Lowered:
-    lowered: Lowered = compiled.lower(*arguments)
+def _lower(compiled: Any, *arguments: Any, platform: str | None) -> Lowered:
+    platforms = (platform,) if platform else None
+    lowered: Lowered = compiled.trace(*arguments).lower(lowering_platforms=platforms)
     return lowered
 
 

@@ -149,9 +149,9 @@ class BenchConfig:
             given: the first two, and torch and torch-compiled where PyTorch is installed.
         steps: Batches of a turn.
         turns: Turns that count, after two that compile and warm up.
-        compile_for: Run nothing, but compile for TPUs that need not be there, such as v5e:2x4, and
-            count memory, traffic and collectives; of the contenders, bmjax and linen can. Needs
-            pip install "jax[tpu]".
+        compile_for: Run nothing, but compile for TPUs or GPUs that need not be there, such as
+            v5e:2x4, h100 or h100:8, and count memory, traffic and collectives; of the contenders,
+            bmjax and linen can. Needs pip install "jax[tpu]" or "jax[cuda12]".
         jobs: What is compiled, with --compile-for: training, "random views", streamed, "divided
             data" (8 GB of images), "device statistics", distillation, evaluation or prediction;
             none given: training, and distillation with --teacher.

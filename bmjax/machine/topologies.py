@@ -1,4 +1,4 @@
-"""Devices that are not there, for the compilers of TPUs: what is compiled for them is not run."""
+"""Devices that are not there, for the compilers of TPUs and GPUs: what they compile is not run."""
 
 import contextlib
 import importlib.util
@@ -13,6 +13,7 @@ import jax
 from jax.stages import Compiled, Lowered
 
 from bmjax.errors import UserError, unknown_name
+from bmjax.machine import gpu_topologies
 
 _GIB = 2**30
 _INSTALL = 'The compiler for TPUs is not installed; no TPU is needed for it: pip install "jax[tpu]"'
@@ -29,14 +30,16 @@ _ON_A_HOST = 4  # chips, unless it is said otherwise
 
 @dataclass(frozen=True)
 class Chip:
-    """A TPU's published figures, per chip (docs.cloud.google.com/tpu/docs, 2026-11).
+    """A chip's published figures.
+
+    Of TPUs per chip (docs.cloud.google.com/tpu/docs, 2026-11), of GPUs by NVIDIA's datasheets.
 
     Attributes:
         memory_bytes: of its memory.
         bytes_per_second: that its memory gives or takes.
         flops_per_second: in bfloat16.
         link_bytes_per_second: to its neighbours, all links in one direction.
-        dimensions: of a topology.
+        dimensions: of a topology of TPUs.
         devices: that JAX sees of a chip.
     """
 
@@ -54,6 +57,10 @@ CHIPS = {
     "v5p": Chip(95 * _GIB, 2765e9, 459e12, 600e9, dimensions=3),
     "v6e": Chip(32 * _GIB, 1638e9, 918e12, 400e9),
 }
+GPUS = {
+    # SXM: dense, without sparsity; NVLink's 900 GB/s are of both directions.
+    "h100": Chip(80 * 10**9, 3350e9, 989e12, 450e9, dimensions=1),
+}
 _EXAMPLES = "v5e:1x1, v5e:2x4, v6e:4x8, v4:2x2x2"
 
 
@@ -65,15 +72,17 @@ class Topology:
         name: such as `v5e:2x4`.
         chip: one of them.
         devices: all of them, to compile for.
+        platform: whose lowering they take, `tpu` or `cuda`.
     """
 
     name: str
     chip: Chip
     devices: Sequence[jax.Device]
+    platform: str = "tpu"
 
 
 def find_topology(name: str) -> Topology:
-    """Returns a topology by its name, such as `v5e:2x4`.
+    """Returns a topology by its name, such as `v5e:2x4`, or `h100:8` for GPUs of one machine.
 
     JAX then computes on the CPU in this process.
 
@@ -82,10 +91,7 @@ def find_topology(name: str) -> Topology:
     """
     match = _FORM.fullmatch(name)
     if not match:
-        raise UserError(
-            f"{name} is no topology: a chip and how many of them in each direction, such as "
-            f"{_EXAMPLES}. Chips: {', '.join(CHIPS)}."
-        )
+        return _of_gpus(name)
     kind, sides = match[1], [int(side) for side in match[2].split("x")]
     if kind not in CHIPS:
         raise unknown_name("TPU", kind, CHIPS)
@@ -98,6 +104,20 @@ def find_topology(name: str) -> Topology:
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(_INSTALL)
     return Topology(name, chip, _devices(name, sides))
+
+
+def _of_gpus(name: str) -> Topology:
+    # `v5e` alone is a TPU whose sides are missing.
+    found = None if re.match(r"v\d", name) else gpu_topologies.kind_and_number(name)
+    if found is None:
+        raise UserError(
+            f"{name} is no topology: a chip and how many of them in each direction, such as "
+            f"{_EXAMPLES}; or a GPU and how many of them, such as {gpu_topologies.EXAMPLES}. "
+            f"Chips: {', '.join(CHIPS)}. GPUs: {', '.join(GPUS)}."
+        )
+    _compute_on_cpu()
+    kind, number = found
+    return Topology(name, GPUS[kind], gpu_topologies.gpu_devices(kind, number), "cuda")
 
 
 def compile_elsewhere(lowered: Lowered) -> Compiled:
@@ -123,8 +143,7 @@ def _devices(name: str, sides: list[int]) -> Sequence[jax.Device]:
 
     for variable, value in _ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
-    with contextlib.suppress(RuntimeError):  # JAX computes already, on what it found
-        jax.config.update("jax_platforms", "cpu")
+    _compute_on_cpu()
     few: dict[str, Any] = {}
     if math.prod(sides) < _ON_A_HOST:
         few = {"chips_per_host_bounds": [*sides, *[1] * (3 - len(sides))]}
@@ -139,3 +158,8 @@ def _devices(name: str, sides: list[int]) -> Sequence[jax.Device]:
     except RuntimeError as error:  # of jax itself, where it was installed without
         raise UserError(f"{_INSTALL} ({error})") from error
     return list(found.devices)
+
+
+def _compute_on_cpu() -> None:
+    with contextlib.suppress(RuntimeError):  # JAX computes already, on what it found
+        jax.config.update("jax_platforms", "cpu")

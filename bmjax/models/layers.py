@@ -9,10 +9,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from bmjax.ops.channels import normalize_by
-from bmjax.ops.convolution import Pending, computed, make_pending
+from bmjax.ops.convolution import Pending, make_pending
 from bmjax.ops.fused_convolution import convolve_normalize, finish
 from bmjax.ops.normalization import normalize
 from bmjax.ops.precision import wider
+from bmjax.ops.recomputed import Activated, Source, activate, computed
 
 
 class Dense(nn.Module):
@@ -92,9 +93,13 @@ class PendingConv(Conv):
     use_bias: bool = False
 
     @nn.compact
-    def __call__(self, images: Array) -> Pending:  # type: ignore[override]
+    def __call__(self, images: Array | Activated) -> Pending:  # type: ignore[override]
         """Takes [batch, height, width, channels]; gives what a `make_norm` layer takes."""
-        return self._pending(images)
+        if not isinstance(images, Activated):
+            return self._pending(images)
+        pending = self._pending(images.values)
+        same = pending.dtype == images.values.dtype
+        return pending._replace(source=images.source) if same else pending
 
 
 class BatchNorm(nn.Module):
@@ -126,7 +131,8 @@ class BatchNorm(nn.Module):
         mask: Array | None = None,
         shortcut: Array | None = None,
         relu: bool = False,
-    ) -> Array:
+        inner: bool = False,
+    ) -> Any:
         """Normalises [batch, height, width, channels] per channel.
 
         Args:
@@ -135,6 +141,10 @@ class BatchNorm(nn.Module):
             mask: [batch] bool, False for the examples that don't count; None: all count.
             shortcut: what is added to the result.
             relu: whether negative values of that become 0.
+            inner: whether nothing but a convolution takes the result.
+
+        Returns:
+            an array of that shape; or, where `inner`, perhaps an `Activated`.
         """
         size = (values.shape[-1],)
         scale = self.param("scale", nn.initializers.ones_init(), size)
@@ -161,10 +171,17 @@ class BatchNorm(nn.Module):
             mean.value += step * (of_batch[0] - mean.value)
             var.value += step * (unbiased - var.value)
             count.value += some.astype(jnp.int32)
-        return finish(out.astype(self.dtype or values.dtype), shortcut, relu)
+        out = out.astype(self.dtype or values.dtype)
+        if not relu:
+            return finish(out, shortcut, relu)
+        if not inner or shortcut is not None or given is not values:
+            return activate(out, shortcut)
+        factor = lax.rsqrt(of_batch[1] + self.epsilon) * scale
+        source = lax.stop_gradient(Source(values, of_batch[0], factor, bias))
+        return Activated(activate(out, source=source), source)
 
 
-def make_norm(kind: str, **options: Any) -> Callable[..., Array]:
+def make_norm(kind: str, **options: Any) -> Callable[..., Any]:
     """Returns the normalisation `kind` as a layer called as `BatchNorm` is.
 
     Args:
@@ -187,8 +204,9 @@ def make_norm(kind: str, **options: Any) -> Callable[..., Array]:
         mask: Array | None = None,
         shortcut: Array | None = None,
         relu: bool = False,
+        inner: bool = False,
     ) -> Array:
-        del train, mask
+        del train, mask, inner
         layer = nn.GroupNorm(min(32, values.shape[-1]), epsilon=1e-5, **options)
         return finish(layer(computed(values)), shortcut, relu)
 

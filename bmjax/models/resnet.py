@@ -20,6 +20,7 @@ from bmjax.models.published import imagenet_weights
 from bmjax.ops.convolution import Pending
 from bmjax.ops.pooling import max_pool_3x3
 from bmjax.ops.precision import wider
+from bmjax.ops.recomputed import activate
 
 _conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 # PyTorch's initial weights of a linear layer: uniform within 1 / sqrt(fan_in).
@@ -63,11 +64,12 @@ class _Layers(nn.Module):
         mask: Array | None,
         shortcut: Array | None = None,
         relu: bool = False,
-    ) -> Array:
+        inner: bool = False,
+    ) -> Any:
         frozen = self.norm == "batch" and "/".join((*self.path, name)) in self.frozen_layers
         kind = "frozen" if frozen else self.norm
         layer = make_norm(kind, name=name, dtype=self.dtype, axis_name=self.axis_name)
-        return layer(values, train, mask, shortcut, relu)
+        return layer(values, train, mask, shortcut, relu, inner)
 
 
 class Downsample(_Layers):
@@ -116,7 +118,8 @@ class Block(_Layers):
             ]
         hidden = values
         for number, conv in enumerate(convs[:-1], 1):
-            hidden = self._normalize(f"norm{number}", conv(hidden), train, mask, relu=True)
+            convolved = conv(hidden)
+            hidden = self._normalize(f"norm{number}", convolved, train, mask, relu=True, inner=True)
         if self.stride != 1 or values.shape[-1] != self.features:
             shortcut = Downsample(
                 features=self.features,
@@ -199,7 +202,7 @@ class ResNet(ResidualNetwork):
         convolved = self._conv("stem_conv", self.width, 7, 2)(images)
         hidden = self._normalize("stem_norm", convolved, train, mask)
         # Pooling first gives the same values, and ReLU then has a quarter of the work.
-        hidden = name_intermediate(self, "stem", nn.relu(max_pool_3x3(hidden)))
+        hidden = name_intermediate(self, "stem", activate(max_pool_3x3(hidden)))
         return self._logits(hidden, self.num_blocks, train, mask)
 
     def _block(self, stage: int, number: int) -> dict[str, Any]:

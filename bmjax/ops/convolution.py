@@ -22,11 +22,19 @@ from bmjax.ops.memory import keep_memory
 
 
 class Pending(NamedTuple):
-    """A convolution that is not computed yet, so that what follows can be computed with it."""
+    """A convolution that is not computed yet, so that what follows can be computed with it.
+
+    Attributes:
+        images: see `convolve`.
+        kernel: the same.
+        geometry: of both.
+        source: what the images are computed from, if that is known; see `recomputed`.
+    """
 
     images: Array
     kernel: Array
     geometry: Geometry
+    source: tuple[Array, ...] = ()
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -41,11 +49,6 @@ class Pending(NamedTuple):
     def compute(self) -> Array:
         """Returns its output; see `convolve`."""
         return _primitive.bind(self.images, self.kernel, role="output", geometry=self.geometry)
-
-
-def computed(values: Array | Pending) -> Array:
-    """Returns an array as it is, and the output of a convolution."""
-    return values.compute() if isinstance(values, Pending) else values
 
 
 def make_pending(
@@ -86,6 +89,11 @@ def convolve(
         precision of the products on GPU and TPU is `jax.default_matmul_precision`.
     """
     return make_pending(images, kernel, padding, stride, groups).compute()
+
+
+def bind(first: Array, second: Array, role: Role, geometry: Geometry) -> Array:
+    """Returns a role computed from the other two, in the order of `ROLES`."""
+    return _primitive.bind(first, second, role=role, geometry=geometry)
 
 
 def by_xla(role: Role, geometry: Geometry, first: Array, second: Array) -> Array:

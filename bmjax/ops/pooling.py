@@ -2,9 +2,10 @@
 
 XLA's gradient of a window reduction (select-and-scatter) is slow on CPU. There the place of each
 window's maximum is kept, in a byte, and the gradient is laid out pixel by pixel from there: each
-pixel of an image lies in at most four windows. Compilers for GPU and TPU know window reductions and
-their gradient, for which the image is kept; the steps above would each pass through memory. Of
-equal pixels the first by row and then by column is taken, as in PyTorch.
+pixel of an image lies in at most four windows. Compilers for GPU and TPU know window reductions,
+and keep the image for the gradient. That of TPUs knows the gradient, too. That of GPUs makes of it
+four arrays of integers and sums in float32, each of the size of the output; so there the gradient
+is laid out as on CPU. Of equal pixels the first by row and then by column is taken, as in PyTorch.
 """
 
 import functools
@@ -195,6 +196,17 @@ def _elsewhere(
     return transposed(values)[0]
 
 
+def _on_gpu(
+    places: Array, values: Array, images: Array, *, window: int, size: Any, spread: bool
+) -> Array:
+    del places
+    # They are computed once for each window, not for each pixel that lies in it.
+    places = lax.optimization_barrier(_with_places(images, window)[1])
+    if not spread:
+        return _pick(places, values, window)
+    return _spread(places, wider(values), window, size).astype(values.dtype)
+
+
 def _abstract(
     places: Any, values: Any, images: Any, *, window: int, size: Any, spread: bool
 ) -> Any:
@@ -258,3 +270,6 @@ ad.primitive_transposes[_primitive] = _transpose
 batching.primitive_batchers[_primitive] = _batched
 mlir.register_lowering(_primitive, _on_cpu, "cpu")
 mlir.register_lowering(_primitive, mlir.lower_fun(_elsewhere, multiple_results=False))
+for _platform in ("cuda", "rocm"):
+    _rule = mlir.lower_fun(_on_gpu, multiple_results=False)
+    mlir.register_lowering(_primitive, _rule, _platform)

@@ -1,0 +1,209 @@
+"""What a GPU computes again backward, instead of keeping it from the forward pass.
+
+Behind a normalisation and its ReLU, a convolution needs its input again for the kernel's gradient.
+Kept, that is as large as what was normalised, which is kept as well; computed again, it costs no
+pass of its own, as what was normalised is read for the sums of the gradient anyway. Nor is it kept
+where ReLU's input was positive: that is read off ReLU's output, or off what was normalised.
+Compilers for CPU and TPU get the plain formulas.
+
+The compiler would notice that a value is there already, and keep it: the channels' numbers, which
+it is computed from, pass a barrier together with the cotangent, so that it cannot come before.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.interpreters import ad, mlir
+
+from bmjax.ops import convolution
+from bmjax.ops.channels import normalize_by
+from bmjax.ops.composite import make_primitive
+from bmjax.ops.fused_convolution import finish
+from bmjax.ops.geometry import Geometry
+from bmjax.ops.precision import wider
+
+_GPUS = ("cuda", "rocm")
+
+
+class Source(NamedTuple):
+    """What a normalisation was computed from.
+
+    Attributes:
+        values: [batch, height, width, channels].
+        mean: [channels], at least float32.
+        factor: the same.
+        bias: the same.
+    """
+
+    values: Array
+    mean: Array
+    factor: Array
+    bias: Array
+
+
+class Activated(NamedTuple):
+    """ReLU of normalised values, which a convolution can take as it takes an array.
+
+    Attributes:
+        values: [batch, height, width, channels].
+        source: what they are computed from.
+    """
+
+    values: Array
+    source: Source
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the values."""
+        return self.values.shape
+
+
+def activate(values: Array, shortcut: Array | None = None, source: Source | None = None) -> Array:
+    """Adds a shortcut, if any, and applies ReLU.
+
+    Args:
+        values: normalised, [batch, height, width, channels].
+        shortcut: the same.
+        source: what the values are computed from, and all that is kept of them on a GPU; None: the
+            result is kept. Not together with a shortcut.
+    """
+    given = [values] if shortcut is None else [values, shortcut]
+    return _activate.bind(*given, *(source or ()), numbers=len(given))
+
+
+def computed(values: Array | convolution.Pending) -> Array:
+    """Returns an array as it is, and the output of a convolution."""
+    if not isinstance(values, convolution.Pending):
+        return values
+    images, kernel, geometry, source = values
+    return (
+        _convolve.bind(images, kernel, *source, geometry=geometry) if source else values.compute()
+    )
+
+
+def _plain_activate(*operands: Array, numbers: int) -> Array:
+    values, *shortcut = operands[:numbers]
+    return finish(values, shortcut[0] if shortcut else None, relu=True)
+
+
+def _activate_on_gpu(*operands: Array, numbers: int) -> Array:
+    # Rounded before ReLU, which makes no difference but to the compiler: of a number that is
+    # rounded last it hands on the unrounded float32, and keeps that beside the other.
+    added = sum(wider(each) for each in operands[1:numbers]) + wider(operands[0])
+    return jax.nn.relu(added.astype(operands[0].dtype))
+
+
+def _activate_jvp(primals: Any, tangents: Any, *, numbers: int) -> Any:
+    out = _activate.bind(*primals, numbers=numbers)
+    moves = [wider(each) for each in tangents[:numbers] if type(each) is not ad.Zero]
+    if not moves:
+        return out, _no_tangent(out)
+    before = wider(primals[0]) if numbers == 1 else wider(primals[0]) + wider(primals[1])
+    moved = sum(moves[1:], moves[0]).astype(out.dtype)
+    by = primals[numbers:] or (out,)
+    return out, _where_positive.bind(moved, before > 0, *by)
+
+
+def _no_tangent(out: Array) -> Any:
+    return ad.Zero(jax.typeof(out).to_tangent_aval())
+
+
+def _again(values: Array, mean: Array, factor: Array, bias: Array) -> Array:
+    return jax.nn.relu(normalize_by(values, mean, factor, bias))
+
+
+def _plain_where_positive(moved: Array, positive: Array, *by: Array) -> Array:
+    del by
+    return jnp.where(positive, wider(moved), 0).astype(moved.dtype)
+
+
+def _where_positive_on_gpu(moved: Array, positive: Array, *by: Array) -> Array:
+    del positive
+    if len(by) == 1:  # read, as that is less than to add values and shortcut up again
+        out = lax.optimization_barrier(by[0])
+    else:
+        values, *affine = by
+        moved, *affine = lax.optimization_barrier((moved, *affine))
+        out = _again(values, *affine)
+    return jnp.where(out > 0, moved, jnp.zeros((), moved.dtype))
+
+
+def _where_positive_jvp(primals: Any, tangents: Any) -> Any:
+    moved, *by = primals
+    move = ad.instantiate_zeros(tangents[0])
+    return _where_positive.bind(moved, *by), _where_positive.bind(move, *by)
+
+
+def _where_positive_transposed(cotangent: Any, moved: Any, *by: Array) -> Sequence[Any]:
+    del moved
+    return [_where_positive.bind(ad.instantiate_zeros(cotangent), *by), *[None] * len(by)]
+
+
+def _plain_convolve(images: Array, kernel: Array, *source: Array, geometry: Geometry) -> Array:
+    del source
+    return convolution.bind(images, kernel, role="output", geometry=geometry)
+
+
+def _convolve_jvp(primals: Any, tangents: Any, *, geometry: Geometry) -> Any:
+    images, kernel, *source = primals
+    d_images, d_kernel, *_ = tangents
+    out = _convolve.bind(*primals, geometry=geometry)
+    moved: list[Array] = []
+    if type(d_images) is not ad.Zero:
+        moved.append(convolution.bind(d_images, kernel, role="output", geometry=geometry))
+    if type(d_kernel) is not ad.Zero:
+        moved.append(_along.bind(d_kernel, images, *source, geometry=geometry))
+    return out, sum(moved[1:], moved[0]) if moved else _no_tangent(out)
+
+
+def _plain_along(d_kernel: Array, images: Array, *source: Array, geometry: Geometry) -> Array:
+    del source
+    return convolution.bind(images, d_kernel, role="output", geometry=geometry)
+
+
+def _along_transposed(
+    cotangent: Any, d_kernel: Any, *given: Array, geometry: Geometry
+) -> Sequence[Any]:
+    del d_kernel
+    found = _kernel_gradient.bind(ad.instantiate_zeros(cotangent), *given, geometry=geometry)
+    return [found, *[None] * len(given)]
+
+
+def _plain_kernel_gradient(
+    cotangent: Array, images: Array, *source: Array, geometry: Geometry
+) -> Array:
+    del source
+    return convolution.bind(images, cotangent, role="kernel", geometry=geometry)
+
+
+def _kernel_gradient_on_gpu(
+    cotangent: Array, images: Array, *source: Array, geometry: Geometry
+) -> Array:
+    del images
+    values, *affine = source
+    cotangent, *affine = lax.optimization_barrier((cotangent, *affine))
+    images = _again(values, *affine)
+    return convolution.bind(images, cotangent, role="kernel", geometry=geometry)
+
+
+_activate = make_primitive("activate", _plain_activate, _activate_jvp, multiple_results=False)
+_where_positive = make_primitive(
+    "where_positive", _plain_where_positive, _where_positive_jvp, multiple_results=False
+)
+ad.primitive_transposes[_where_positive] = _where_positive_transposed
+_convolve = make_primitive(
+    "convolution_of_activated", _plain_convolve, _convolve_jvp, multiple_results=False
+)
+_along = make_primitive("convolution_by_kernel", _plain_along, multiple_results=False)
+ad.primitive_transposes[_along] = _along_transposed
+_kernel_gradient = make_primitive("kernel_gradient", _plain_kernel_gradient, multiple_results=False)
+for _platform in _GPUS:
+    _rule = mlir.lower_fun(_activate_on_gpu, multiple_results=False)
+    mlir.register_lowering(_activate, _rule, _platform)
+    _rule = mlir.lower_fun(_where_positive_on_gpu, multiple_results=False)
+    mlir.register_lowering(_where_positive, _rule, _platform)
+    _rule = mlir.lower_fun(_kernel_gradient_on_gpu, multiple_results=False)
+    mlir.register_lowering(_kernel_gradient, _rule, _platform)
