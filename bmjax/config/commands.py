@@ -122,6 +122,9 @@ class ConvertConfig:
 class DoctorConfig:
     """Say what there is to compute with, and what is missing.
 
+    With it the compiler's flags that the environment or bmjax sets, by whom, and hints on the batch
+    sizes, widths and numbers of classes that fill the units of a TPU or GPU.
+
     Attributes:
         expect: What is to be computed on; where JAX does not, that is a problem. Any: what there
             seems to be.
