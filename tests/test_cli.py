@@ -217,6 +217,19 @@ def test_doctor(capsys, monkeypatch, tmp_path):
         assert part in shown
 
 
+def test_doctor_says_who_sets_what_and_which_sizes_fit(capsys, monkeypatch):
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_pretended=7")
+    monkeypatch.setattr("bmjax.machine.doctor.advice", lambda *found: [f"sizes for {found[2]}"])
+    _, shown, _ = run(capsys, "doctor")
+    assert "xla_tpu_pretended" in shown
+    assert "7, by LIBTPU_INIT_ARGS" in shown
+    assert "hint: sizes for 8" in shown
+    found = json.loads(run(capsys, "doctor", "--json")[1])
+    assert found["hints"] == ["sizes for 8"]
+    setting = {"name": "xla_tpu_pretended", "value": "7", "source": "LIBTPU_INIT_ARGS"}
+    assert setting in found["compiler"]
+
+
 def test_doctor_says_why_convolutions_are_slow(capsys, monkeypatch):
     monkeypatch.setattr(onednn, "library", lambda: None)
     monkeypatch.setattr(platform, "system", lambda: "Linux")

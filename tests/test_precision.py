@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bmjax.bench.step import make_step
-from bmjax.config import BenchConfig, TrainConfig
+from bmjax.config import AUTO, BenchConfig, TrainConfig
 from bmjax.errors import UserError
 from bmjax.machine.parallel import Parallel
 from bmjax.machine.precision import PRECISIONS, in_precision
@@ -73,6 +73,6 @@ def test_on_cpu_no_bit_changes():
 
 def test_what_is_called_precision_is_known_everywhere():
     for config in (TrainConfig, BenchConfig):
-        assert set(get_args(get_type_hints(config)["precision"])) == set(PRECISIONS)
+        assert set(get_args(get_type_hints(config)["precision"])) == {AUTO, *PRECISIONS}
     with pytest.raises(UserError, match="float32"):
         in_precision(products, "float23")

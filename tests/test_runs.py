@@ -32,7 +32,7 @@ def test_settings_that_were_changed_are_refused(tmp_path, change):
         **{"name": "two", "fingerprint": "f", "class_names": ["a", "b"], "transform": None},
         **{"image_shape": (4, 4, 1), "mean": [0.5], "std": [0.5]},
     }
-    run = Run(tmp_path / "run", TrainConfig(model="mlp").resolved(), data, {})
+    run = Run(tmp_path / "run", TrainConfig(model="mlp", precision="float32").resolved(), data, {})
     create_run(run)
     assert read_run(run.path) == run
     file = run.path / CONFIG
@@ -82,8 +82,9 @@ def test_a_run_says_its_kind_and_an_older_one_shows_it(tmp_path, kind, extra):
 def test_what_0_stood_for_in_an_older_run_is_not_a_contradiction(tmp_path):
     extra = {"teacher_fingerprint": "f", **DistillConfig().loss_settings()}
     older = {**extra, "cache_top": 0, "feature_weight": 0.0}
-    create_run(Run(tmp_path / "run", TrainConfig().resolved(), DATA, older, "distill"))
-    check_same_settings(read_run(tmp_path / "run"), TrainConfig().resolved(), extra)
+    config = TrainConfig(precision="float32").resolved()
+    create_run(Run(tmp_path / "run", config, DATA, older, "distill"))
+    check_same_settings(read_run(tmp_path / "run"), config, extra)
 
 
 @pytest.mark.parametrize("name", ["weights_key", "weights", "teacher"])

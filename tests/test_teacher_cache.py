@@ -13,7 +13,12 @@ from bmjax.distill.teacher_cache import INDEX, cached_teacher, expand
 from bmjax.errors import UserError
 
 CONFIG = DistillConfig(
-    epochs=2, batch_size=16, views=AugmentConfig(shift=0.05), hidden_sizes=(16,), data="shapes"
+    epochs=2,
+    batch_size=16,
+    views=AugmentConfig(shift=0.05),
+    hidden_sizes=(16,),
+    data="shapes",
+    precision="float32",
 )
 MEAN = [0.5]
 
@@ -160,3 +165,9 @@ def test_the_index_says_what_it_is_of(tmp_path, teacher, shapes, quiet):
     assert content["of"]["teacher"] == teacher.fingerprint
     assert content["of"]["jax"] == jax.__version__
     assert content["passes"] == 2
+
+
+def test_a_cache_is_of_one_precision(tmp_path, teacher, shapes, quiet):
+    make(tmp_path / "cache", teacher, shapes, quiet)
+    with pytest.raises(UserError, match="precision is None in the cache and 'bfloat16' now"):
+        make(tmp_path / "cache", teacher, shapes, quiet, precision="bfloat16")

@@ -17,6 +17,8 @@ from bmjax.config import BenchConfig
 from bmjax.errors import UserError, unknown_name
 from bmjax.machine.progress import stage
 from bmjax.machine.topologies import Chip, Topology, compile_elsewhere, find_topology
+from bmjax.models import find
+from bmjax.train.precision import with_precision
 
 _LARGEST = 10
 _DEFAULT_JOBS = ("training",)
@@ -50,9 +52,8 @@ def bench_compiled(config: BenchConfig) -> dict[str, Any]:
             f"--batch-size {config.batch_size} does not divide over the {number} devices of "
             f"{topology.name}. Choose a multiple of {number}."
         )
-    workload = Workload(
-        config.model, config.image_size, config.batch_size, config.precision, config.teacher
-    )
+    first = topology.devices[0]
+    workload = Workload.of(with_precision(config, find(config.model), device=first))
     rows = []
     for job in jobs:
         for name in names:

@@ -1,5 +1,6 @@
 """`bmjax bench`: one workload, several contenders, in turns."""
 
+import dataclasses
 import importlib.util
 import os
 import resource
@@ -20,6 +21,7 @@ from bmjax.errors import UserError
 from bmjax.machine.cache import use_compilation_cache
 from bmjax.machine.threads import compute_in_calling_thread, suits_one_thread
 from bmjax.models import create_model, find, list_models
+from bmjax.train.precision import with_precision
 
 _NEEDS = {
     "bmjax": (),
@@ -56,11 +58,12 @@ def bench(config: BenchConfig, own_process: bool = False) -> dict[str, Any]:
     names = config.contenders or _installed()
     check(config, names)
     use_compilation_cache()
-    workload = Workload(
-        config.model, config.image_size, config.batch_size, config.precision, config.teacher
-    )
+    workload = Workload.of(config)
     small = own_process and not workload.teacher and _suits_one_thread(workload)
     one_thread = small and compute_in_calling_thread()
+    # Not before, as JAX looks for its devices to choose.
+    precision = with_precision(config, find(config.model)).precision
+    workload = dataclasses.replace(workload, precision=precision)
     contenders: list[Contender] = []
     first_turn = None
     for name in names:
@@ -71,7 +74,7 @@ def bench(config: BenchConfig, own_process: bool = False) -> dict[str, Any]:
     timings = timing.take_turns(contenders, workload, config.steps, config.turns)
     # That of all cores, which a process of one thread cannot reach.
     measure = timing.peak_elsewhere if one_thread else timing.matmul_peak
-    peak = measure(config.precision)
+    peak = measure(precision)
     rows = []
     for each in timings:
         first = next(other for other in timings if other.job == each.job)

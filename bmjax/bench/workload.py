@@ -40,6 +40,13 @@ class Workload:
     precision: str = "float32"
     teacher: str | None = None
 
+    @classmethod
+    def of(cls, config: BenchConfig) -> "Workload":
+        """Returns what settings ask for."""
+        return cls(
+            config.model, config.image_size, config.batch_size, config.precision, config.teacher
+        )
+
     @property
     def channels(self) -> int:
         """Channels of the images that the model is meant for."""

@@ -106,7 +106,11 @@ def show_doctor(found: dict[str, Any], console: Console) -> None:
     table.add_row("devices", "\n".join(found["devices"]) or "none")
     for name, version in found["versions"].items():
         table.add_row(name, version or "not installed")
+    for setting in found["compiler"]:
+        table.add_row(setting["name"], f"{setting['value'] or '(empty)'}, by {setting['source']}")
     console.print(table)
+    for hint in found["hints"]:
+        console.print(f"hint: {hint}", highlight=False, markup=False, soft_wrap=True)
     for problem in found["problems"]:
         console.print(f"problem: {problem}", highlight=False, markup=False, soft_wrap=True)
     if not found["problems"]:

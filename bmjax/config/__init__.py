@@ -15,6 +15,7 @@ from bmjax.config.commands import (
 from bmjax.config.distillation import EMA_TEACHER, DistillConfig
 from bmjax.config.finetuning import FinetuneConfig
 from bmjax.config.training import (
+    AUTO,
     PROCESSES,
     AugmentConfig,
     BaseConfig,
@@ -25,6 +26,7 @@ from bmjax.config.training import (
 )
 
 __all__ = [
+    "AUTO",
     "EMA_TEACHER",
     "PROCESSES",
     "AugmentConfig",

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import tyro
 
 from bmjax.config.names import check_flat_names, unset
-from bmjax.config.training import DeviceConfig, Imports
+from bmjax.config.training import DeviceConfig, Imports, Precision
 
 
 @check_flat_names
@@ -122,6 +122,9 @@ class ConvertConfig:
 class DoctorConfig:
     """Say what there is to compute with, and what is missing.
 
+    With it the compiler's flags that the environment or bmjax sets, by whom, and hints on the batch
+    sizes, widths and numbers of classes that fill the units of a TPU or GPU.
+
     Attributes:
         expect: What is to be computed on; where JAX does not, that is a problem. Any: what there
             seems to be.
@@ -143,7 +146,8 @@ class BenchConfig:
         model: Model to train: mlp, cnn, resnet18, resnet34 or resnet50; bmjax alone takes any.
         image_size: Side of the images in pixels.
         batch_size: Images of a step.
-        precision: Type that is computed with; params stay float32.
+        precision: Type that is computed with; params stay float32. Auto: bfloat16 on a TPU, and on
+            a GPU that has it, float32 on a CPU.
         teacher: ResNet that teaches the model; none given: plain training.
         contenders: bmjax, linen, torch, torch-nchw, torch-compiled, torch-dataloader or keras; none
             given: the first two, and torch and torch-compiled where PyTorch is installed.
@@ -163,7 +167,7 @@ class BenchConfig:
     model: str = "resnet18"
     image_size: int = 64
     batch_size: int = 64
-    precision: Literal["float32", "tf32", "bfloat16"] = "float32"
+    precision: Precision = "auto"
     teacher: str | None = None
     contenders: tuple[str, ...] = ()
     steps: int = 2

@@ -14,6 +14,11 @@ from bmjax.config.paths import with_user_paths
 PROCESSES = ("coordinator", "num_processes", "process_id")
 
 
+# What the devices compute best in, decided once they are known.
+AUTO = "auto"
+# How exactly it is computed, see `machine.precision`.
+Precision = Literal["auto", "float32", "tf32", "bfloat16"]
+
 # A flag that is given once for each.
 Imports = Annotated[
     tuple[str, ...],
@@ -198,8 +203,11 @@ class BaseConfig:
         patience: Epochs without a better validation accuracy after which training ends, and the
             params of the best epoch are reported; none given: it goes on to the last epoch.
         precision: Precision of the computation; params, statistics and losses are float32
-            always. Products of float32 are those of float32 on GPU and TPU too; with
-            tf32, faster there, a GPU rounds the factors to 10 bits.
+            always. Auto: bfloat16 on a TPU, and on a GPU that has it (NVIDIA: from Ampere on),
+            float32 on a CPU, and for a model without an attribute dtype; the run keeps which.
+            Products of float32 are those of float32 on GPU and TPU too. With tf32, faster there,
+            a GPU rounds the factors to 10 bits, a TPU makes each product of three in bfloat16,
+            and a CPU computes as in float32.
         ema_decay: Decay of the running average of params and running statistics that is
             evaluated instead; none at 0.
         seed: Seed of the initial params, the order of the data and the views.
@@ -223,7 +231,7 @@ class BaseConfig:
     label_smoothing: float = 0.0
     class_weights: Literal["none", "balanced"] = "none"
     patience: int | None = None
-    precision: Literal["float32", "tf32", "bfloat16"] = "float32"
+    precision: Precision = "auto"
     ema_decay: float = 0.0
     seed: int = 0
     out: str | None = None

@@ -19,6 +19,7 @@ from bmjax.data.preprocess import Normalization
 from bmjax.data.statistics import loss_weights
 from bmjax.distill.feature_matching import Matching
 from bmjax.distill.loss import check_loss, logit_loss
+from bmjax.distill.settings import with_precision_of_all
 from bmjax.distill.students import normalization_of, read_student_weights, settle
 from bmjax.distill.teachers import as_one
 from bmjax.distill.tour import initial_variables, load_data, load_teachers, match_with
@@ -53,6 +54,7 @@ def explain(config: DistillConfig, console: Console | None = None) -> dict[str, 
     check_loss(config)
     request_devices(config.device)
     use_compilation_cache()
+    config = with_precision_of_all(config)
     teachers = load_teachers(config, console)
     student_weights = read_student_weights(config, (), console)
     config = settle(config, student_weights)

@@ -11,7 +11,9 @@ from bmjax.distill.resumption import check_generations
 from bmjax.errors import UserError
 from bmjax.machine.storage import free_folder
 from bmjax.machine.storage import read_settings as read_file
+from bmjax.models.registry import find
 from bmjax.runs.folder import CONFIG, TOUR, check_kind, read_run, refuse_existing
+from bmjax.train.precision import as_before, with_precision
 
 DEFAULT_OUT = "runs/distill"
 
@@ -21,6 +23,7 @@ def settled(config: DistillConfig) -> DistillConfig:
     out = folder_of(config)
     if config.run.resume:
         saved = read_settings(out)
+        config = as_before(config, saved.precision)
         if saved.student_weights:  # which decide these where nothing else does
             norm = config.norm if config.norm == DistillConfig().norm else saved.norm
             sizes = config.hidden_sizes and saved.hidden_sizes
@@ -37,6 +40,12 @@ def settled(config: DistillConfig) -> DistillConfig:
     else:
         refuse_existing(out)
     return dataclasses.replace(config, out=str(out))
+
+
+def with_precision_of_all(config: DistillConfig) -> DistillConfig:
+    """Returns settings with a precision that all models which they train can be computed in."""
+    trained = [config.student, *([] if config.teacher else [config.teacher_model])]
+    return with_precision(config, *map(find, trained))
 
 
 def folder_of(config: DistillConfig) -> Path:
@@ -65,7 +74,7 @@ def read_settings(out: Path) -> DistillConfig:
             flat.pop(name, None)
         return unflatten(DistillConfig, flat, str(out / CONFIG))
     try:
-        flat = read_file(file)
+        flat = {"precision": "float32"} | read_file(file)  # before there was a choice
     except ValueError as error:
         raise UserError(f"{file} cannot be read ({error}). Restore it, or start anew.") from error
     settings: DistillConfig = unflatten(DistillConfig, flat, str(file))

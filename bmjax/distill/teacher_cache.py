@@ -126,6 +126,8 @@ def _identity(
         "seed": config.seed,
         "batch_size": config.batch_size,
         "cache_top": config.cache_top or 0,  # as caches of earlier versions say it
+        # Which caches of earlier versions don't say.
+        **({} if config.precision == "float32" else {"precision": config.precision}),
         **views,
         "mean": [float(value) for value in mean],
         "jax": jax.__version__,

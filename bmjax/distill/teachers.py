@@ -20,7 +20,8 @@ from bmjax.data.preprocess import Normalization
 from bmjax.distill.resized import as_seen
 from bmjax.errors import UserError
 from bmjax.machine import hosts
-from bmjax.models import contract, create_model
+from bmjax.models import contract
+from bmjax.models.build import build_model
 from bmjax.runs import checkpoint
 from bmjax.runs.folder import Run
 from bmjax.runs.inference import predict_logits
@@ -132,6 +133,7 @@ def load_teacher(
     console: Console | None = None,
     *,
     key: str | None = None,
+    precision: str = "float32",
 ) -> TrainedRun:
     """Reads a teacher.
 
@@ -141,6 +143,7 @@ def load_teacher(
         image_size: side of the images that a checkpoint is given; None: 224.
         console: where it is said what damage of a file cannot be seen.
         key: which state dict of a checkpoint with several; a run has none.
+        precision: that a checkpoint is computed in, if its model can be; a run has its own.
 
     Raises:
         UserError: a source that is not there, cannot be read, or does not fit the model.
@@ -157,10 +160,13 @@ def load_teacher(
         )
     said = f"--teacher {source} is a file: --teacher-model says which model"
     said += f", but is {model!r}" if model else ""
-    model = check_has_files(model, said).name
+    architecture = check_has_files(model, said)
+    model = architecture.name
     weights = read_pretrained(source, model, key=key, image_size=image_size, console=console)
-    run = Run(path, TrainConfig(model=model, data="", out=source), weights.data, {})
-    module = create_model(model, len(weights.data["class_names"]))
+    computed: Any = precision if "dtype" in architecture.options else "float32"
+    config = TrainConfig(model=model, data="", out=source, precision=computed)
+    module = build_model(config, len(weights.data["class_names"]))
+    run = Run(path, config, weights.data, {})
     return TrainedRun(run, module, weights.variables, 0, weights.fingerprint(), ())
 
 

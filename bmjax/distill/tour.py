@@ -30,7 +30,7 @@ from bmjax.distill.resumption import (
     settings_to_go_on,
     update_settings,
 )
-from bmjax.distill.settings import settled
+from bmjax.distill.settings import settled, with_precision_of_all
 from bmjax.distill.students import (
     StudentWeights,
     keeps_head,
@@ -54,6 +54,7 @@ from bmjax.runs.folder import TOUR
 from bmjax.runs.trained import TrainedRun, load_for, load_run, match_data
 from bmjax.train.job import Job, StartingPoint
 from bmjax.train.loop import train
+from bmjax.train.precision import say_precision
 from bmjax.train.programs import check_possible
 from bmjax.train.step import LossFn, run_keys
 
@@ -101,6 +102,8 @@ def run(config: DistillConfig, console: Console) -> dict[str, Any]:
     check_loss(config)
     request_devices(config.device)
     config = hosts.on_first(settled, config)
+    asked, config = config.precision, with_precision_of_all(config)
+    say_precision(asked, config.precision, console)
     out = Path(config.folder)
     try:
         with shown_on(console):
@@ -155,7 +158,12 @@ def load_teachers(config: DistillConfig, console: Console | None = None) -> list
         with stage(f"reading the teacher {source}"):
             teachers.append(
                 load_teacher(
-                    source, config.teacher_model, config.image_size, console, key=config.weights_key
+                    source,
+                    config.teacher_model,
+                    config.image_size,
+                    console,
+                    key=config.weights_key,
+                    precision=config.precision,
                 )
             )
     check_weights(len(teachers), config.teacher_weights)

@@ -36,6 +36,7 @@ from bmjax.train.finder import find_learning_rate
 from bmjax.train.job import Job, StartingPoint
 from bmjax.train.loop import train
 from bmjax.train.optim import depth_scales, trainable_mask
+from bmjax.train.precision import as_before, say_precision, with_precision
 from bmjax.train.programs import check_possible
 from bmjax.weights.pretrained import Pretrained, read_pretrained, write_run
 
@@ -64,11 +65,11 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> dict[str
 
 def run(config: FinetuneConfig, console: Console) -> dict[str, Any]:
     """Does what `finetune` says, with a config that is checked."""
-    train_config = config.train_config()
-    path = Path(train_config.folder)
+    path = Path(config.train_config().folder)
     share_memory()  # here already, as weights are read before the model is made
     request_devices(config.device)
     saved = hosts.on_first(read_run, path) if config.run.resume else None
+    config = as_before(config, saved.config.precision if saved else None)
     if saved is None:
         hosts.on_first(refuse_existing, path)
     else:
@@ -83,7 +84,7 @@ def run(config: FinetuneConfig, console: Console) -> dict[str, Any]:
         with shown_on(console):
             if saved is not None and hosts.on_first(_has_checkpoint, saved):
                 return _go_on(config, saved, console)
-            return _begin(config, train_config, saved, console)
+            return _begin(config, saved, console)
     except StoppedError as error:
         go_on = f"bmjax finetune --resume --out {path}{config.import_flags}" if error.go_on else ""
         raise StoppedError(error.progress, go_on, error.exit_code) from None
@@ -93,11 +94,11 @@ def _has_checkpoint(run: Run) -> bool:
     return checkpoint.newest_sound(run.checkpoints)[0] is not None
 
 
-def _begin(
-    config: FinetuneConfig, train_config: TrainConfig, saved: Run | None, console: Console
-) -> dict[str, Any]:
+def _begin(config: FinetuneConfig, saved: Run | None, console: Console) -> dict[str, Any]:
     weights = hosts.on_first(_read_weights, config, console)
-    train_config = _settle(train_config, weights)
+    asked, config = config.precision, with_precision(config, find(weights.model))
+    say_precision(asked, config.precision, console)
+    train_config = _settle(config.train_config(), weights)
     dataset = _load(train_config, saved.data if saved else weights.data)
     fitting = _with_head_for(weights, dataset, console) if config.head == "keep" else weights
     check_possible(train_config, dataset)

@@ -7,6 +7,9 @@ from typing import Any
 from bmjax.machine import accelerators
 from bmjax.machine.accelerators import installed_version
 from bmjax.machine.cache import cache_folder, why_unusable
+from bmjax.machine.compiler_settings import of_environment
+from bmjax.machine.shapes import advice
+from bmjax.machine.threads import settings_of_bmjax
 from bmjax.version import __version__
 
 _PACKAGES = (
@@ -33,8 +36,9 @@ def examine(expected: str = "any") -> dict[str, Any]:
 
     Returns:
         `bmjax`, `python`, `platform`, `versions` by package (None: not installed), `backend`,
-        `devices`, `cores`, `cache` (None: it cannot be written), and `problems`: for each what it
-        is and the remedy.
+        `devices`, `cores`, `cache` (None: it cannot be written), `compiler`, its flags beyond
+        defaults with `name`, `value` and `source`, `hints`, on the sizes that the devices like, and
+        `problems`: for each what it is and the remedy.
     """
     problems: list[str] = []
     backend, devices = _devices(problems)
@@ -47,6 +51,8 @@ def examine(expected: str = "any") -> dict[str, Any]:
             f"jax {versions['jax']} and jaxlib {versions['jaxlib']} differ. Install both in one "
             "version: pip install --upgrade jax jaxlib."
         )
+    settings = of_environment() + (settings_of_bmjax() if backend == "cpu" else [])
+    hints = advice(backend, devices[0] if devices else "", len(devices))
     problems += accelerators.absent(backend, expected)
     problems += accelerators.mismatches()
     if backend != "cpu" or expected == "gpu":
@@ -64,6 +70,8 @@ def examine(expected: str = "any") -> dict[str, Any]:
         "devices": devices,
         "cores": os.cpu_count(),
         "cache": None if why else str(cache_folder()),
+        "compiler": [setting._asdict() for setting in settings],
+        "hints": hints,
         "problems": problems,
     }
 

@@ -13,6 +13,7 @@ import os
 import jax
 
 from bmjax.machine import hosts
+from bmjax.machine.compiler_settings import Setting, left_to_bmjax
 
 # Of a batch, forward: those of an mlp of 28x28 pixels at a batch of 72.
 _SMALL_FLOPS = 16_000_000
@@ -56,9 +57,16 @@ def compute_in_calling_thread() -> bool:
 def compiler_options() -> dict[str, str]:
     """Returns the options that programs are compiled with which `compute_in_calling_thread` is for.
 
-    There are none where it wasn't called, or where this version of JAX does not know them.
+    There are none where it wasn't called, or where this version of JAX does not know them, and
+    those that `XLA_FLAGS` sets are left to it.
     """
-    return _OPTIONS if _chosen and _known() else {}
+    return left_to_bmjax(_OPTIONS) if _chosen and _known() else {}
+
+
+def settings_of_bmjax() -> list[Setting]:
+    """Returns what `compiler_options` sets where one thread computes."""
+    options = left_to_bmjax(_OPTIONS) if _known() else {}
+    return [Setting(name, value, "bmjax, for small steps") for name, value in options.items()]
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """The folder of a run: what is in it, creating it, reading it back."""
 
 import contextlib
+import dataclasses
 import math
 import platform
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from typing import Any
 
 import filelock
 
-from bmjax.config import DistillConfig, FinetuneConfig, TrainConfig
+from bmjax.config import AUTO, DistillConfig, FinetuneConfig, TrainConfig
 from bmjax.config.checks import check_train
 from bmjax.config.flat import CHANGEABLE, contradictions, flatten, settings_to_keep, unflatten
 from bmjax.data.preprocess import Normalization
@@ -187,6 +188,9 @@ def read_run(path: Path) -> Run:
         if kind not in KINDS:
             raise ValueError(f"kind is {kind!r}, but must be one of {', '.join(KINDS)}")
         settings: TrainConfig = unflatten(TrainConfig, config, str(file))
+        if settings.precision == AUTO:
+            # A run that does not say it is older than the choice, or no training wrote it.
+            settings = dataclasses.replace(settings, precision="float32")
         changes = read_changes(content.get("changes", []), str(file))
     except UserError:
         raise

@@ -28,7 +28,9 @@ from bmjax.machine import hosts
 from bmjax.machine.parallel import make_parallel
 from bmjax.machine.storage import make_folder, replacing, write_atomically
 from bmjax.machine.terminal import forgiving_console
+from bmjax.models.registry import find
 from bmjax.train.job import Job, StartingPoint
+from bmjax.train.precision import with_precision
 from bmjax.train.programs import TrainingPrograms
 from bmjax.train.sharded import put_state
 from bmjax.train.step import run_keys
@@ -162,6 +164,7 @@ def plot(finding: Finding, path: Path) -> None:
 def _try_rates(
     config: TrainConfig, dataset: Dataset, start: StartingPoint | None, console: Console
 ) -> tuple[np.ndarray, np.ndarray]:
+    config = with_precision(config, find(config.model))
     parallel = make_parallel(config.device, config.precision)
     start = None if start is None else dataclasses.replace(start, head_epochs=0)
     job = Job(start=start, schedule=_growing)

@@ -52,6 +52,7 @@ from bmjax.train.job import (
     as_make_optimizer,
     check_own_parts,
 )
+from bmjax.train.precision import as_before, say_precision, with_precision
 from bmjax.train.programs import TrainingPrograms, check_possible, check_splits, load_and_compile
 from bmjax.train.session import Session
 from bmjax.train.step import TrainState
@@ -187,7 +188,7 @@ def train(
     request_devices(config.device)
     hosts.check_same("settings", settings_to_keep(config), "Start all with the same flags.")
     saved = _saved(config, job) if config.run.resume else None
-    config = resolve(config, job.architecture)
+    config = as_before(resolve(config, job.architecture), saved.config.precision if saved else None)
     path = Path(config.folder)
     # Before any work, so that an unknown name is said, and memory is shared as the model needs it.
     named = saved.config if saved else config
@@ -210,10 +211,14 @@ def train(
         views = config.views.augment or job.view is not None
         if job.own_process and not views and suits_one_thread(flops):
             compute_in_calling_thread()
-        check_possible(config, spec, architecture, model)
+        # Not before, as JAX looks for its devices to choose.
+        settled = with_precision(config, architecture)
+        if settled != config:
+            model = build_model(settled, spec.num_classes, architecture=architecture)
+        check_possible(settled, spec, architecture, model)
         return TrainingPrograms(
-            config,
-            make_parallel(config.device, config.precision),
+            settled,
+            make_parallel(settled.device, settled.precision),
             spec,
             dataclasses.replace(job, architecture=architecture),
             model,
@@ -226,6 +231,8 @@ def train(
     else:
         check_splits(config, dataset)
         programs = make_programs(DatasetSpec.of(dataset))
+    asked, config = config.precision, programs.config
+    say_precision(asked, config.precision, console)
     normalization = job.start.normalization if job.start else None
     if saved is not None:
         normalization = saved.normalization

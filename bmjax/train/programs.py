@@ -46,6 +46,7 @@ class TrainingPrograms:
         model: the Linen module; None: the one that job or config say.
 
     Attributes:
+        config: as given.
         spec: as given.
         parallel: as given.
         num_batches: updates in an epoch.
@@ -67,7 +68,7 @@ class TrainingPrograms:
     ):
         job = job or Job()
         self.spec, self.parallel = spec, parallel
-        self._config, self._targets = config, job.view_targets
+        self.config, self._targets = config, job.view_targets
         self._make_loss = job.make_loss or _with_normalization_as_input(config, spec)
         self._ahead = job.make_loss is None and job.view_targets is None
         self.num_batches = loader.num_batches(len(spec.labels), config.batch_size)
@@ -84,7 +85,7 @@ class TrainingPrograms:
 
     def steps(self, phase: Phase) -> Callable[..., Any]:
         """Returns the steps of `make_train_steps` for a phase."""
-        config = self._config
+        config = self.config
         if phase.program not in self._steps:
             self._steps[phase.program] = make_train_steps(
                 self.parallel,
@@ -132,7 +133,7 @@ class TrainingPrograms:
             sharded.outline(self.parallel, phase.outline),
             self.zeros(any_normalization),
             self.functions(phase, any_normalization),
-            shapes_of_train(self.spec, self._config.batch_size, self.parallel),
+            shapes_of_train(self.spec, self.config.batch_size, self.parallel),
         )
         with stage(COMPILING):
             self.parallel.compile_ahead(self.steps(phase), held, np.int32(1))

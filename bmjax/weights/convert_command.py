@@ -150,7 +150,11 @@ def _write(out: Path, source: Pretrained, config: ConvertConfig) -> None:
 def _write_run(folder: Path, source: Pretrained, config: ConvertConfig) -> None:
     settings = resolve(
         TrainConfig(
-            model=source.model, data="", image_size=source.data["image_shape"][0], out=config.out
+            model=source.model,
+            data="",
+            image_size=source.data["image_shape"][0],
+            out=config.out,
+            precision="float32",  # that of the weights, and of the certificate
         )
     )
     extra = {"converted_from": Path(config.path).name}
