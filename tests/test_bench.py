@@ -120,6 +120,7 @@ def test_unequal_work_is_not_timed(other, message):
         ({"contenders": ("bmjax", "bmjax")}, "names one twice"),
         ({"model": "resnet152"}, "cannot be timed against others"),
         ({"teacher": "mlp"}, "none of resnet18"),
+        ({"remat": True}, "--remat is for programs that are compiled alone: --compile-for."),
         ({"turns": 0}, "--turns must be at least 1"),
         ({"batch_size": -3}, "--batch-size must be at least 1"),
     ],

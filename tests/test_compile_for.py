@@ -33,6 +33,8 @@ needs_compiler = pytest.mark.skipif(
         ({"model": "resnet_tiny"}, "resnet_tiny has no counterpart in plain Linen"),
         ({"teacher": "mlp"}, "--teacher mlp is none of"),
         ({"batch_size": 0}, "--batch-size must be at least 1"),
+        ({"remat": True, "contenders": ("bmjax", "linen")}, "--remat is of bmjax's program alone"),
+        ({"shard_params": 3, "contenders": ("bmjax",)}, "does not divide the 8 devices"),
         ({"batch_size": 12}, "does not divide over the 8 devices of v5e:2x4"),
     ],
 )

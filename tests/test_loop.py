@@ -246,6 +246,7 @@ def test_misuse_is_named_and_nothing_is_written(small, shapes, quiet, tmp_path):
         (dataclasses.replace(small, model="resnet"), "unknown model"),
         (dataclasses.replace(small, norm="group"), "--norm belongs to ResNets"),
         (dataclasses.replace(small, remat=True), "--remat belongs to ResNets"),
+        (dataclasses.replace(small, remat_stages=(1,)), "--remat-stages belongs to ResNets"),
         (dataclasses.replace(small, model="cnn"), "--hidden-sizes belongs to mlp"),
         (
             dataclasses.replace(small, batch_size=15, device=DeviceConfig(devices=2)),

@@ -168,6 +168,14 @@ def test_a_block_that_is_computed_again_has_the_same_gradients():
     chex.assert_trees_all_close(*results, rtol=1e-4, atol=1e-5)
 
 
+def test_stages_whose_blocks_are_computed_again_can_be_chosen():
+    images = jnp.zeros((2, 16, 16, 3))
+    model = bmjax.create_model("resnet_tiny", num_classes=3, remat=(1, 3))
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    applied = jax.make_jaxpr(lambda variables: model.apply(variables, images))(variables)
+    assert str(applied).count("prevent_cse=True") == 2
+
+
 @pytest.mark.parametrize("norm", ["frozen", pytest.param("group", marks=pytest.mark.slow)])
 def test_the_normalisation_of_a_resnet_can_be_chosen(norm):
     model = bmjax.create_model("resnet_tiny", num_classes=3, norm=norm)

@@ -12,7 +12,7 @@ from rich.table import Table
 from bmjax.bench.compiled_text import Instruction, Step, read_step
 from bmjax.bench.gpu_text import count_on_gpu
 from bmjax.bench.lowered import CONTENDERS, JOBS, OF_BMJAX_ALONE, does
-from bmjax.bench.workload import MODELS, Workload, check_workload
+from bmjax.bench.workload import MODELS, Workload, changes_of_bmjax, check_workload
 from bmjax.config import BenchConfig
 from bmjax.errors import UserError, unknown_name
 from bmjax.machine.progress import stage
@@ -42,7 +42,7 @@ def bench_compiled(config: BenchConfig) -> dict[str, Any]:
     Raises:
         UserError: see `find_topology`; or a job, a contender or a batch that cannot be.
     """
-    names = config.contenders or tuple(CONTENDERS)
+    names = config.contenders or (("bmjax",) if changes_of_bmjax(config) else tuple(CONTENDERS))
     jobs = config.jobs or _DEFAULT_JOBS + (("distillation",) if config.teacher else ())
     _check(config, names, jobs)
     topology = find_topology(config.compile_for or "")
@@ -52,13 +52,18 @@ def bench_compiled(config: BenchConfig) -> dict[str, Any]:
             f"--batch-size {config.batch_size} does not divide over the {number} devices of "
             f"{topology.name}. Choose a multiple of {number}."
         )
+    if number % config.shard_params:
+        raise UserError(
+            f"--shard-params {config.shard_params} does not divide the {number} devices of "
+            f"{topology.name}. Choose a divisor of their number."
+        )
     first = topology.devices[0]
     workload = Workload.of(with_precision(config, find(config.model), device=first))
     rows = []
     for job in jobs:
         for name in names:
             if does(name, job):
-                contender = CONTENDERS[name](workload, topology.devices)
+                contender = CONTENDERS[name](workload, topology.devices, config=config)
                 with stage(f"compiling {job} by {contender.name} for {topology.name}"):
                     begin = time.monotonic()
                     compiled = _compile(contender, job, topology)
@@ -84,6 +89,11 @@ def _check(config: BenchConfig, names: Sequence[str], jobs: Sequence[str]) -> No
     for job in jobs:
         if job not in JOBS:
             raise unknown_name("job", job, JOBS)
+    if "linen" in names and (changes := changes_of_bmjax(config)):
+        raise UserError(
+            f"--{changes[0]} is of bmjax's program alone: --contenders bmjax, or leave it out to "
+            "compare."
+        )
     if "linen" in names and config.model not in MODELS:
         raise UserError(
             f"--model {config.model} has no counterpart in plain Linen; these have: "
@@ -91,7 +101,7 @@ def _check(config: BenchConfig, names: Sequence[str], jobs: Sequence[str]) -> No
         )
     if "distillation" in jobs and not config.teacher:
         raise UserError("--jobs distillation needs a --teacher.")
-    check_workload(config, ("image_size", "batch_size"))
+    check_workload(config, ("image_size", "batch_size", "shard_params"))
 
 
 def _compile(contender: Any, job: str, topology: Topology) -> Compiled:
@@ -104,8 +114,8 @@ def _compile(contender: Any, job: str, topology: Topology) -> Compiled:
         room = _per_device(topology.chip).memory_bytes / 2**30
         raise UserError(
             f"{job} by {contender.name} does not fit into the {room:.0f} GiB of a device of "
-            f"{topology.name} ({said.strip()}). A smaller --batch-size, more chips or --precision "
-            "bfloat16 help."
+            f"{topology.name} ({said.strip()}). A smaller --batch-size, --remat, --shard-state, "
+            "more chips or --precision bfloat16 help."
         ) from error
 
 

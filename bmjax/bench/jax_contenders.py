@@ -41,15 +41,16 @@ from bmjax.train.step import Batch, classification_loss, create_state
 DTYPES = {"float32": None, "tf32": None, "bfloat16": jnp.bfloat16}
 
 
-def bmjax_model(name: str, precision: str) -> nn.Module:
-    """Returns bmjax's model, in a precision of `DTYPES`."""
+def bmjax_model(name: str, precision: str, **options: Any) -> nn.Module:
+    """Returns bmjax's model, in a precision of `DTYPES`, with options of `TrainConfig`."""
     precise: Any = precision
-    return build_model(TrainConfig(model=name, precision=precise), NUM_CLASSES)
+    return build_model(TrainConfig(model=name, precision=precise, **options), NUM_CLASSES)
 
 
-def bmjax_sgd() -> optax.GradientTransformation:
-    """Returns bmjax's SGD with momentum, as the other contenders have it."""
-    config = OptimConfig(optimizer="sgd", nesterov=False, weight_decay=0.0, momentum=MOMENTUM)
+def bmjax_optimizer(name: str = "sgd") -> optax.GradientTransformation:
+    """Returns one of bmjax's optimizers; SGD with momentum, as the other contenders have it."""
+    kind: Any = name
+    config = OptimConfig(optimizer=kind, nesterov=False, weight_decay=0.0, momentum=MOMENTUM)
     return make_optimizer(config, lambda _: LEARNING_RATE)
 
 
@@ -73,7 +74,7 @@ class Bmjax:
         self._workload, self._steps = workload, steps
         model = bmjax_model(workload.model, workload.precision)
         normalization = pixel_normalization(workload.channels)
-        optimizer = bmjax_sgd()
+        optimizer = bmjax_optimizer()
         variables = initial_variables(workload)
         state = create_state(model, optimizer, workload.image_shape, seed=0, variables=variables)
         loss_fn = Partial(classification_loss(model, normalization))

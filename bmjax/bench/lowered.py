@@ -15,7 +15,7 @@ from jax.tree_util import Partial
 from bmjax.bench.jax_contenders import (
     DTYPES,
     bmjax_model,
-    bmjax_sgd,
+    bmjax_optimizer,
     distillation_loss,
     linen_step,
     plain_model,
@@ -26,13 +26,14 @@ from bmjax.bench.workload import (
     Workload,
     pixel_normalization,
 )
-from bmjax.config import AugmentConfig
+from bmjax.config import AugmentConfig, BenchConfig
 from bmjax.data import loader
 from bmjax.data.rows import Rows
 from bmjax.machine.parallel import AXIS, Parallel
 from bmjax.machine.precision import in_precision
 from bmjax.models import contract
 from bmjax.runs.inference import make_evaluate
+from bmjax.train import sharded
 from bmjax.train.compiled import make_train_steps, zero_totals
 from bmjax.train.step import classification_loss, state_maker
 
@@ -58,12 +59,18 @@ class Bmjax:
     name = "bmjax"
 
     def __init__(
-        self, workload: Workload, devices: Sequence[jax.Device], platform: str | None = None
+        self,
+        workload: Workload,
+        devices: Sequence[jax.Device],
+        platform: str | None = None,
+        config: BenchConfig | None = None,
     ):
-        self._platform = platform
+        self._platform, self._config = platform, config or BenchConfig()
         self._workload, self._shape = workload, workload.image_shape
-        self._parallel = Parallel("jit", devices, workload.precision)
-        self._model = bmjax_model(workload.model, workload.precision)
+        shards = self._config.shard_state, self._config.shard_params
+        self._parallel = Parallel("jit", devices, workload.precision, *shards)
+        options = {name: getattr(self._config, name) for name in ("remat", "remat_stages")}
+        self._model = bmjax_model(workload.model, workload.precision, **options)
         self._normalization = pixel_normalization(workload.channels)
 
     def lower(self, job: str) -> Lowered:
@@ -97,7 +104,7 @@ class Bmjax:
 
     def _training(self, job: str) -> Lowered:
         workload, model, shape = self._workload, self._model, self._shape
-        optimizer = bmjax_sgd()
+        optimizer = bmjax_optimizer(self._config.optimizer)
         state = jax.eval_shape(state_maker(model, optimizer, shape, seed=0))
         loss_fn = Partial(classification_loss(model, self._normalization))
         if job == "distillation":
@@ -113,12 +120,17 @@ class Bmjax:
             lambda _: optimizer,
             workload.batch_size,
             own_statistics=job == "device statistics",
+            outline=state,
         )
         totals = zero_totals(_without_shapes(loss_fn), state, shape)
         functions = (view, loss_fn, NO_SCHEDULE)
-        arguments = map(self._everywhere, (state, totals, functions))
+        if self._parallel.divides_state:
+            state = sharded.outline(self._parallel, state)
+        else:
+            state = self._everywhere(state)
+        held = map(self._everywhere, (totals, functions))
         arrays = self._arrays(job)
-        return _lower(steps, *arguments, arrays, np.int32(_BATCHES), platform=self._platform)
+        return _lower(steps, state, *held, arrays, np.int32(_BATCHES), platform=self._platform)
 
     def _evaluation(self) -> Lowered:
         evaluate = make_evaluate(
@@ -144,7 +156,14 @@ class Linen:
 
     name = "plain Linen"
 
-    def __init__(self, workload: Workload, devices: Sequence[jax.Device]):
+    def __init__(
+        self,
+        workload: Workload,
+        devices: Sequence[jax.Device],
+        platform: str | None = None,
+        config: BenchConfig | None = None,
+    ):
+        del platform, config
         self._workload, self._shape, self._devices = workload, workload.image_shape, devices
         self._model = plain_model(workload.model, DTYPES[workload.precision])
 

@@ -15,7 +15,14 @@ from rich.console import Console
 from rich.table import Table
 
 from bmjax.bench import jax_contenders, timing
-from bmjax.bench.workload import MODELS, NUM_CLASSES, Contender, Workload, check_workload
+from bmjax.bench.workload import (
+    MODELS,
+    NUM_CLASSES,
+    Contender,
+    Workload,
+    changes_of_bmjax,
+    check_workload,
+)
 from bmjax.config import BenchConfig
 from bmjax.errors import UserError
 from bmjax.machine.cache import use_compilation_cache
@@ -137,6 +144,8 @@ def check(config: BenchConfig, names: Sequence[str]) -> None:
             f"--model {config.model} cannot be timed against others; these can: "
             f"{', '.join(MODELS)}. bmjax alone takes any: --contenders bmjax."
         )
+    if changes := changes_of_bmjax(config):
+        raise UserError(f"--{changes[0]} is for programs that are compiled alone: --compile-for.")
     check_workload(config, ("image_size", "batch_size", "steps", "turns"))
     if config.teacher and "keras" in names:
         raise UserError("--contenders keras does not distil. Leave it, or --teacher, out.")

@@ -97,6 +97,14 @@ def normalized(images: np.ndarray) -> np.ndarray:
     return ((images / np.float32(255) - PIXEL_MEAN) / PIXEL_STD).astype(np.float32)
 
 
+def changes_of_bmjax(config: BenchConfig) -> list[str]:
+    """Returns those flags of a bench, as they are written, that change bmjax's program alone."""
+    names = ("optimizer", "remat", "remat_stages", "shard_state", "shard_params")
+    default = BenchConfig()
+    changed = [name for name in names if getattr(config, name) != getattr(default, name)]
+    return [name.replace("_", "-") for name in changed]
+
+
 def check_workload(config: BenchConfig, counts: Sequence[str]) -> None:
     """Raises UserError for a teacher that the contenders don't have, or a count below 1.
 

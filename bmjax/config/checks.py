@@ -28,6 +28,12 @@ def check_train(config: BaseConfig) -> None:
         ("batch-size", config.batch_size, config.batch_size >= 1, "at least 1"),
         ("image-size", config.image_size, _at_least_one(config.image_size), "at least 1"),
         ("accumulate", config.accumulate, config.accumulate >= 1, "at least 1"),
+        (
+            "remat-stages",
+            config.remat_stages,
+            all(1 <= stage <= 4 for stage in config.remat_stages),
+            "stages of a ResNet, 1 to 4",
+        ),
         ("label-smoothing", config.label_smoothing, 0 <= config.label_smoothing < 1, "in [0, 1)"),
         ("ema-decay", config.ema_decay, 0 <= config.ema_decay < 1, "in [0, 1)"),
         ("seed", config.seed, 0 <= config.seed < 2**32, "in [0, 2^32)"),

@@ -159,6 +159,11 @@ class BenchConfig:
         jobs: What is compiled, with --compile-for: training, "random views", streamed, "divided
             data" (8 GB of images), "device statistics", distillation, evaluation or prediction;
             none given: training, and distillation with --teacher.
+        optimizer: Of bmjax's program, with --compile-for.
+        remat: The same: blocks of a ResNet are computed again backward, as in training.
+        remat_stages: The same, of some stages alone.
+        shard_state: The same: each device keeps a part of the optimizer's state.
+        shard_params: The same: params are divided over groups of so many devices.
         json: Print one JSON object instead of a table.
         imports: A file of Python, or a module, that registers models of your own by
             bmjax.register_model; give the flag once for each.
@@ -174,6 +179,11 @@ class BenchConfig:
     turns: int = 10
     compile_for: str | None = None
     jobs: tuple[str, ...] = ()
+    optimizer: Literal["sgd", "adam", "adamw", "lion"] = "sgd"
+    remat: bool = False
+    remat_stages: tuple[int, ...] = ()
+    shard_state: bool = False
+    shard_params: int = 1
     json: bool = False
     imports: Imports = ()
 

@@ -197,6 +197,8 @@ class BaseConfig:
             part, as PyTorch's DistributedDataParallel does, which exchanges nothing forward.
         remat: Compute each block of a ResNet again backward, instead of keeping what is inside, to
             save memory on GPU and TPU; XLA undoes it on CPU.
+        remat_stages: Stages of a ResNet, counted from 1, whose blocks are computed again, instead
+            of all: the first have the largest images; none given: as --remat says.
         label_smoothing: Share of the target spread evenly over the classes, in [0, 1).
         class_weights: Weights of the classes in the loss; balanced: in inverse proportion to how
             many training examples they have.
@@ -228,6 +230,7 @@ class BaseConfig:
     accumulate: int = 1
     batch_statistics: Literal["global", "device"] = "global"
     remat: bool = False
+    remat_stages: tuple[int, ...] = ()
     label_smoothing: float = 0.0
     class_weights: Literal["none", "balanced"] = "none"
     patience: int | None = None

@@ -64,8 +64,9 @@ def model_options(config: TrainConfig, architecture: Architecture) -> dict[str, 
         asked["hidden_sizes"] = ("hidden-sizes", config.hidden_sizes)
     if config.norm != "batch":
         asked["norm"] = ("norm", config.norm)
-    if config.remat:
-        asked["remat"] = ("remat", True)
+    if config.remat or config.remat_stages:
+        flag = "remat-stages" if config.remat_stages else "remat"
+        asked["remat"] = (flag, config.remat_stages or True)
     for option, (flag, _) in asked.items():
         if option not in architecture.options and option == "dtype":
             raise UserError(

@@ -137,11 +137,12 @@ class ResidualNetwork(_Layers):
 
     Attributes:
         num_classes: number of logits.
-        remat: whether backward each block is computed again, instead of keeping what is inside.
+        remat: whether backward each block is computed again, instead of keeping what is inside; or
+            the stages, from 1, whose blocks are.
     """
 
     num_classes: int = 1000
-    remat: bool = False
+    remat: bool | Sequence[int] = False
 
     def _block(self, stage: int, number: int) -> dict[str, Any]:
         """Returns the attributes of a block; stages and the blocks in them count from 1."""
@@ -151,8 +152,10 @@ class ResidualNetwork(_Layers):
         self, hidden: Array, num_blocks: Sequence[int], train: bool, mask: Array | None
     ) -> Array:
         """Maps what the stem gives to logits, through as many blocks in each stage."""
-        kind: Any = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
+        again: Any = nn.remat(Block, static_argnums=(2,))
         for stage, number_of_blocks in enumerate(num_blocks, 1):
+            chosen = self.remat if isinstance(self.remat, bool) else stage in self.remat
+            kind = again if chosen else Block
             for number in range(1, number_of_blocks + 1):
                 name = f"stage{stage}_block{number}"
                 block = kind(name=name, **self._block(stage, number), **self._options)
@@ -176,7 +179,8 @@ class ResNet(ResidualNetwork):
         group_width: channels per group at the first stage, torchvision's `width_per_group`.
         width: channels of the stem; the stages have 1, 2, 4, 8 times as many.
         norm: `batch`, `frozen` (running statistics in training mode too) or `group`.
-        remat: whether backward each block is computed again, instead of keeping what is inside.
+        remat: whether backward each block is computed again, instead of keeping what is inside; or
+            the stages, from 1, whose blocks are.
         axis_name: under pmap, the axis of the devices that share a batch.
         frozen_layers: paths of layers that are not trained, such as `stage1_block1/norm1`: the
             batch normalisations among them use their running statistics in training mode too.
