@@ -95,7 +95,9 @@ def main() -> None:
     dataset = load_dataset("mnist5k")
     teacher = make_teacher(dataset, arguments.teacher)
     views = dataclasses.replace(DistillConfig().views, view_passes=PASSES)
-    config = DistillConfig(student=arguments.student, views=views, epochs=arguments.turns + 1)
+    config = DistillConfig(
+        student=arguments.student, views=views, epochs=arguments.turns + 1, precision="float32"
+    )
     with tempfile.TemporaryDirectory() as folder:
         cached = dataclasses.replace(config, teacher_cache=folder)
         place, mean = Path(folder) / "cache", pixel_statistics(dataset).mean

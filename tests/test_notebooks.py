@@ -2,7 +2,10 @@
 
 import json
 import re
+import sys
+import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -47,3 +50,48 @@ def test_they_differ_in_where_things_are_alone():
     for name in NOTEBOOKS:
         for cell in cells(name, "code"):
             assert "import jax" not in "".join(cell["source"])
+
+
+def begin(name, inputs):
+    """Runs the cells that say where things are, and that fetch what is compiled; Kaggle's inputs
+    lie elsewhere here.
+    """
+    sources = ["".join(cell["source"]) for cell in cells(name, "code")]
+    fetch = next(source for source in sources if "def keep_cache" in source)
+    names: dict[str, Any] = {}
+    for source in (sources[0], fetch):
+        exec(source.replace('"/kaggle/input"', repr(str(inputs))), names)
+    return names
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_what_is_compiled_is_fetched_and_kept(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(FOLDER)
+    monkeypatch.setenv("BMJAX_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("BMJAX_CACHE", str(tmp_path / "cache"))
+    before = tmp_path / "input" / "my-notebook" if "kaggle" in name else tmp_path
+    earlier = before / "runs" / "cache" / "compiled"
+    earlier.mkdir(parents=True)
+    (earlier / "a-cache").write_text("program")
+    names = begin(name, tmp_path / "input")
+    assert (tmp_path / "cache" / "compiled" / "a-cache").read_text() == "program"
+    (tmp_path / "cache" / "compiled" / "b-cache").write_text("new")
+    names["keep_cache"]()
+    kept = (tmp_path / "runs" / "cache" / "compiled").iterdir()
+    assert {path.name for path in kept} == {"a-cache", "b-cache"}
+    said = capsys.readouterr().out.splitlines()
+    assert said[-2].startswith("1 compiled programs from an earlier session")
+    assert said[-1] == "2 compiled programs kept, 1 of them new"
+
+
+def test_drive_is_mounted_on_colab(monkeypatch):
+    mounted: list[str] = []
+    colab = types.ModuleType("google.colab")
+    colab.drive = types.SimpleNamespace(mount=mounted.append)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "google", types.ModuleType("google"))
+    monkeypatch.setitem(sys.modules, "google.colab", colab)
+    monkeypatch.delenv("BMJAX_RUNS", raising=False)
+    monkeypatch.setenv("BMJAX_CACHE", "/no/such/cache")
+    names = begin("colab_tpu.ipynb", "")
+    assert (mounted, names["SOURCE"]) == (["/content/drive"], Path("/content/drive/MyDrive/bmjax"))
+    assert names["EARLIER"] == Path("/content/drive/MyDrive/runs/cache")
