@@ -59,11 +59,11 @@ def bench_compiled(config: BenchConfig) -> dict[str, Any]:
         )
     first = topology.devices[0]
     workload = Workload.of(with_precision(config, find(config.model), device=first))
-    rows = []
+    rows, room = [], _per_device(topology.chip).memory_bytes
     for job in jobs:
         for name in names:
             if does(name, job):
-                contender = CONTENDERS[name](workload, topology.devices, config=config)
+                contender = CONTENDERS[name](workload, topology.devices, config=config, room=room)
                 with stage(f"compiling {job} by {contender.name} for {topology.name}"):
                     begin = time.monotonic()
                     compiled = _compile(contender, job, topology)

@@ -34,7 +34,8 @@ from bmjax.machine.precision import in_precision
 from bmjax.models import contract
 from bmjax.runs.inference import make_evaluate
 from bmjax.train import sharded
-from bmjax.train.compiled import make_train_steps, zero_totals
+from bmjax.train.compiled import make_train_steps, outline_of_batch, zero_totals
+from bmjax.train.room import check_room, least_memory
 from bmjax.train.step import classification_loss, state_maker
 
 # Batches of a split in memory: more than a window has, as an epoch does.
@@ -64,7 +65,9 @@ class Bmjax:
         devices: Sequence[jax.Device],
         platform: str | None = None,
         config: BenchConfig | None = None,
+        room: int = 0,
     ):
+        self._room = room  # bytes of a device's memory, if known
         self._platform, self._config = platform, config or BenchConfig()
         self._workload, self._shape = workload, workload.image_shape
         shards = self._config.shard_state, self._config.shard_params
@@ -130,7 +133,15 @@ class Bmjax:
             state = self._everywhere(state)
         held = map(self._everywhere, (totals, functions))
         arrays = self._arrays(job)
+        self._check_room(state, _without_shapes(loss_fn), arrays)
         return _lower(steps, state, *held, arrays, np.int32(_BATCHES), platform=self._platform)
+
+    def _check_room(self, state: Any, loss_fn: Partial, arrays: Any) -> None:
+        devices = self._parallel.devices
+        batch = outline_of_batch(self._shape, self._workload.batch_size // len(devices))
+        if self._room:
+            needed = least_memory(self._parallel, state, loss_fn, arrays, batch, self._room)
+            check_room(needed, self._room, devices[0].device_kind)
 
     def _evaluation(self) -> Lowered:
         evaluate = make_evaluate(
@@ -162,8 +173,9 @@ class Linen:
         devices: Sequence[jax.Device],
         platform: str | None = None,
         config: BenchConfig | None = None,
+        room: int = 0,
     ):
-        del platform, config
+        del platform, config, room
         self._workload, self._shape, self._devices = workload, workload.image_shape, devices
         self._model = plain_model(workload.model, DTYPES[workload.precision])
 

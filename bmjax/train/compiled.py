@@ -164,16 +164,7 @@ def zero_totals(
 
     Of `state` it takes shapes and types alone.
     """
-    rows = view_targets.rows(0, 1) if view_targets else {}
-    batch = {
-        **{
-            name: jax.ShapeDtypeStruct((1, *row.shape[1:]), row.dtype) for name, row in rows.items()
-        },
-        "image": jax.ShapeDtypeStruct((1, *image_shape), jnp.float32),
-        "label": jax.ShapeDtypeStruct((1,), jnp.int32),
-        "mask": jax.ShapeDtypeStruct((1,), jnp.bool_),
-        "position": jax.ShapeDtypeStruct((1,), jnp.int32),
-    }
+    batch = outline_of_batch(image_shape, 1, view_targets)
     # Batch statistics add up along the devices' axis, which has to be there.
 
     def of_batch(state: TrainState, batch: Batch) -> Any:
@@ -184,6 +175,24 @@ def zero_totals(
     metrics = _metrics_of(jax.eval_shape(on_one, state, batch))
     totals = {name: jnp.zeros(()) for name in ("count", "loss", *metrics)}
     return {**totals, "bad_step": jnp.full((), -1, jnp.int32)}
+
+
+def outline_of_batch(
+    image_shape: tuple[int, int, int],
+    size: int,
+    view_targets: ViewTargets | None = None,
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns shapes and types of what a loss function is given of so many examples."""
+    rows = view_targets.rows(0, 1) if view_targets else {}
+    beside = {name: ((size, *row.shape[1:]), row.dtype) for name, row in rows.items()}
+    shapes = {
+        **beside,
+        "image": ((size, *image_shape), jnp.float32),
+        "label": ((size,), jnp.int32),
+        "mask": ((size,), jnp.bool_),
+        "position": ((size,), jnp.int32),
+    }
+    return {name: jax.ShapeDtypeStruct(*of_leaf) for name, of_leaf in shapes.items()}
 
 
 def _metrics_of(result: Any) -> dict[str, Any]:

@@ -54,6 +54,7 @@ from bmjax.train.job import (
 )
 from bmjax.train.precision import as_before, say_precision, with_precision
 from bmjax.train.programs import TrainingPrograms, check_possible, check_splits, load_and_compile
+from bmjax.train.room import check_fits
 from bmjax.train.session import Session
 from bmjax.train.step import TrainState
 
@@ -216,13 +217,15 @@ def train(
         if settled != config:
             model = build_model(settled, spec.num_classes, architecture=architecture)
         check_possible(settled, spec, architecture, model)
-        return TrainingPrograms(
+        made = TrainingPrograms(
             settled,
             make_parallel(settled.device, settled.precision),
             spec,
             dataclasses.replace(job, architecture=architecture),
             model,
         )
+        check_fits(made, job.view_targets)
+        return made
 
     if dataset is None:
         with shown_on(console):
