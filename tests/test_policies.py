@@ -210,3 +210,16 @@ def test_trivial_augment_applies_one_operation_of_any_strength():
     assert abs((np.abs(middle - 100) > 1e-3).sum() - mean) < 4 * mean**0.5
     assert middle.min() < 20
     assert middle.max() > 180
+
+
+@pytest.mark.parametrize("shape", [(12, 9, 3), (28, 28, 1)])
+def test_pixels_read_by_matmul_are_those_read_one_by_one(shape):
+    random = np.random.default_rng(0)
+    image = jnp.asarray(random.uniform(size=shape), jnp.float32)
+    # Far outside, on the border, whole numbers, and any.
+    places = random.uniform(-4, 32, (2, *shape[:2])).astype(np.float32)
+    places[:, 0], places[:, 1, :4] = np.round(places[:, 0]), [-1, -0.5, 0, shape[0] - 0.5]
+    expected = policies._by_neighbours(image, *places)
+    got = policies._by_matmul(image, *places)
+    assert 0.1 < float(jnp.mean(expected == 0)) < 0.95
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)

@@ -44,6 +44,7 @@ _BATCHES = 8
 _DIVIDED_BYTES = 8 * 10**9
 _VIEWS = AugmentConfig(crop=0.25, flip=0.5, shift=0.0, rotate=0.0, scale=0.0)
 _NO_VIEWS = AugmentConfig(augment=False)
+_VIEWS_OF_JOBS = {"random views": _VIEWS, "affine views": AugmentConfig()}
 
 Shape = tuple[int, int, int]
 
@@ -116,7 +117,7 @@ class Bmjax:
             held = _variables(partial(contract.init, teacher), shape)
             loss = partial(distillation_loss, model, teacher, self._normalization)
             loss_fn = Partial(loss, held)
-        views = _VIEWS if job == "random views" else _NO_VIEWS
+        views = _VIEWS_OF_JOBS.get(job, _NO_VIEWS)
         view = loader.make_view(views, shape[:2], self._normalization.mean)
         steps = make_train_steps(
             self._parallel,
@@ -251,6 +252,7 @@ CONTENDERS: dict[str, type[Bmjax] | type[Linen]] = {"bmjax": Bmjax, "linen": Lin
 JOBS = (
     "training",
     "random views",
+    "affine views",
     "streamed",
     "divided data",
     "device statistics",
@@ -259,7 +261,7 @@ JOBS = (
     "prediction",
 )
 # Kinds of training that plain Linen has no counterpart of.
-OF_BMJAX_ALONE = ("random views", "streamed", "divided data", "device statistics")
+OF_BMJAX_ALONE = JOBS[1:6]
 
 
 def does(contender: str, job: str) -> bool:

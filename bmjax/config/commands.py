@@ -156,9 +156,10 @@ class BenchConfig:
         compile_for: Run nothing, but compile for TPUs or GPUs that need not be there, such as
             v5e:2x4, h100 or h100:8, and count memory, traffic and collectives; of the contenders,
             bmjax and linen can. Needs pip install "jax[tpu]" or "jax[cuda12]".
-        jobs: What is compiled, with --compile-for: training, "random views", streamed, "divided
-            data" (8 GB of images), "device statistics", distillation, evaluation or prediction;
-            none given: training, and distillation with --teacher.
+        jobs: What is compiled, with --compile-for: training, "random views" (crops and flips),
+            "affine views", streamed, "divided data" (8 GB of images), "device statistics",
+            distillation, evaluation or prediction; none given: training, and distillation with
+            --teacher.
         optimizer: Of bmjax's program, with --compile-for.
         remat: The same: blocks of a ResNet are computed again backward, as in training.
         remat_stages: The same, of some stages alone.

@@ -32,6 +32,8 @@ _BRIGHTNESS, _LAST_SIGNED = 6, 9
 # Which of the results in `apply_operation` is that of each operation.
 _RESULT = np.array([0, 1, 1, 1, 1, 1, 2, 2, 2, 2, 3, 4, 5, 6], np.int32)
 _STEPS = 31
+# Up to this side of an image, weighing all of its rows and columns is little work for a TPU.
+_SIDE_FOR_MATMUL = 96
 
 
 def trivial_augment(keys: Array, images: Array) -> Array:
@@ -199,6 +201,12 @@ def resample(image: Array, from_y: Array, from_x: Array) -> Array:
     Returns:
         [height, width, channels], of the type of `image`.
     """
+    if max(image.shape[:2]) > _SIDE_FOR_MATMUL:
+        return _by_neighbours(image, from_y, from_x)
+    return lax.platform_dependent(image, from_y, from_x, tpu=_by_matmul, default=_by_neighbours)
+
+
+def _by_neighbours(image: Array, from_y: Array, from_x: Array) -> Array:
     height, width, channels = image.shape
     # A frame of two black pixels: whatever lies outside is clamped into it, so that the four
     # neighbours need no test of their own.
@@ -212,6 +220,27 @@ def resample(image: Array, from_y: Array, from_x: Array) -> Array:
     upper = pixel[0] * (1 - beside) + pixel[1] * beside
     lower = pixel[2] * (1 - beside) + pixel[3] * beside
     return (upper * (1 - below) + lower * below).astype(image.dtype)
+
+
+def _by_matmul(image: Array, from_y: Array, from_x: Array) -> Array:
+    """Weighs all rows and columns, by nothing but for the nearest.
+
+    A TPU reads single pixels one after the other; this it does in its matrix unit.
+    """
+    height, width, _ = image.shape
+
+    def weights(places: Array, number: int) -> Array:
+        apart = jnp.abs(places.reshape(-1, 1) - jnp.arange(number)[None, :])
+        return jnp.maximum(1 - apart, 0)
+
+    rows = jnp.einsum(
+        "pw,hwc->phc",
+        weights(from_x, width),
+        image.astype(jnp.float32),
+        precision=lax.Precision.HIGHEST,
+    )
+    found = jnp.sum(weights(from_y, height)[..., None] * rows, axis=1)
+    return found.reshape(*from_y.shape, -1).astype(image.dtype)
 
 
 def _enhance(image: Array, levels: Array, operation: Array, factor: Array) -> Array:
