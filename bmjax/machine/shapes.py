@@ -18,8 +18,8 @@ def advice(platform: str | None, kind: str, number: int) -> list[str]:
     """
     if platform == "gpu":
         return [
-            f"channels and widths: multiples of {_CHANNELS} fill the tensor cores in bfloat16; "
-            "the models of bmjax have them, but for the images and, perhaps, the classes"
+            f"channels, widths and classes: in bfloat16, multiples of {_CHANNELS} fill the tensor "
+            "cores; others are padded, or computed outside of them"
         ]
     if platform != "tpu":
         return []
@@ -28,7 +28,7 @@ def advice(platform: str | None, kind: str, number: int) -> list[str]:
     return [
         f"--batch-size{shared}: a multiple of {number * _ROWS} fills the rows of the registers "
         f"({_ROWS} x {_COLUMNS}), one of {number * _COLUMNS} their columns too, in which the "
-        f"examples of an mlp, and of layers with few channels, lie",
+        "examples of an mlp, and of layers with few channels, lie",
         f"widths and classes: the compiler pads them to multiples of {_COLUMNS}, and the matrix "
-        f"units are {side} wide: an mlp of 100 is no faster than one of {_COLUMNS}",
+        f"units are {side} wide: a width of 100 is computed as one of {_COLUMNS}",
     ]
