@@ -1,7 +1,7 @@
 import pytest
 
 from bmjax.machine import threads
-from bmjax.machine.compiler_settings import Setting, left_to_bmjax, of_environment
+from bmjax.machine.compiler_settings import Setting, for_kind, left_to_bmjax, of_environment
 
 
 @pytest.fixture(autouse=True)
@@ -41,9 +41,17 @@ def test_the_environment_wins(monkeypatch):
 
 def test_options_of_one_thread_are_left_out_where_the_environment_has_them(monkeypatch):
     monkeypatch.setattr(threads, "_chosen", [True])
-    monkeypatch.setattr(threads, "_known", lambda: True)
+    monkeypatch.setattr(threads, "are_known", lambda **options: True)
     assert threads.compiler_options() == threads._OPTIONS
     assert [setting.name for setting in threads.settings_of_bmjax()] == list(threads._OPTIONS)
     monkeypatch.setenv("XLA_FLAGS", f"--{next(iter(threads._OPTIONS))}=2")
     assert threads.compiler_options() == {}
     assert threads.settings_of_bmjax() == []
+
+
+def test_chips_with_much_vector_memory_are_told_to_use_more_of_it(monkeypatch):
+    name = "xla_tpu_scoped_vmem_limit_kib"
+    assert for_kind("TPU v5 lite") == for_kind("TPU v6 lite (tpu:0)") == {name: "32768"}
+    assert for_kind("TPU v5") == for_kind("TPU v4") == for_kind("cpu") == {}
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", f"--{name}=65536")
+    assert for_kind("TPU v5 lite") == {}

@@ -78,7 +78,6 @@ def test_flops_of_an_mlp_are_counted_by_hand():
 def test_options_are_those_that_jax_knows_and_only_for_one_thread(monkeypatch, option, known):
     options = {option: True}
     monkeypatch.setattr(threads, "_OPTIONS", options)
-    monkeypatch.setattr(threads, "_known", threads._known.__wrapped__)
     monkeypatch.setattr(threads, "_chosen", [])
     assert threads.compiler_options() == {}
     monkeypatch.setattr(threads, "_chosen", [True])

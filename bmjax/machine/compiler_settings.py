@@ -1,18 +1,26 @@
 """What the compiler is told beyond its defaults, and by whom: the environment, or bmjax.
 
-For accelerators bmjax sets nothing. Of the flags that are to have collectives overlap with other
-work, those of GPUs leave the programs as they are, and with those of TPUs no all-reduce overlaps,
-but more bytes pass through memory: docs/machines.md has the figures.
+Of an accelerator's flags bmjax sets one, for TPUs with much vector memory. Of those that are to
+have collectives overlap with other work, those of GPUs leave the programs as they are, and with
+those of TPUs no all-reduce overlaps, but more bytes pass through memory: docs/machines.md has the
+figures.
 """
 
+import functools
 import os
 import shlex
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+import jax
+
 # Of all backends; and of TPUs alone, whose library reads them.
 _VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 Value = TypeVar("Value")
+# What one operation may take of a core's vector memory, of 128 MiB on these chips; by itself the
+# compiler gives it 16. Larger fusions and tiles then pass less through memory, and take it longer.
+_VECTOR_MEMORY = {"xla_tpu_scoped_vmem_limit_kib": "32768"}
+_MUCH_VECTOR_MEMORY = ("TPU v5 lite", "TPU v6 lite")
 
 
 class Setting(NamedTuple):
@@ -49,6 +57,31 @@ def _words(text: str) -> list[str]:
         return shlex.split(text, comments=True)
     except (OSError, ValueError):  # which the compiler itself says more of
         return text.split()
+
+
+def for_kind(kind: str) -> dict[str, str]:
+    """Returns the options that programs are compiled with for a kind of device.
+
+    Args:
+        kind: as JAX names it, such as `TPU v5 lite`.
+    """
+    if not kind.startswith(_MUCH_VECTOR_MEMORY):
+        return {}
+    options = left_to_bmjax(_VECTOR_MEMORY)
+    # Of chips that are not there the compiler is one of those that know it.
+    return options if jax.default_backend() != "tpu" or are_known(**options) else {}
+
+
+@functools.cache
+def are_known(**options: str) -> bool:
+    """Whether the compiler of what JAX computes on knows these options."""
+    try:
+        jax.jit(lambda value: value, compiler_options=options)(0)
+    except jax.errors.JaxRuntimeError as error:
+        if "No such compile option" not in str(error):
+            raise
+        return False
+    return True
 
 
 def left_to_bmjax(options: dict[str, Value]) -> dict[str, Value]:

@@ -7,7 +7,7 @@ from typing import Any
 from bmjax.machine import accelerators
 from bmjax.machine.accelerators import installed_version
 from bmjax.machine.cache import cache_folder, why_unusable
-from bmjax.machine.compiler_settings import of_environment
+from bmjax.machine.compiler_settings import Setting, for_kind, of_environment
 from bmjax.machine.shapes import advice
 from bmjax.machine.threads import settings_of_bmjax
 from bmjax.version import __version__
@@ -52,6 +52,7 @@ def examine(expected: str = "any") -> dict[str, Any]:
             "version: pip install --upgrade jax jaxlib."
         )
     settings = of_environment() + (settings_of_bmjax() if backend == "cpu" else [])
+    settings += [Setting(*each, "bmjax") for each in for_kind((devices or [""])[0]).items()]
     hints = advice(backend, devices[0] if devices else "", len(devices))
     problems += accelerators.absent(backend, expected)
     problems += accelerators.mismatches()

@@ -19,6 +19,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from bmjax.config import DeviceConfig
 from bmjax.errors import UserError
 from bmjax.machine import hosts
+from bmjax.machine.compiler_settings import for_kind
 from bmjax.machine.layout import layout_of
 from bmjax.machine.precision import in_precision
 from bmjax.machine.threads import compiler_options
@@ -270,7 +271,7 @@ class Parallel:
                 function,
                 donate_argnums=donated,
                 out_shardings=self.everywhere if layout is None else layout,
-                compiler_options=compiler_options(),
+                compiler_options=compiler_options() | for_kind(self.devices[0].device_kind),
             )
         compiled: dict[int, Callable[..., Any]] = {}
 

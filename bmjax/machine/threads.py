@@ -7,13 +7,12 @@ threads are faster by 7%. At a batch of 128 both ways are even, at 256 two threa
 (Two cores of an Intel Xeon, jax 0.10.2, medians of 11 turns in 3 processes each.)
 """
 
-import functools
 import os
 
 import jax
 
 from bmjax.machine import hosts
-from bmjax.machine.compiler_settings import Setting, left_to_bmjax
+from bmjax.machine.compiler_settings import Setting, are_known, left_to_bmjax
 
 # Of a batch, forward: those of an mlp of 28x28 pixels at a batch of 72.
 _SMALL_FLOPS = 16_000_000
@@ -60,21 +59,10 @@ def compiler_options() -> dict[str, str]:
     There are none where it wasn't called, or where this version of JAX does not know them, and
     those that `XLA_FLAGS` sets are left to it.
     """
-    return left_to_bmjax(_OPTIONS) if _chosen and _known() else {}
+    return left_to_bmjax(_OPTIONS) if _chosen and are_known(**_OPTIONS) else {}
 
 
 def settings_of_bmjax() -> list[Setting]:
     """Returns what `compiler_options` sets where one thread computes."""
-    options = left_to_bmjax(_OPTIONS) if _known() else {}
+    options = left_to_bmjax(_OPTIONS) if are_known(**_OPTIONS) else {}
     return [Setting(name, value, "bmjax, for small steps") for name, value in options.items()]
-
-
-@functools.cache
-def _known() -> bool:
-    try:
-        jax.jit(lambda value: value, compiler_options=_OPTIONS)(0)
-    except jax.errors.JaxRuntimeError as error:
-        if "No such compile option" not in str(error):
-            raise
-        return False
-    return True
