@@ -23,6 +23,7 @@ from bmjax.machine.compiler_settings import for_kind
 from bmjax.machine.layout import layout_of
 from bmjax.machine.precision import in_precision
 from bmjax.machine.threads import compiler_options
+from bmjax.ops.target import traced_for
 
 AXIS = "devices"
 # Where params are divided, the second axis of the mesh: of the devices that share them.
@@ -266,6 +267,7 @@ class Parallel:
             The compiled function; its results lie as `layout` says, or as those of `put`.
         """
         function = in_precision(function, self.precision)
+        function = traced_for(function, self.devices[0].platform)
         if self.axis_name is None:
             return jax.jit(
                 function,

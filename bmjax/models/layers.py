@@ -8,10 +8,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from bmjax.ops import target
 from bmjax.ops.channels import normalize_by
 from bmjax.ops.convolution import Pending, make_pending
 from bmjax.ops.fused_convolution import convolve_normalize, finish
 from bmjax.ops.normalization import normalize
+from bmjax.ops.pooled_normalization import normalize_pooled
+from bmjax.ops.pooling import max_pool_3x3
 from bmjax.ops.precision import wider
 from bmjax.ops.recomputed import Activated, Source, activate, computed
 
@@ -132,6 +135,7 @@ class BatchNorm(nn.Module):
         shortcut: Array | None = None,
         relu: bool = False,
         inner: bool = False,
+        pool: bool = False,
     ) -> Any:
         """Normalises [batch, height, width, channels] per channel.
 
@@ -142,9 +146,10 @@ class BatchNorm(nn.Module):
             shortcut: what is added to the result.
             relu: whether negative values of that become 0.
             inner: whether nothing but a convolution takes the result.
+            pool: whether it goes through `max_pool_3x3` before ReLU; without a shortcut.
 
         Returns:
-            an array of that shape; or, where `inner`, perhaps an `Activated`.
+            an array of that shape, or pooled; or, where `inner`, perhaps an `Activated`.
         """
         size = (values.shape[-1],)
         scale = self.param("scale", nn.initializers.ones_init(), size)
@@ -155,15 +160,27 @@ class BatchNorm(nn.Module):
         if not train or self.frozen:
             factor = lax.rsqrt(var.value + self.epsilon) * scale
             affine = mean.value, factor, bias
+            last = relu and not pool
             if isinstance(values, Pending) and self.dtype in (None, values.dtype):
-                return convolve_normalize(values, *affine, shortcut, relu)
-            return finish(normalize_by(computed(values), *affine, self.dtype), shortcut, relu)
-        values = computed(values)
+                out = convolve_normalize(values, *affine, shortcut, last)
+            else:
+                out = finish(normalize_by(computed(values), *affine, self.dtype), shortcut, last)
+            return _pooled(out, relu) if pool else out
         axis_name = None if self.is_initializing() else self.axis_name
-        given = values if self.dtype in (None, values.dtype) else wider(values)
-        out, of_batch, number = normalize(
-            given, scale, bias, mask, self.epsilon, axis_name, mean.value
-        )
+        same = self.dtype in (None, values.dtype)
+        # On a TPU; where each device sees its own part alone, sums are taken otherwise.
+        pools_first = pool and same and axis_name is None and target.platform() == "tpu"
+        if pools_first and isinstance(values, Pending):
+            out, of_batch, number = normalize_pooled(
+                values, scale, bias, mask, self.epsilon, mean.value
+            )
+        else:
+            values = computed(values)
+            given = values if same else wider(values)
+            out, of_batch, number = normalize(
+                given, scale, bias, mask, self.epsilon, axis_name, mean.value
+            )
+            out = max_pool_3x3(out) if pool else out
         if not self.is_initializing():
             unbiased = of_batch[1] * (number / jnp.maximum(number - 1, 1))
             some = number > 0  # a part of a filled-up batch may hold nothing that counts
@@ -174,11 +191,17 @@ class BatchNorm(nn.Module):
         out = out.astype(self.dtype or values.dtype)
         if not relu:
             return finish(out, shortcut, relu)
-        if not inner or shortcut is not None or given is not values:
+        if not (inner and same) or shortcut is not None or isinstance(values, Pending):
             return activate(out, shortcut)
         factor = lax.rsqrt(of_batch[1] + self.epsilon) * scale
         source = lax.stop_gradient(Source(values, of_batch[0], factor, bias))
         return Activated(activate(out, source=source), source)
+
+
+def _pooled(values: Array, relu: bool) -> Array:
+    # Pooling first gives the same values, and ReLU then has a quarter of the work.
+    pooled = max_pool_3x3(values)
+    return activate(pooled) if relu else pooled
 
 
 def make_norm(kind: str, **options: Any) -> Callable[..., Any]:
@@ -205,10 +228,12 @@ def make_norm(kind: str, **options: Any) -> Callable[..., Any]:
         shortcut: Array | None = None,
         relu: bool = False,
         inner: bool = False,
+        pool: bool = False,
     ) -> Array:
         del train, mask, inner
         layer = nn.GroupNorm(min(32, values.shape[-1]), epsilon=1e-5, **options)
-        return finish(layer(computed(values)), shortcut, relu)
+        out = layer(computed(values))
+        return _pooled(out, relu) if pool else finish(out, shortcut, relu)
 
     return group_norm
 

@@ -18,9 +18,7 @@ from bmjax.models.architecture import Architecture, Name, TorchNames
 from bmjax.models.layers import PendingConv, make_norm, name_intermediate
 from bmjax.models.published import imagenet_weights
 from bmjax.ops.convolution import Pending
-from bmjax.ops.pooling import max_pool_3x3
 from bmjax.ops.precision import wider
-from bmjax.ops.recomputed import activate
 
 _conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 # PyTorch's initial weights of a linear layer: uniform within 1 / sqrt(fan_in).
@@ -65,11 +63,12 @@ class _Layers(nn.Module):
         shortcut: Array | None = None,
         relu: bool = False,
         inner: bool = False,
+        pool: bool = False,
     ) -> Any:
         frozen = self.norm == "batch" and "/".join((*self.path, name)) in self.frozen_layers
         kind = "frozen" if frozen else self.norm
         layer = make_norm(kind, name=name, dtype=self.dtype, axis_name=self.axis_name)
-        return layer(values, train, mask, shortcut, relu, inner)
+        return layer(values, train, mask, shortcut, relu, inner, pool)
 
 
 class Downsample(_Layers):
@@ -204,9 +203,8 @@ class ResNet(ResidualNetwork):
             mask: [batch] bool, False for examples that the statistics leave out; None: all count.
         """
         convolved = self._conv("stem_conv", self.width, 7, 2)(images)
-        hidden = self._normalize("stem_norm", convolved, train, mask)
-        # Pooling first gives the same values, and ReLU then has a quarter of the work.
-        hidden = name_intermediate(self, "stem", activate(max_pool_3x3(hidden)))
+        hidden = self._normalize("stem_norm", convolved, train, mask, relu=True, pool=True)
+        hidden = name_intermediate(self, "stem", hidden)
         return self._logits(hidden, self.num_blocks, train, mask)
 
     def _block(self, stage: int, number: int) -> dict[str, Any]:

@@ -41,15 +41,20 @@ def forward(
     Returns:
         The normalised values, of the type of the values; mean and biased variance, [channels].
     """
+    mean, var = statistics(values, weights, about)
+    factor = lax.rsqrt(var + epsilon) * scale
+    return normalize_by(values, mean, factor, bias), mean, var
+
+
+def statistics(values: Array, weights: Array, about: Array) -> tuple[Array, Array]:
+    """Returns mean and biased variance per channel; arguments as of `forward`."""
     number = jnp.maximum(count(values, weights), 1)
     apart = wider(values) - per_channel(about)
     first, second = (
         jnp.matmul(weights, jnp.sum(each, (1, 2)), precision=lax.Precision.HIGHEST) / number
         for each in (apart, apart**2)
     )
-    mean, var = about + first, jnp.maximum(second - first**2, 0)
-    factor = lax.rsqrt(var + epsilon) * scale
-    return normalize_by(values, mean, factor, bias), mean, var
+    return about + first, jnp.maximum(second - first**2, 0)
 
 
 def cotangents(
