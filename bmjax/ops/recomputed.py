@@ -21,7 +21,7 @@ from jax.interpreters import ad, mlir
 from bmjax.ops import convolution
 from bmjax.ops.channels import normalize_by
 from bmjax.ops.composite import make_primitive
-from bmjax.ops.fused_convolution import finish
+from bmjax.ops.fused_convolution import finish, finish_rounded
 from bmjax.ops.geometry import Geometry
 from bmjax.ops.precision import wider
 
@@ -90,10 +90,8 @@ def _plain_activate(*operands: Array, numbers: int) -> Array:
 
 
 def _activate_on_gpu(*operands: Array, numbers: int) -> Array:
-    # Rounded before ReLU, which makes no difference but to the compiler: of a number that is
-    # rounded last it hands on the unrounded float32, and keeps that beside the other.
-    added = sum(wider(each) for each in operands[1:numbers]) + wider(operands[0])
-    return jax.nn.relu(added.astype(operands[0].dtype))
+    values, *shortcut = operands[:numbers]
+    return finish_rounded(values, shortcut[0] if shortcut else None, relu=True)
 
 
 def _activate_jvp(primals: Any, tangents: Any, *, numbers: int) -> Any:
