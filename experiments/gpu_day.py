@@ -73,14 +73,14 @@ def make_steps(out: Path, cifar: str, tiny: bool) -> list[Step]:
         Step(
             "doctor",
             "what is there",
-            60,
+            30,
             ((*_BMJAX, "doctor", "--expect", "any" if tiny else "gpu"),),
         ),
         _tests(tiny),
         Step(
             "certificate",
             "a ResNet with random weights, against torchvision",
-            180,
+            480 if tiny else 240,
             _certificate(out / "certificate", tiny),
             torch,
         ),
@@ -131,18 +131,21 @@ def _tests(tiny: bool) -> Step:
 
 
 def _certificate(folder: Path, tiny: bool) -> tuple[tuple[str, ...], ...]:
-    model, side = ("resnet18", "32") if tiny else ("resnet50", "224")
-    weights, run = folder / "random.pth", folder / "run"
+    side = "64" if tiny else "224"
+    weights, converted = folder / "active.pth", folder / "converted"
+    # Weights that magnify no rounding, see certify_all.
     script = (
-        "import sys, torch, torchvision; torch.manual_seed(0); "
-        f"torch.save(torchvision.models.{model}(num_classes=10).state_dict(), sys.argv[1])"
+        "import sys, torch; from experiments.certify_all import draw; "
+        "drawn = draw('resnet18', int(sys.argv[2]), 'active'); "
+        "torch.save({name: torch.from_numpy(value) for name, value in drawn.items()}, sys.argv[1])"
     )
-    convert = ("convert", str(weights), "--model", model, "--image-size", side, "--certify")
+    anew = "import os, shutil, sys; shutil.rmtree(sys.argv[1], True); os.makedirs(sys.argv[1])"
+    convert = ("convert", str(weights), "--model", "resnet18", "--image-size", side, "--certify")
     return (
-        (sys.executable, "-c", script, str(weights)),
-        # A run that an interruption left cannot be written over.
-        (sys.executable, "-c", "import shutil, sys; shutil.rmtree(sys.argv[1], True)", str(run)),
-        (*_BMJAX, *convert, "--out", str(run)),
+        (sys.executable, "-c", script, str(weights), side),
+        # What an interruption left cannot be written over.
+        (sys.executable, "-c", anew, str(converted)),
+        (*_BMJAX, *convert, "--out", str(converted / "run")),
     )
 
 
@@ -158,7 +161,7 @@ def _throughput(tiny: bool) -> list[Step]:
             Step(
                 f"throughput-{model}-{precision}",
                 "bmjax beside plain Linen" + ("" if tiny else " and torch.compile"),
-                150,
+                140,
                 ((*_BMJAX, "bench", *work, "--precision", precision, *contenders),),
                 () if tiny else ("torch", "torchvision"),
             )

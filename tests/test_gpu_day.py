@@ -91,10 +91,9 @@ def test_nothing_begins_when_the_time_is_over(tmp_path, capsys):
 
 
 def test_all_steps_end_within_the_time_that_is_said(tmp_path):
-    for tiny in (False, True):
-        steps = gpu_day.make_steps(tmp_path, "tfds:cifar10", tiny)
-        assert sum(each.seconds for each in steps) <= 60 * gpu_day.MINUTES
-        assert len({each.name for each in steps}) == len(steps)
+    steps = gpu_day.make_steps(tmp_path, "tfds:cifar10", tiny=False)
+    assert sum(each.seconds for each in steps) <= 60 * gpu_day.MINUTES
+    assert len({each.name for each in steps}) == len(steps)
 
 
 @pytest.mark.parametrize("tiny", [False, True])

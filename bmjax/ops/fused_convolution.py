@@ -4,6 +4,8 @@ By oneDNN on one CPU; elsewhere what XLA makes of the formula, which its compile
 fuse by themselves. Where it is differentiated it is the formula, too.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -52,6 +54,16 @@ def finish(values: Array, shortcut: Array | None, relu: bool) -> Array:
     return (jax.nn.relu(out) if relu else out).astype(values.dtype)
 
 
+def finish_rounded(values: Array, shortcut: Array | None, relu: bool) -> Array:
+    """Returns what `finish` does, bit for bit, for the compiler of GPUs.
+
+    Of a number that is rounded last, that hands on the unrounded float32, and keeps it beside the
+    other where a later layer widens it. So it is rounded before ReLU.
+    """
+    out = values if shortcut is None else (wider(values) + wider(shortcut)).astype(values.dtype)
+    return jax.nn.relu(out) if relu else out
+
+
 def _plain(
     images: Array,
     kernel: Array,
@@ -61,10 +73,11 @@ def _plain(
     *shortcut: Array,
     geometry: Geometry,
     relu: bool,
+    finishing: Callable[[Array, Array | None, bool], Array] = finish,
 ) -> Array:
     values = Pending(images, kernel, geometry).compute()
     out = normalize_by(values, mean, factor, bias)
-    return finish(out, shortcut[0] if shortcut else None, relu)
+    return finishing(out, shortcut[0] if shortcut else None, relu)
 
 
 def _on_cpu(context: Any, *operands: Any, geometry: Geometry, relu: bool) -> Any:
@@ -85,3 +98,6 @@ def _on_cpu(context: Any, *operands: Any, geometry: Geometry, relu: bool) -> Any
 
 _primitive = make_primitive("convolution_normalized", _plain, multiple_results=False)
 mlir.register_lowering(_primitive, _on_cpu, "cpu")
+for _platform in ("cuda", "rocm"):
+    _rounded = functools.partial(_plain, finishing=finish_rounded)
+    mlir.register_lowering(_primitive, mlir.lower_fun(_rounded, multiple_results=False), _platform)

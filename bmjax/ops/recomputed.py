@@ -7,7 +7,10 @@ where ReLU's input was positive: that is read off ReLU's output, or off what was
 Compilers for CPU and TPU get the plain formulas.
 
 The compiler would notice that a value is there already, and keep it: the channels' numbers, which
-it is computed from, pass a barrier together with the cotangent, so that it cannot come before.
+it is computed from, pass a barrier together with the cotangent, so that it cannot come before. On
+several GPUs it puts off the gradients of kernels until all others are there, as nothing but their
+sum over the GPUs waits for them, and what they are computed from is kept as long: there the
+gradient by the images waits for that by the kernel.
 """
 
 from collections.abc import Sequence
@@ -21,7 +24,7 @@ from jax.interpreters import ad, mlir
 from bmjax.ops import convolution
 from bmjax.ops.channels import normalize_by
 from bmjax.ops.composite import make_primitive
-from bmjax.ops.fused_convolution import finish
+from bmjax.ops.fused_convolution import finish, finish_rounded
 from bmjax.ops.geometry import Geometry
 from bmjax.ops.precision import wider
 
@@ -79,9 +82,10 @@ def computed(values: Array | convolution.Pending) -> Array:
     if not isinstance(values, convolution.Pending):
         return values
     images, kernel, geometry, source = values
-    return (
-        _convolve.bind(images, kernel, *source, geometry=geometry) if source else values.compute()
-    )
+    if not source:
+        return values.compute()
+    images, kernel = _together.bind(images, kernel)  # as they are, but for their gradients
+    return _convolve.bind(images, kernel, *source, geometry=geometry)
 
 
 def _plain_activate(*operands: Array, numbers: int) -> Array:
@@ -90,10 +94,8 @@ def _plain_activate(*operands: Array, numbers: int) -> Array:
 
 
 def _activate_on_gpu(*operands: Array, numbers: int) -> Array:
-    # Rounded before ReLU, which makes no difference but to the compiler: of a number that is
-    # rounded last it hands on the unrounded float32, and keeps that beside the other.
-    added = sum(wider(each) for each in operands[1:numbers]) + wider(operands[0])
-    return jax.nn.relu(added.astype(operands[0].dtype))
+    values, *shortcut = operands[:numbers]
+    return finish_rounded(values, shortcut[0] if shortcut else None, relu=True)
 
 
 def _activate_jvp(primals: Any, tangents: Any, *, numbers: int) -> Any:
@@ -189,6 +191,32 @@ def _kernel_gradient_on_gpu(
     return convolution.bind(images, cotangent, role="kernel", geometry=geometry)
 
 
+def _as_they_are(*values: Array) -> Sequence[Array]:
+    return values
+
+
+def _after_both_on_gpu(*values: Array) -> Sequence[Array]:
+    barred: Sequence[Array] = lax.optimization_barrier(values)
+    return barred
+
+
+def _together_jvp(primals: Any, tangents: Any) -> Any:
+    out = _together.bind(*primals)
+    if any(type(each) is ad.Zero for each in tangents):
+        return out, list(tangents)
+    return out, _moved_together.bind(*tangents)
+
+
+def _moved_together_transposed(cotangents: Sequence[Any], *moved: Any) -> Sequence[Any]:
+    if any(type(each) is ad.Zero for each in cotangents):
+        return list(cotangents)
+    return _after_both.bind(*cotangents)
+
+
+_together = make_primitive("together", _as_they_are, _together_jvp)
+_moved_together = make_primitive("moved_together", _as_they_are)
+ad.primitive_transposes[_moved_together] = _moved_together_transposed
+_after_both = make_primitive("after_both", _as_they_are)
 _activate = make_primitive("activate", _plain_activate, _activate_jvp, multiple_results=False)
 _where_positive = make_primitive(
     "where_positive", _plain_where_positive, _where_positive_jvp, multiple_results=False
@@ -207,3 +235,5 @@ for _platform in _GPUS:
     mlir.register_lowering(_where_positive, _rule, _platform)
     _rule = mlir.lower_fun(_kernel_gradient_on_gpu, multiple_results=False)
     mlir.register_lowering(_kernel_gradient, _rule, _platform)
+    _rule = mlir.lower_fun(_after_both_on_gpu, multiple_results=True)
+    mlir.register_lowering(_after_both, _rule, _platform)
