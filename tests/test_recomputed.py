@@ -13,6 +13,7 @@ from bmjax.ops import recomputed
 from bmjax.ops.convolution import Pending, convolve, make_pending
 from bmjax.ops.fused_convolution import finish, finish_rounded
 from bmjax.ops.recomputed import Source, activate, computed
+from bmjax.ops.target import tracing_for
 
 SIDES = ((1, 1), (1, 1))
 
@@ -63,6 +64,28 @@ def test_a_kernels_gradient_needs_no_images_but_their_source():
     expected = recomputed._plain_kernel_gradient(cotangent, images, geometry=geometry)
     found = recomputed._kernel_gradient_on_gpu(*given, geometry=geometry)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_on_a_tpu_a_sum_of_two_is_computed_again_and_one_is_not():
+    sources = source_of(draw(2, 5, 5, 4)), source_of(draw(2, 5, 5, 4, seed=7))
+    before = normalized(sources[0]) + normalized(sources[1])
+    images = jax.nn.relu(before)
+    geometry = make_pending(images, draw(3, 3, 4, 6), SIDES).geometry
+    cotangent = draw(*geometry.shape("output"), seed=5)
+    both, nothing = (*sources[0], *sources[1]), images * np.nan
+    expected = recomputed._plain_kernel_gradient(cotangent, images, geometry=geometry)
+    gradient = recomputed._kernel_gradient_on_tpu
+    found = gradient(cotangent, nothing, *both, geometry=geometry)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    assert np.isnan(gradient(cotangent, nothing, *sources[0], geometry=geometry)).any()
+
+    moved = draw(2, 5, 5, 4, seed=9)
+    expected = recomputed._plain_where_positive(moved, before > 0)
+    assert 0 < np.count_nonzero(expected) < expected.size
+    told = recomputed._where_positive_on_tpu
+    np.testing.assert_array_equal(told(moved, jnp.zeros(before.shape, bool), *both), expected)
+    np.testing.assert_array_equal(told(moved, before > 0, *sources[0]), expected)
+    np.testing.assert_array_equal(told(moved, jnp.zeros(before.shape, bool), images), expected)
 
 
 def through(values, kernel, shortcut=None, *, inner=True):
@@ -117,7 +140,7 @@ def test_a_kernel_that_is_not_trained_costs_no_gradient():
     )
 
 
-def test_only_a_gpu_computes_again():
+def test_what_a_gpu_and_a_tpu_compute_again():
     model = create_model("resnet_tiny", 3, dtype=jnp.bfloat16)
     images = jnp.zeros((4, 32, 32, 3))
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
@@ -136,7 +159,14 @@ def test_only_a_gpu_computes_again():
     # Of each of the four blocks: what the second kernel's gradient needs, that this gradient comes
     # first, where its input was positive, and the block's output; the stem's output, and the places
     # of its maxima.
-    assert again == {"cpu": 0, "tpu": 0, "cuda": 4 * 4 + 2}
+    # A TPU reads where the blocks' outputs, and the stem's, were positive off these themselves.
+    assert again == {"cpu": 0, "tpu": 4 + 1, "cuda": 4 * 4 + 2}
+    with tracing_for("tpu"):
+        traced = jax.jit(jax.grad(loss)).trace(variables["params"], variables, images)
+    text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    # Again, of the three blocks that change the shape: where their sums were positive; and what
+    # another such block takes, for the gradients of its first kernel and of the one beside.
+    assert text.count("optimization_barrier") == 4 + 1 + 2 * 2
 
 
 def test_a_convolution_of_plain_images_is_as_ever():

@@ -16,7 +16,7 @@ from bmjax.ops.normalization import normalize
 from bmjax.ops.pooled_normalization import normalize_pooled
 from bmjax.ops.pooling import max_pool_3x3
 from bmjax.ops.precision import wider
-from bmjax.ops.recomputed import Activated, Source, activate, computed
+from bmjax.ops.recomputed import Activated, Source, activate, computed, plain
 
 
 class Dense(nn.Module):
@@ -132,7 +132,7 @@ class BatchNorm(nn.Module):
         values: Array | Pending,
         train: bool = False,
         mask: Array | None = None,
-        shortcut: Array | None = None,
+        shortcut: Array | Activated | None = None,
         relu: bool = False,
         inner: bool = False,
         pool: bool = False,
@@ -145,7 +145,8 @@ class BatchNorm(nn.Module):
             mask: [batch] bool, False for the examples that don't count; None: all count.
             shortcut: what is added to the result.
             relu: whether negative values of that become 0.
-            inner: whether nothing but a convolution takes the result.
+            inner: whether nothing but a convolution takes the result, or the sum at the end of a
+                block.
             pool: whether it goes through `max_pool_3x3` before ReLU; without a shortcut.
 
         Returns:
@@ -162,9 +163,10 @@ class BatchNorm(nn.Module):
             affine = mean.value, factor, bias
             last = relu and not pool
             if isinstance(values, Pending) and self.dtype in (None, values.dtype):
-                out = convolve_normalize(values, *affine, shortcut, last)
+                out = convolve_normalize(values, *affine, _bare(shortcut), last)
             else:
-                out = finish(normalize_by(computed(values), *affine, self.dtype), shortcut, last)
+                out = normalize_by(computed(values), *affine, self.dtype)
+                out = finish(out, _bare(shortcut), last)
             return _pooled(out, relu) if pool else out
         axis_name = None if self.is_initializing() else self.axis_name
         same = self.dtype in (None, values.dtype)
@@ -189,13 +191,36 @@ class BatchNorm(nn.Module):
             var.value += step * (unbiased - var.value)
             count.value += some.astype(jnp.int32)
         out = out.astype(self.dtype or values.dtype)
-        if not relu:
-            return finish(out, shortcut, relu)
-        if not (inner and same) or shortcut is not None or isinstance(values, Pending):
-            return activate(out, shortcut)
-        factor = lax.rsqrt(of_batch[1] + self.epsilon) * scale
-        source = lax.stop_gradient(Source(values, of_batch[0], factor, bias))
-        return Activated(activate(out, source=source), source)
+        source: tuple[Array, ...] = ()
+        if same and not isinstance(values, Pending):
+            factor = lax.rsqrt(of_batch[1] + self.epsilon) * scale
+            source = lax.stop_gradient(Source(values, of_batch[0], factor, bias))
+        return _end(out, source, shortcut, relu, inner)
+
+
+def _end(
+    out: Array,
+    source: tuple[Array, ...],
+    shortcut: Array | Activated | None,
+    relu: bool,
+    inner: bool,
+) -> Array | Activated:
+    """Adds a shortcut and applies ReLU; says what the result is computed from where it helps."""
+    on_tpu = target.platform() == "tpu"
+    if isinstance(shortcut, Activated) and relu and source and on_tpu:
+        source = (*source, *shortcut.source)
+        return Activated(activate(out, shortcut.values, source), source)
+    shortcut = _bare(shortcut)
+    if not relu:
+        out = finish(out, shortcut, relu)
+        return Activated(out, source) if inner and source and on_tpu else out
+    if not (inner and source) or shortcut is not None:
+        return activate(out, shortcut)
+    return Activated(activate(out, source=source), source)
+
+
+def _bare(shortcut: Array | Activated | None) -> Array | None:
+    return None if shortcut is None else plain(shortcut)
 
 
 def _pooled(values: Array, relu: bool) -> Array:
@@ -225,7 +250,7 @@ def make_norm(kind: str, **options: Any) -> Callable[..., Any]:
         values: Array | Pending,
         train: bool = False,
         mask: Array | None = None,
-        shortcut: Array | None = None,
+        shortcut: Array | Activated | None = None,
         relu: bool = False,
         inner: bool = False,
         pool: bool = False,
@@ -233,7 +258,7 @@ def make_norm(kind: str, **options: Any) -> Callable[..., Any]:
         del train, mask, inner
         layer = nn.GroupNorm(min(32, values.shape[-1]), epsilon=1e-5, **options)
         out = layer(computed(values))
-        return _pooled(out, relu) if pool else finish(out, shortcut, relu)
+        return _pooled(out, relu) if pool else finish(out, _bare(shortcut), relu)
 
     return group_norm
 

@@ -19,6 +19,7 @@ from bmjax.models.layers import PendingConv, make_norm, name_intermediate
 from bmjax.models.published import imagenet_weights
 from bmjax.ops.convolution import Pending
 from bmjax.ops.precision import wider
+from bmjax.ops.recomputed import Activated, plain
 
 _conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 # PyTorch's initial weights of a linear layer: uniform within 1 / sqrt(fan_in).
@@ -60,7 +61,7 @@ class _Layers(nn.Module):
         values: Pending,
         train: bool,
         mask: Array | None,
-        shortcut: Array | None = None,
+        shortcut: Array | Activated | None = None,
         relu: bool = False,
         inner: bool = False,
         pool: bool = False,
@@ -78,10 +79,10 @@ class Downsample(_Layers):
     stride: int = 1
 
     @nn.compact
-    def __call__(self, values: Array, train: bool, mask: Array | None) -> Array:
+    def __call__(self, values: Array | Activated, train: bool, mask: Array | None) -> Any:
         """Maps [batch, height, width, channels] to [batch, height', width', features]."""
         convolved = self._conv("conv", self.features, 1, self.stride)(values)
-        return self._normalize("norm", convolved, train, mask)
+        return self._normalize("norm", convolved, train, mask, inner=True)
 
 
 class Block(_Layers):
@@ -102,7 +103,7 @@ class Block(_Layers):
     bottleneck: bool = False
 
     @nn.compact
-    def __call__(self, values: Array, train: bool, mask: Array | None) -> Array:
+    def __call__(self, values: Array | Activated, train: bool, mask: Array | None) -> Any:
         """Maps [batch, height, width, channels] to [batch, height', width', features]."""
         if self.bottleneck:
             convs = [
@@ -115,7 +116,7 @@ class Block(_Layers):
                 self._conv("conv1", self.width, 3, self.stride),
                 self._conv("conv2", self.features, 3),
             ]
-        hidden = values
+        hidden: Any = values
         for number, conv in enumerate(convs[:-1], 1):
             convolved = conv(hidden)
             hidden = self._normalize(f"norm{number}", convolved, train, mask, relu=True, inner=True)
@@ -127,6 +128,8 @@ class Block(_Layers):
                 **self._options,
             )
             values = shortcut(values, train, mask)
+        else:
+            values = plain(values)
         last = convs[-1](hidden)
         return self._normalize(f"norm{len(convs)}", last, train, mask, values, relu=True)
 
@@ -159,7 +162,8 @@ class ResidualNetwork(_Layers):
                 name = f"stage{stage}_block{number}"
                 block = kind(name=name, **self._block(stage, number), **self._options)
                 hidden = block(hidden, train, mask)
-            hidden = name_intermediate(self, f"stage{stage}", hidden)
+            name_intermediate(self, f"stage{stage}", plain(hidden))
+        hidden = plain(hidden)
         features = name_intermediate(self, "pre_logits", jnp.mean(wider(hidden), axis=(1, 2)))
         return nn.Dense(self.num_classes, kernel_init=_head_init, name="head")(features)
 

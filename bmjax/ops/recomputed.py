@@ -4,7 +4,9 @@ Behind a normalisation and its ReLU, a convolution needs its input again for the
 Kept, that is as large as what was normalised, which is kept as well; computed again, it costs no
 pass of its own, as what was normalised is read for the sums of the gradient anyway. Nor is it kept
 where ReLU's input was positive: that is read off ReLU's output, or off what was normalised.
-Compilers for CPU and TPU get the plain formulas.
+Compilers for CPU and TPU get the plain formulas. That of TPUs sees by itself what it can do
+without, but for the sum of two normalised values, where a residual block changes the shape: of that
+both are kept anyway, and so the sum is computed again there.
 
 The compiler would notice that a value is there already, and keep it: the channels' numbers, which
 it is computed from, pass a barrier together with the cotangent, so that it cannot come before. On
@@ -29,10 +31,11 @@ from bmjax.ops.geometry import Geometry
 from bmjax.ops.precision import wider
 
 _GPUS = ("cuda", "rocm")
+_NUMBERS = 4  # arrays of a source
 
 
 class Source(NamedTuple):
-    """What a normalisation was computed from.
+    """What a normalisation is computed from.
 
     Attributes:
         values: [batch, height, width, channels].
@@ -48,15 +51,15 @@ class Source(NamedTuple):
 
 
 class Activated(NamedTuple):
-    """ReLU of normalised values, which a convolution can take as it takes an array.
+    """Normalised values, after ReLU or not, which a convolution can take as it takes an array.
 
     Attributes:
         values: [batch, height, width, channels].
-        source: what they are computed from.
+        source: what they are computed from: a `Source`; or two, of ReLU of a sum.
     """
 
     values: Array
-    source: Source
+    source: tuple[Array, ...]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -64,14 +67,21 @@ class Activated(NamedTuple):
         return self.values.shape
 
 
-def activate(values: Array, shortcut: Array | None = None, source: Source | None = None) -> Array:
+def plain(values: Array | Activated) -> Array:
+    """Returns values without what they are computed from."""
+    return values.values if isinstance(values, Activated) else values
+
+
+def activate(
+    values: Array, shortcut: Array | None = None, source: tuple[Array, ...] | None = None
+) -> Array:
     """Adds a shortcut, if any, and applies ReLU.
 
     Args:
         values: normalised, [batch, height, width, channels].
         shortcut: the same.
-        source: what the values are computed from, and all that is kept of them on a GPU; None: the
-            result is kept. Not together with a shortcut.
+        source: what the values are computed from, and all that is kept of them on a GPU; with a
+            shortcut two, on a TPU. None: the result is kept.
     """
     given = [values] if shortcut is None else [values, shortcut]
     return _activate.bind(*given, *(source or ()), numbers=len(given))
@@ -113,8 +123,19 @@ def _no_tangent(out: Array) -> Any:
     return ad.Zero(jax.typeof(out).to_tangent_aval())
 
 
-def _again(values: Array, mean: Array, factor: Array, bias: Array) -> Array:
-    return jax.nn.relu(normalize_by(values, mean, factor, bias))
+def _again(*source: Array) -> Array:
+    parts = [Source(*source[i : i + _NUMBERS]) for i in range(0, len(source), _NUMBERS)]
+    out, *shortcut = (normalize_by(*part) for part in parts)
+    return finish(out, shortcut[0] if shortcut else None, relu=True)
+
+
+def _again_after(cotangent: Array, source: Sequence[Array]) -> tuple[Array, Array]:
+    """Computes values again, once there is a cotangent; returns both."""
+    values, affine = source[::_NUMBERS], [each for i, each in enumerate(source) if i % _NUMBERS]
+    cotangent, *affine = lax.optimization_barrier((cotangent, *affine))
+    parts = [affine[i : i + _NUMBERS - 1] for i in range(0, len(affine), _NUMBERS - 1)]
+    source = [each for value, part in zip(values, parts, strict=True) for each in (value, *part)]
+    return cotangent, _again(*source)
 
 
 def _plain_where_positive(moved: Array, positive: Array, *by: Array) -> Array:
@@ -127,10 +148,18 @@ def _where_positive_on_gpu(moved: Array, positive: Array, *by: Array) -> Array:
     if len(by) == 1:  # read, as that is less than to add values and shortcut up again
         out = lax.optimization_barrier(by[0])
     else:
-        values, *affine = by
-        moved, *affine = lax.optimization_barrier((moved, *affine))
-        out = _again(values, *affine)
+        moved, out = _again_after(moved, by)
     return jnp.where(out > 0, moved, jnp.zeros((), moved.dtype))
+
+
+def _where_positive_on_tpu(moved: Array, positive: Array, *by: Array) -> Array:
+    if len(by) == _NUMBERS:
+        return _plain_where_positive(moved, positive)
+    if len(by) == 1:  # not by what was added up, of which a shortcut would be kept for it alone
+        out = lax.optimization_barrier(by[0])
+    else:
+        moved, out = _again_after(moved, by)
+    return _plain_where_positive(moved, out > 0)
 
 
 def _where_positive_jvp(primals: Any, tangents: Any) -> Any:
@@ -185,10 +214,15 @@ def _kernel_gradient_on_gpu(
     cotangent: Array, images: Array, *source: Array, geometry: Geometry
 ) -> Array:
     del images
-    values, *affine = source
-    cotangent, *affine = lax.optimization_barrier((cotangent, *affine))
-    images = _again(values, *affine)
+    cotangent, images = _again_after(cotangent, source)
     return convolution.bind(images, cotangent, role="kernel", geometry=geometry)
+
+
+def _kernel_gradient_on_tpu(
+    cotangent: Array, images: Array, *source: Array, geometry: Geometry
+) -> Array:
+    again = _kernel_gradient_on_gpu if len(source) > _NUMBERS else _plain_kernel_gradient
+    return again(cotangent, images, *source, geometry=geometry)
 
 
 def _as_they_are(*values: Array) -> Sequence[Array]:
@@ -237,3 +271,7 @@ for _platform in _GPUS:
     mlir.register_lowering(_kernel_gradient, _rule, _platform)
     _rule = mlir.lower_fun(_after_both_on_gpu, multiple_results=True)
     mlir.register_lowering(_after_both, _rule, _platform)
+_rule = mlir.lower_fun(_where_positive_on_tpu, multiple_results=False)
+mlir.register_lowering(_where_positive, _rule, "tpu")
+_rule = mlir.lower_fun(_kernel_gradient_on_tpu, multiple_results=False)
+mlir.register_lowering(_kernel_gradient, _rule, "tpu")
