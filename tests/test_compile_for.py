@@ -1,6 +1,7 @@
 """What the compiler of TPUs makes of the programs; it need not be installed for the other tests."""
 
 import importlib.util
+import math
 import re
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from bmjax.bench.compile_for import bench_compiled
 from bmjax.bench.lowered import Bmjax
 from bmjax.bench.workload import Workload
 from bmjax.config import BenchConfig
+from bmjax.data import feed
 from bmjax.errors import UserError
 from bmjax.machine.topologies import CHIPS, GPUS, Topology, compile_elsewhere, find_topology
 
@@ -87,6 +89,17 @@ def test_figures_of_gpus_are_shown_with_who_counted():
     assert "7 calls of libraries (convolutions: 5 bf16 NHWC; 2 with bias or ReLU)" in second
     assert "1 of 2 collectives overlapped" in second
     assert compile_for._of_gpus([{**row, "counted_by": "the compiler"}]) == []
+
+
+@pytest.mark.parametrize("job", ["training", "evaluation"])
+def test_programs_divide_data_where_a_run_would(job, monkeypatch):
+    monkeypatch.setattr(feed, "DIVIDED_FROM_BYTES", 1)
+    workload = Workload("cnn_tiny", 32, 16)
+    image = Bmjax(workload, jax.devices()[:2])._arrays(job)["image"]
+    held = image.values.sharding.shard_shape(image.values.shape)
+    assert 2 * math.prod(held) == math.prod(image.values.shape)
+    assert image.divided == (job == "training")
+    assert Bmjax(workload, jax.devices()[:2]).lower(job).compile() is not None
 
 
 # Bytes of temporaries of a step per device, by jax 0.10.2 and libtpu 0.0.42.

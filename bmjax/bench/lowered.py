@@ -28,6 +28,7 @@ from bmjax.bench.workload import (
 )
 from bmjax.config import AugmentConfig, BenchConfig
 from bmjax.data import loader
+from bmjax.data.feed import is_divided
 from bmjax.data.rows import Rows
 from bmjax.machine.parallel import AXIS, Parallel
 from bmjax.machine.precision import in_precision
@@ -89,19 +90,21 @@ class Bmjax:
         return _divided(tree, self._parallel.everywhere)
 
     def _arrays(self, job: str) -> dict[str, Any]:
+        """Returns shapes and types of the data, lying on the devices as a `Feed` puts them."""
         size, parallel, shape = self._workload.batch_size, self._parallel, self._shape
-        folded, sharding = parallel.folds_images, parallel.everywhere
-        names: tuple[str, ...] = ()
         leading: tuple[int, ...] = (_BATCHES * size,)
-        if job == "streamed":
-            leading, sharding = (_BATCHES, size), parallel.windows
-            names = ("first", "count", "num_batches")
-        divided = job == "divided data"
-        if divided:
+        if job == "divided data":
             number = max(size, _DIVIDED_BYTES // math.prod(shape))
             leading = (number // len(parallel.devices) * len(parallel.devices),)
-        over = parallel.divided if divided else sharding
-        image = Rows.outline(leading, shape, folded, over, divided)
+        divided = job == "divided data" or is_divided(leading[0], shape, parallel)
+        over = sharding = parallel.everywhere
+        names: tuple[str, ...] = ()
+        if job == "streamed" or (divided and job == "evaluation"):
+            leading, divided, names = (_BATCHES, size), False, ("first", "count", "num_batches")
+            over = sharding = parallel.windows
+        elif divided:
+            over = parallel.divided
+        image = Rows.outline(leading, shape, parallel.folds_images, over, divided)
         label = jax.ShapeDtypeStruct(leading, jnp.int32, sharding=sharding)
         scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=parallel.everywhere)
         return {"image": image, "label": label, **dict.fromkeys(names, scalar)}
