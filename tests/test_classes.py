@@ -254,7 +254,6 @@ def test_a_cache_holds_logits_in_the_order_of_the_data(trained, shapes, tmp_path
         epochs=1,
         batch_size=16,
         views=AugmentConfig(augment=False),
-        precision="float32",  # settled, as `cached_teacher` takes it
         device=DeviceConfig(devices=1),
         run=RunConfig(tensorboard=False),
         teacher_cache=str(tmp_path / "cache"),

@@ -28,6 +28,7 @@ from bmjax.config.flat import flatten
 from bmjax.data import Dataset, loader
 from bmjax.data.feed import Feed
 from bmjax.data.loader import epoch_orders
+from bmjax.distill.settings import with_precision_of_all
 from bmjax.errors import UserError
 from bmjax.machine import hosts
 from bmjax.machine.parallel import Parallel
@@ -82,7 +83,7 @@ def cached_teacher(
         folder: of the cache.
         teacher: whose logits it holds.
         dataset: its training split is what the views are of.
-        config: of the run: views, seed, batch size, epochs and `cache_top`.
+        config: of the run: views, seed, batch size, epochs, precision and `cache_top`.
         mean: of the pixels per channel, see `loader.make_view`.
         console: where progress is shown.
 
@@ -95,6 +96,7 @@ def cached_teacher(
             "--teacher-cache is for one process, but there are several. Leave it out: the result "
             "is the same."
         )
+    config = with_precision_of_all(config)
     passes = config.views.view_passes or config.num_epochs
     if (config.cache_top or 0) > dataset.num_classes:
         raise UserError(

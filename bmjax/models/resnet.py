@@ -162,6 +162,8 @@ class ResidualNetwork(_Layers):
                 name = f"stage{stage}_block{number}"
                 block = kind(name=name, **self._block(stage, number), **self._options)
                 hidden = block(hidden, train, mask)
+                # What it is computed from would be kept for the next block.
+                hidden = plain(hidden) if chosen else hidden
             name_intermediate(self, f"stage{stage}", plain(hidden))
         hidden = plain(hidden)
         features = name_intermediate(self, "pre_logits", jnp.mean(wider(hidden), axis=(1, 2)))
