@@ -51,11 +51,11 @@ COLUMNS = (*KEY, "batch", *FIGURES, "largest", "overlapped", "seconds", "problem
 # ResNet-152 by AdamW, 2,048 images of 224 px a step on v5e:2x4, streamed: what saves memory.
 LARGE: dict[str, dict[str, Any]] = {
     "nothing saved": {},
-    "--shard-state": {"shard_state": True},
-    "--remat": {"remat": True},
-    "--remat --shard-state": {"remat": True, "shard_state": True},
-    "--remat --shard-params 8": {"remat": True, "shard_params": 8},
-    "--remat-stages 1 2 --shard-state": {"remat_stages": (1, 2), "shard_state": True},
+    "shard-state": {"shard_state": True},
+    "remat": {"remat": True},
+    "remat, shard-state": {"remat": True, "shard_state": True},
+    "remat, shard-params 8": {"remat": True, "shard_params": 8},
+    "remat-stages 1 2, shard-state": {"remat_stages": (1, 2), "shard_state": True},
 }
 
 
