@@ -101,6 +101,7 @@ def test_a_run_keeps_what_it_is_computed_in_wherever_it_goes_on(small, shapes, q
         fit(dataclasses.replace(longer, precision="float32"), shapes, console=quiet)
 
 
+@pytest.mark.slow
 def test_float32_goes_on_in_float32_on_an_accelerator_bit_for_bit(
     small, shapes, quiet, monkeypatch, tmp_path
 ):
@@ -145,6 +146,7 @@ def test_a_run_that_does_not_say_is_of_float32(value, teacher, accelerated):
     assert read_run(teacher.run.path).config.precision == "float32"
 
 
+@pytest.mark.slow
 def test_fine_tuning_and_its_probe_keep_theirs(teacher, shapes_npz, tmp_path, accelerated):
     said, shown = told()
     config = FinetuneConfig(
@@ -181,6 +183,7 @@ def test_a_distillation_goes_on_in_what_it_began_in(tmp_path, monkeypatch, accel
     assert settings.settled(resumed(config)).precision == "float32"
 
 
+@pytest.mark.slow
 def test_the_finder_of_learning_rates_computes_in_it_too(
     small, shapes, quiet, accelerated, monkeypatch
 ):

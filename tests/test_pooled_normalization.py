@@ -20,7 +20,7 @@ def traced(model, variables, images, mask, target):
         return jax.jit(jax.grad(loss, has_aux=True)).trace(variables["params"])
 
 
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_resnet_is_the_same_in_the_order_of_a_tpu(masked):
     with jax.enable_x64(True):
         random = np.random.default_rng(0)

@@ -41,7 +41,10 @@ def settings(small, tmp_path, name, model="cnn_tiny", **device):
     )
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    "name",
+    [name if name == "both" else pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS],
+)
 def test_losses_are_those_of_one_layout(small, shapes, quiet, tmp_path, name):
     _, expected = fit(settings(small, tmp_path, "whole"), shapes, console=quiet)
     state, history = fit(settings(small, tmp_path, "run", **LAYOUTS[name]), shapes, console=quiet)
