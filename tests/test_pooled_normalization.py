@@ -7,6 +7,7 @@ import pytest
 
 import bmjax
 from bmjax.ops.target import platform, tracing_for
+from tests.conftest import float64_enabled
 
 
 def traced(model, variables, images, mask, target):
@@ -22,7 +23,7 @@ def traced(model, variables, images, mask, target):
 
 @pytest.mark.parametrize("masked", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_resnet_is_the_same_in_the_order_of_a_tpu(masked):
-    with jax.enable_x64(True):
+    with float64_enabled():
         random = np.random.default_rng(0)
         images = jnp.asarray(random.normal(1, 2, (6, 20, 20, 3)))
         mask = jnp.arange(6) < (4 if masked else 6)
