@@ -16,11 +16,10 @@ over 5% more or less temporaries than the row in OUT.csv.
 """
 
 import argparse
-import csv
 import itertools
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,8 @@ import jaxlib
 
 from bmjax.bench.compile_for import bench_compiled
 from bmjax.config import BenchConfig
+from experiments.compiled_rows import KEY, Row, compile_missing, ratios, read
+from experiments.compiled_rows import write as write_rows
 
 # Side of the images, images of a step on each GPU, teacher.
 WORKLOADS = {
@@ -40,8 +41,6 @@ WORKLOADS = {
 JOBS = ("training", "streamed", "evaluation", "prediction", "distillation")
 TOPOLOGIES = {"h100": 1, "h100:8": 8}
 PRECISIONS = ("bfloat16", "float32")
-# What tells one row from another.
-KEY = ("precision", "topology", "model", "job", "contender")
 FIGURES = (
     "temp_bytes",
     "argument_bytes",
@@ -68,7 +67,7 @@ CHECKED = {"models": ["cnn", "resnet18"], "jobs": ["training"], "precisions": ["
 TOLERANCE = 0.05
 
 
-def compile_rows(case: tuple[str, ...], contenders: tuple[str, ...]) -> list[dict[str, Any]]:
+def compile_rows(case: tuple[str, ...], contenders: tuple[str, ...] = ()) -> list[dict[str, Any]]:
     """Compiles a precision, topology, model and job; returns a row for each contender."""
     precision, topology, model, job = case
     side, images, teacher = WORKLOADS[model]
@@ -96,26 +95,10 @@ def compile_rows(case: tuple[str, ...], contenders: tuple[str, ...]) -> list[dic
     ]
 
 
-def read(path: Path) -> list[dict[str, str]]:
-    """Returns the rows that are there."""
-    if not path.is_file():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+def write(path: Path, rows: Iterable[Row]) -> None:
     """Writes rows in the order of the cases."""
     order = [list(PRECISIONS), list(TOPOLOGIES), list(WORKLOADS), list(JOBS)]
-
-    def place(row: Mapping[str, Any]) -> list[Any]:
-        ranks = [known.index(row[name]) for name, known in zip(KEY, order, strict=False)]
-        return [*ranks, row["contender"]]
-
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(sorted(rows, key=place))
+    write_rows(path, rows, COLUMNS, order)
 
 
 def table(rows: list[dict[str, str]]) -> list[str]:
@@ -136,7 +119,7 @@ def table(rows: list[dict[str, str]]) -> list[str]:
             f"{float(row['predicted_images_per_second']):,.0f}",
             f"{float(row['bytes_accessed']) / 1e9:.3g}",
             f"{float(row['temp_bytes']) / 2**20:,.0f}",
-            "-" if plain in (None, row) else ratios(row, plain),
+            "-" if plain is None or plain == row else ratios(row, plain),
             flops,
             f"{row['library_calls']} ({row['fused_convolutions']} fused)",
             f"{row['transposes']}, {float(row['transposed_bytes']) / 1e6:.1f}",
@@ -145,13 +128,6 @@ def table(rows: list[dict[str, str]]) -> list[str]:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
-
-
-def ratios(row: dict[str, str], plain: dict[str, str] | None) -> str:
-    """Returns bytes and temporaries as shares of plain Linen's."""
-    assert plain is not None
-    shares = [float(row[name]) / float(plain[name]) for name in ("bytes_accessed", "temp_bytes")]
-    return ", ".join(f"{share:.2f}" for share in shares)
 
 
 def document(rows: list[dict[str, str]]) -> str:
@@ -233,11 +209,7 @@ def main() -> None:
     path = arguments.out.with_suffix(".csv")
     if arguments.check:
         sys.exit(1 if check(path, cases) else 0)
-    for case in cases:
-        if any(tuple(row[name] for name in KEY[:4]) == case for row in read(path)):
-            continue
-        made = compile_rows(case, ())
-        write(path, [*read(path), *made])
+    for case, made in compile_missing(path, cases, compile_rows, write):
         print(" ".join(case), f"{made[0]['temp_bytes'] / 2**20:,.0f} MiB", flush=True)
     arguments.out.with_suffix(".md").write_text(document(read(path)))
 

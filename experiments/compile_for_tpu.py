@@ -10,7 +10,6 @@ they come, and one that is there is not compiled again; OUT.md is the table.
 """
 
 import argparse
-import csv
 import itertools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -22,6 +21,8 @@ from bmjax.bench.compile_for import bench_compiled
 from bmjax.bench.lowered import JOBS
 from bmjax.config import BenchConfig
 from bmjax.errors import UserError
+from experiments.compiled_rows import KEY, Row, compile_missing, ratios, read
+from experiments.compiled_rows import write as write_rows
 
 # Side of the images, images of a step on each chip, teacher.
 WORKLOADS = {
@@ -32,7 +33,6 @@ WORKLOADS = {
 }
 TOPOLOGIES = {"v5e:1x1": 1, "v5e:2x4": 8, "v5e:4x8": 32}
 PRECISIONS = ("bfloat16", "float32")
-KEY = ("precision", "topology", "model", "job", "contender")
 FIGURES = (
     "temp_bytes",
     "argument_bytes",
@@ -92,26 +92,10 @@ def _figures(row: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """Returns the rows that are there."""
-    if not path.is_file():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+def write(path: Path, rows: Iterable[Row]) -> None:
     """Writes rows in the order of the cases."""
     order = (PRECISIONS, tuple(TOPOLOGIES), (*WORKLOADS, "resnet152"), (*JOBS, *LARGE))
-
-    def place(row: Mapping[str, Any]) -> list[Any]:
-        ranks = [known.index(row[name]) for name, known in zip(KEY, order, strict=False)]
-        return [*ranks, row["contender"]]
-
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(sorted(rows, key=place))
+    write_rows(path, rows, COLUMNS, order)
 
 
 def table(rows: list[dict[str, str]]) -> list[str]:
@@ -140,19 +124,13 @@ def _cells(row: dict[str, str], plain: dict[str, str] | None) -> list[str]:
         row["bound"],
         f"{float(row['bytes_accessed']) / 1e9:.3g}",
         f"{float(row['temp_bytes']) / 2**20:,.0f}",
-        "-" if plain in (None, row) else _ratios(row, plain),
+        "-" if plain is None or plain == row else ratios(row, plain),
         f"{float(row['flops']) / 1e12:.3g}",
         f"{float(row['argument_bytes']) / 1e6:,.0f}",
         f"{row['all_reduces']}, {row['overlapped']} overlapping",
         f"{float(row['exchanged_bytes']) / 1e6:.1f}",
         row["largest"],
     ]
-
-
-def _ratios(row: dict[str, str], plain: dict[str, str] | None) -> str:
-    assert plain is not None
-    figures = [(float(row[name]), float(plain[name])) for name in ("bytes_accessed", "temp_bytes")]
-    return ", ".join(f"{one / other:.2f}" if other else "-" for one, other in figures)
 
 
 def document(rows: list[dict[str, str]]) -> str:
@@ -193,11 +171,7 @@ def main() -> None:
     cases = list(itertools.product(*sides))
     cases += [("bfloat16", "v5e:2x4", "resnet152", name) for name in chosen.large]
     path = chosen.out.with_suffix(".csv")
-    for case in cases:
-        rows: list[Mapping[str, Any]] = [*read(path)]
-        if any(tuple(row[name] for name in KEY[:4]) == case for row in rows):
-            continue
-        write(path, [*rows, *compile_rows(case)])
+    for case, _ in compile_missing(path, cases, compile_rows, write):
         print(" ".join(case), flush=True)
     chosen.out.with_suffix(".md").write_text(document(read(path)))
 

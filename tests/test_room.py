@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.tree_util import Partial
 
 from bmjax import fit
 from bmjax.config import DeviceConfig, OptimConfig
@@ -33,9 +34,8 @@ def needed(room_of_device, **layout):
     parallel = Parallel("jit", jax.devices(), **layout)
     moments = {"mu": WEIGHT, "nu": WEIGHT}
     key = jax.eval_shape(lambda: jax.random.key(0))
-    step = jax.ShapeDtypeStruct((), jnp.int32)
-    state = TrainState(step, {"kernel": WEIGHT}, {}, moments, key)
-    return room.least_memory(parallel, state, loss_fn, ARRAYS, BATCH, room_of_device)
+    state = TrainState(jnp.int32(0), {"kernel": WEIGHT}, {}, moments, key)
+    return room.least_memory(parallel, state, Partial(loss_fn), ARRAYS, BATCH, room_of_device)
 
 
 def test_bytes_are_counted_by_kind_and_layout():

@@ -1,9 +1,11 @@
 """State divided over devices: the same losses, a part of the memory, the same checkpoints."""
 
 import dataclasses
+from typing import Any
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -15,7 +17,7 @@ from bmjax.machine.parallel import Parallel, make_parallel
 from bmjax.train import sharded
 from bmjax.train.step import TrainState
 
-LAYOUTS = {
+LAYOUTS: dict[str, dict[str, Any]] = {
     "state": {"shard_state": True},
     "params over 2": {"shard_params": 2},
     "params over 8": {"shard_params": 8},
@@ -81,7 +83,7 @@ def test_a_device_holds_a_part():
     parallel = Parallel("jit", jax.devices(), shard_state=True, shard_params=2)
     leaf = np.zeros((3, 64), np.float32)
     moments = {"mu": leaf, "small": np.zeros(7, np.float32)}
-    state = TrainState(np.int32(0), {"kernel": leaf}, {}, moments, jax.random.key(0))
+    state = TrainState(jnp.int32(0), {"kernel": leaf}, {}, moments, jax.random.key(0))
     put = sharded.put_state(parallel, state)
     assert put.params["kernel"].addressable_shards[0].data.shape == (3, 32)
     assert put.opt_state["mu"].addressable_shards[0].data.shape == (3, 8)

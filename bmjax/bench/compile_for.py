@@ -59,11 +59,14 @@ def bench_compiled(config: BenchConfig) -> dict[str, Any]:
         )
     first = topology.devices[0]
     workload = Workload.of(with_precision(config, find(config.model), device=first))
-    rows, room = [], _per_device(topology.chip).memory_bytes
+    rows: list[dict[str, Any]] = []
+    own: dict[str, dict[str, Any]] = {
+        "bmjax": {"config": config, "room": _per_device(topology.chip).memory_bytes}
+    }
     for job in jobs:
         for name in names:
             if does(name, job):
-                contender = CONTENDERS[name](workload, topology.devices, config=config, room=room)
+                contender = CONTENDERS[name](workload, topology.devices, **own.get(name, {}))
                 with stage(f"compiling {job} by {contender.name} for {topology.name}"):
                     begin = time.monotonic()
                     compiled = _compile(contender, job, topology)

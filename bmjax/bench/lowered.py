@@ -57,6 +57,8 @@ class Bmjax:
         workload: the model and its images.
         devices: that would run them.
         platform: whose lowering they take, such as `cuda`; None: that of the devices.
+        config: the optimizer, and what saves memory.
+        room: bytes of a device's memory; 0: it is not known.
     """
 
     name = "bmjax"
@@ -69,7 +71,7 @@ class Bmjax:
         config: BenchConfig | None = None,
         room: int = 0,
     ):
-        self._room = room  # bytes of a device's memory, if known
+        self._room = room
         self._platform, self._config = platform, config or BenchConfig()
         self._workload, self._shape = workload, workload.image_shape
         shards = self._config.shard_state, self._config.shard_params
@@ -131,10 +133,7 @@ class Bmjax:
         )
         totals = zero_totals(_without_shapes(loss_fn), state, shape)
         functions = (view, loss_fn, NO_SCHEDULE)
-        if self._parallel.divides_state:
-            state = sharded.outline(self._parallel, state)
-        else:
-            state = self._everywhere(state)
+        state = sharded.outline(self._parallel, state)
         held = map(self._everywhere, (totals, functions))
         arrays = self._arrays(job)
         self._check_room(state, _without_shapes(loss_fn), arrays)
@@ -171,15 +170,7 @@ class Linen:
 
     name = "plain Linen"
 
-    def __init__(
-        self,
-        workload: Workload,
-        devices: Sequence[jax.Device],
-        platform: str | None = None,
-        config: BenchConfig | None = None,
-        room: int = 0,
-    ):
-        del platform, config, room
+    def __init__(self, workload: Workload, devices: Sequence[jax.Device]):
         self._workload, self._shape, self._devices = workload, workload.image_shape, devices
         self._model = plain_model(workload.model, DTYPES[workload.precision])
 
@@ -252,19 +243,15 @@ def _lower(compiled: Any, *arguments: Any, platform: str | None) -> Lowered:
 
 
 CONTENDERS: dict[str, type[Bmjax] | type[Linen]] = {"bmjax": Bmjax, "linen": Linen}
-JOBS = (
-    "training",
+# Kinds of training that plain Linen has no counterpart of.
+OF_BMJAX_ALONE = (
     "random views",
     "affine views",
     "streamed",
     "divided data",
     "device statistics",
-    "distillation",
-    "evaluation",
-    "prediction",
 )
-# Kinds of training that plain Linen has no counterpart of.
-OF_BMJAX_ALONE = JOBS[1:6]
+JOBS = ("training", *OF_BMJAX_ALONE, "distillation", "evaluation", "prediction")
 
 
 def does(contender: str, job: str) -> bool:

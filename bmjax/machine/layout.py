@@ -46,19 +46,18 @@ def layout_of(tree: Any, mesh: Mesh, axes: tuple[str, ...]) -> Any:
     return jax.tree.map(of_leaf, tree)
 
 
-def bytes_of(tree: Any, layout: Any = None) -> int:
+def bytes_of(tree: Any, layout: Any) -> int:
     """Returns the bytes that arrays take of one device.
 
     Args:
         tree: of arrays, or of what has their `shape` and `dtype`.
-        layout: a sharding for each; None: all lie on each device.
+        layout: a sharding for each.
     """
 
-    def of_leaf(leaf: Any, sharding: Any = None) -> int:
-        shape = sharding.shard_shape(leaf.shape) if sharding is not None else leaf.shape
+    def of_leaf(leaf: Any, sharding: Any) -> int:
+        shape = sharding.shard_shape(leaf.shape)
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             return 16 * math.prod(shape)
         return int(math.prod(shape)) * leaf.dtype.itemsize
 
-    sizes = jax.tree.map(of_leaf, tree) if layout is None else jax.tree.map(of_leaf, tree, layout)
-    return sum(jax.tree.leaves(sizes))
+    return sum(jax.tree.leaves(jax.tree.map(of_leaf, tree, layout)))

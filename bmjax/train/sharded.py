@@ -39,8 +39,6 @@ def state_layout(parallel: Parallel, state: TrainState) -> TrainState:
 
 def outline(parallel: Parallel, state: TrainState) -> TrainState:
     """Returns shapes and types of a state as it lies on the devices, see `put_state`."""
-    if not parallel.divides_state:
-        return state
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         state,
