@@ -63,11 +63,10 @@ def test_so_are_they_with_batch_statistics_and_a_resumption(
 ):
     def run(name, epochs, resume=False, **device):
         config = settings(small, tmp_path, name, "resnet_tiny", **device)
-        # By the statistics of two examples a last digit of the norm would grow to percents.
-        optim = dataclasses.replace(config.optim, clip_norm=None)
         again = dataclasses.replace(config.run, resume=resume)
+        # By the statistics of two examples on each device a last digit would grow to percents.
         config = dataclasses.replace(
-            config, epochs=epochs, batch_statistics=statistics, run=again, optim=optim
+            config, epochs=epochs, batch_size=48, batch_statistics=statistics, run=again
         )
         return fit(config, shapes, console=quiet)[1]
 
@@ -76,7 +75,7 @@ def test_so_are_they_with_batch_statistics_and_a_resumption(
     run("run", 1, **LAYOUTS["both"])
     history = run("run", 3, True, **LAYOUTS["state"])
     for got, whole in zip(history, expected, strict=True):
-        assert got["loss"] == pytest.approx(whole["loss"], rel=2e-4), got
+        assert got["loss"] == pytest.approx(whole["loss"], rel=2e-5), got
 
 
 def test_a_device_holds_a_part():
