@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import dataclasses
+import gc
 import os
 import shutil
 import sys
@@ -18,6 +19,8 @@ import pytest
 from rich.console import Console
 
 jax.config.update("jax_num_cpu_devices", 8)
+# Tracing makes many small objects, few of them garbage: looking for it so seldom saves a sixth.
+gc.set_threshold(50_000, 20, 50)
 # Compiling takes most of the tests' time, and half as long like this. Programs that tests start
 # optimise as always, and so do all tests with JAX_DISABLE_MOST_OPTIMIZATIONS=0.
 if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:

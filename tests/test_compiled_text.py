@@ -79,3 +79,18 @@ def test_a_program_without_a_loop_is_a_step():
     straight = TEXT[:begin].replace("%body", "ENTRY %body")
     assert [each.kind for each in read_step(straight).instructions][:2] == ["copy", "fusion"]
     assert read_step("").instructions == ()
+
+
+def test_a_loop_within_the_step_counts_once():
+    """As the one that exchanges images does: mostly it runs once."""
+    inner = """%inner (got: f32[64]) -> f32[64] {
+  %got = f32[64]{0:T(128)} parameter(0)
+  ROOT %all-to-all.1 = f32[64]{0:T(128)} all-to-all(%got), channel_id=3
+}
+
+"""
+    loop = "%while.2 = f32[64]{0:T(128)} while(%weights), condition=%sum, body=%inner\n  "
+    text = TEXT.replace("%body (", inner + "%body (").replace("%copy.1 = ", loop + "%copy.1 = ")
+    step = read_step(text)
+    assert step.collectives[0] == ("all-to-all", WEIGHTS, False)
+    assert len(step.instructions) == len(read_step(TEXT).instructions) + 1

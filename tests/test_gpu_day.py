@@ -62,13 +62,13 @@ def test_a_step_that_fails_tells_its_last_line_and_the_others_go_on(tmp_path):
 
 def test_a_step_has_a_limit_which_what_it_starts_has_too(tmp_path):
     there = tmp_path / "child"
-    child = f"import time; time.sleep(2); open({str(there)!r}, 'w')"
+    child = f"import time; time.sleep(1.5); open({str(there)!r}, 'w')"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
     begin = time.monotonic()
-    assert not work_through([step("slow", python(parent), seconds=0.5)], tmp_path / "out", "", 1)
-    assert time.monotonic() - begin < 2
+    assert not work_through([step("slow", python(parent), seconds=0.3)], tmp_path / "out", "", 1)
+    assert time.monotonic() - begin < 1.5
     assert results(tmp_path / "out")["slow"]["status"] == "stopped"
-    time.sleep(2.2)
+    time.sleep(1.7)
     assert not there.exists()
 
 

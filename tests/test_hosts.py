@@ -102,6 +102,7 @@ def assert_close(records, expected):
         assert one["accuracy"] == pytest.approx(other["accuracy"], abs=1e-9)
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_does(small, shapes, shapes_npz, quiet, tmp_path):
     config = dataclasses.replace(small, data=f"npz:{shapes_npz}")
     _, history = fit(config, console=quiet)

@@ -13,6 +13,7 @@ from bmjax.ops import onednn
 # arrays are divided over devices.
 OF_JAX = {"cu_threefry2x32_ffi", "Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape"}
 JOBS = ("training", "random views", "streamed", "device statistics", "evaluation", "prediction")
+SLOW = ("random views", "streamed")
 
 
 def targets(job, platform, model, devices=1):
@@ -24,7 +25,10 @@ def targets(job, platform, model, devices=1):
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 @pytest.mark.parametrize("model", ["cnn", "resnet_tiny"])
-@pytest.mark.parametrize("job", JOBS)
+@pytest.mark.parametrize(
+    "job",
+    [pytest.param(job, marks=pytest.mark.slow) if job in SLOW else job for job in JOBS],
+)
 def test_an_accelerator_calls_no_library_of_ours_and_no_host(job, model, platform):
     assert targets(job, platform, model) <= OF_JAX
 

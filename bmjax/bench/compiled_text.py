@@ -3,12 +3,13 @@
 The text of a program that is compiled for one kind of device has each instruction's result with its
 layout in that device's memory, such as `bf16[128,56,56,64]{0,3,2,1:T(8,128)(2,1)}`: the dimensions
 from the innermost out, and the tiles that the innermost are filled up to. Sizes are of memory, the
-filling included. Of the while loops the longest is the step; where there is none, the program is.
+filling included. Of the while loops the longest is the step, with the loops in it; where there is
+none, the program is.
 """
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -139,7 +140,7 @@ def read_step(text: str) -> Step:
     entry = re.search(r"^ENTRY %?([\w.\-]+)", text, re.MULTILINE)
     names = loops or ([entry[1]] if entry else [])
     longest = max(names, key=lambda name: len(computations[name]), default=None)
-    lines = computations[longest] if longest else []
+    lines = list(_through_loops(longest, computations)) if longest else []
     types = {line.name: line.result for line in lines}
     instructions = [
         Instruction(
@@ -156,6 +157,18 @@ def read_step(text: str) -> Step:
     ]
     transfers = len(_TO_HOST.findall(text))
     return Step(tuple(instructions), transfers, tuple(lines), computations)
+
+
+def _through_loops(name: str, computations: Mapping[str, Sequence[Line]]) -> Iterator[Line]:
+    """Yields a computation's lines, after each loop those of its body: once, however often it runs.
+
+    Loops within a step are few, such as the one that exchanges images, and mostly run once.
+    """
+    for line in computations[name]:
+        yield line
+        body = re.search(r"body=%([\w.\-]+)", line.attributes) if line.kind == "while" else None
+        if body and body[1] in computations:
+            yield from _through_loops(body[1], computations)
 
 
 def _computations(text: str) -> dict[str, list[Line]]:

@@ -29,6 +29,7 @@ from bmjax.config import AugmentConfig, OptimConfig, TrainConfig
 from bmjax.data import loader, preprocess
 from bmjax.data.preprocess import Normalization
 from bmjax.losses import logits as losses
+from bmjax.machine.jit import jit_for
 from bmjax.machine.parallel import Parallel
 from bmjax.machine.precision import in_precision
 from bmjax.models import contract
@@ -95,7 +96,9 @@ class Bmjax:
         self._arrays, self._done = put(data), 0
         self._variables = put(variables)
         self._images = put(jnp.asarray(normalized(data["image"][: workload.batch_size])))
-        self._apply = jax.jit(in_precision(partial(contract.apply, model), workload.precision))
+        self._apply = jit_for(
+            jax.local_devices()[0], partial(contract.apply, model), workload.precision
+        )
         flops = count_flops(self._apply, variables, self._images)
         self.flops = flops // workload.batch_size
 

@@ -30,9 +30,11 @@ from bmjax.config import AugmentConfig, BenchConfig
 from bmjax.data import loader
 from bmjax.data.feed import is_divided
 from bmjax.data.rows import Rows
+from bmjax.machine.jit import jit_for
 from bmjax.machine.parallel import AXIS, Parallel
 from bmjax.machine.precision import in_precision
 from bmjax.models import contract
+from bmjax.ops.target import tracing_for
 from bmjax.runs.inference import make_evaluate
 from bmjax.train import sharded
 from bmjax.train.compiled import make_train_steps, outline_of_batch, zero_totals
@@ -161,8 +163,10 @@ class Bmjax:
     def _prediction(self) -> Lowered:
         apply = partial(contract.apply, self._model)
         variables = _variables(partial(contract.init, self._model), self._shape)
-        devices = self._parallel.devices
-        return _lower_prediction(apply, variables, self._workload, devices, self._platform)
+        devices, precision = self._parallel.devices, self._workload.precision
+        along = _shardings(devices)[1]
+        compiled = jit_for(devices[0], apply, precision, out_shardings=along)
+        return _lower_prediction(compiled, variables, self._workload, devices, self._platform)
 
 
 class Linen:
@@ -178,7 +182,9 @@ class Linen:
         """Lowers one of `JOBS`."""
         variables = _variables(self._model.init, self._shape)
         if job in ("evaluation", "prediction"):
-            return _lower_prediction(self._model.apply, variables, self._workload, self._devices)
+            apply = in_precision(self._model.apply, self._workload.precision)
+            compiled = jax.jit(apply, out_shardings=_shardings(self._devices)[1])
+            return _lower_prediction(compiled, variables, self._workload, self._devices)
         teacher, held = None, None
         if job == "distillation":
             assert self._workload.teacher is not None
@@ -224,21 +230,23 @@ def _batch(workload: Workload, along: NamedSharding) -> tuple[Any, Any]:
 
 
 def _lower_prediction(
-    apply: Callable[..., Any],
+    compiled: Any,
     variables: Any,
     workload: Workload,
     devices: Sequence[jax.Device],
     platform: str | None = None,
 ) -> Lowered:
     everywhere, along = _shardings(devices)
-    compiled = jax.jit(in_precision(apply, workload.precision), out_shardings=along)
     images = _batch(workload, along)[0]
     return _lower(compiled, _divided(variables, everywhere), images, platform=platform)
 
 
 def _lower(compiled: Any, *arguments: Any, platform: str | None) -> Lowered:
-    platforms = (platform,) if platform else None
-    lowered: Lowered = compiled.trace(*arguments).lower(lowering_platforms=platforms)
+    if not platform:
+        own: Lowered = compiled.lower(*arguments)
+        return own
+    with tracing_for(platform):
+        lowered: Lowered = compiled.trace(*arguments).lower(lowering_platforms=(platform,))
     return lowered
 
 

@@ -16,8 +16,8 @@ from bmjax.config.checks import check_evaluate
 from bmjax.data.sources import HELD_OUT, SPLITS, Source
 from bmjax.errors import UserError
 from bmjax.machine.cache import use_compilation_cache
+from bmjax.machine.jit import jit_for
 from bmjax.machine.parallel import request_devices
-from bmjax.machine.precision import in_precision
 from bmjax.models import num_params
 from bmjax.runs.inference import logits_of_pixels
 from bmjax.runs.trained import Fitting, NoSplitError, TrainedRun, load_for, load_run
@@ -127,7 +127,7 @@ def measure(
 def inference_speed(trained: TrainedRun, source: Source, batch_size: int) -> float:
     """Times forward passes over one batch, already on one device; returns the median images/s."""
     apply = partial(logits_of_pixels, trained.model, trained.normalization)
-    predict = jax.jit(in_precision(apply, trained.run.config.precision))
+    predict = jit_for(jax.local_devices()[0], apply, trained.run.config.precision)
     variables = jax.device_put(trained.variables)
     number = min(batch_size, len(source))
     images = jax.device_put(np.stack([source[index]["image"] for index in range(number)]))

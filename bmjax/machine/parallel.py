@@ -8,6 +8,7 @@ and adds up by `axis_name`.
 
 import contextlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,10 +20,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from bmjax.config import DeviceConfig
 from bmjax.errors import UserError
 from bmjax.machine import hosts
-from bmjax.machine.compiler_settings import for_kind
+from bmjax.machine.exchange import take_divided
+from bmjax.machine.jit import jit_for
 from bmjax.machine.layout import layout_of
 from bmjax.machine.precision import in_precision
-from bmjax.machine.threads import compiler_options
 from bmjax.ops.target import traced_for
 
 AXIS = "devices"
@@ -199,7 +200,7 @@ class Parallel:
     def take(self, values: jax.Array, rows: jax.Array) -> jax.Array:
         """Inside a compiled function: takes a batch out of what `put_divided` gave.
 
-        Each device picks those rows that it holds, for all; then they are exchanged.
+        Each device sends each other one those rows that it holds, see `exchange`.
 
         Args:
             values: [examples, ...]; under pmap this device's part.
@@ -208,20 +209,15 @@ class Parallel:
         Returns:
             [batch, ...], divided as a batch is; under pmap this device's part.
         """
-
-        def exchange(own: jax.Array, rows: jax.Array) -> jax.Array:
-            place = rows - jax.lax.axis_index(self.axes) * len(own)
-            held = (place >= 0) & (place < len(own))
-            # Past the end, where zeros are.
-            found = own.at[jnp.where(held, place, len(own))].get(mode="fill", fill_value=0)
-            return jax.lax.psum_scatter(found, self.axes, tiled=True)
-
+        take = partial(take_divided, axes=self.axes)
         if self.axis_name:
-            return exchange(values, rows)
+            return take(values, rows)
         divided, whole = PartitionSpec(self.axes), PartitionSpec()
-        return jax.shard_map(
-            exchange, mesh=self.mesh, in_specs=(divided, whole), out_specs=divided
+        given = (divided, whole)
+        taken: jax.Array = jax.shard_map(
+            take, mesh=self.mesh, in_specs=given, out_specs=divided, check_vma=False
         )(values, rows)
+        return taken
 
     def get(self, tree: Any) -> Any:
         """Copies a tree back to the host, as numpy arrays that nothing else can change.
@@ -266,15 +262,16 @@ class Parallel:
         Returns:
             The compiled function; its results lie as `layout` says, or as those of `put`.
         """
-        function = in_precision(function, self.precision)
-        function = traced_for(function, self.devices[0].platform)
         if self.axis_name is None:
-            return jax.jit(
+            return jit_for(
+                self.devices[0],
                 function,
+                self.precision,
                 donate_argnums=donated,
                 out_shardings=self.everywhere if layout is None else layout,
-                compiler_options=compiler_options() | for_kind(self.devices[0].device_kind),
             )
+        function = in_precision(function, self.precision)
+        function = traced_for(function, self.devices[0].platform)
         compiled: dict[int, Callable[..., Any]] = {}
 
         def call(*arguments: Any) -> Any:

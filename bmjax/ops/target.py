@@ -26,11 +26,14 @@ def tracing_for(platform: str) -> Iterator[None]:
 
 
 def traced_for(function: Function, platform: str) -> Function:
-    """Returns a function that is traced for a platform, to be compiled from outside."""
+    """Returns a function that is traced for a platform, to be compiled from outside.
+
+    Within `tracing_for` it is traced for what that says.
+    """
 
     @functools.wraps(function)
     def within(*arguments: object, **named: object) -> object:
-        with tracing_for(platform):
+        with tracing_for(_platform.get() or platform):
             return function(*arguments, **named)
 
     return within  # type: ignore[return-value]

@@ -24,8 +24,8 @@ from bmjax.data.sources import SPLITS, Source
 from bmjax.errors import UserError, printable
 from bmjax.losses.table import LOSS_PARAMS
 from bmjax.machine import hosts
+from bmjax.machine.jit import jit_for
 from bmjax.machine.parallel import make_parallel
-from bmjax.machine.precision import in_precision
 from bmjax.metrics import summarize
 from bmjax.models import contract
 from bmjax.models.build import build_model
@@ -155,7 +155,7 @@ class TrainedRun:
             logits = logits_of_pixels(self.model, self.normalization, variables, images)
             return jax.nn.softmax(logits.astype(jnp.float32))
 
-        compiled = jax.jit(in_precision(probabilities, self.run.config.precision))
+        compiled = jit_for(jax.local_devices()[0], probabilities, self.run.config.precision)
         return functools.partial(compiled, variables)
 
     def evaluate(self, dataset: Any, split: str = "test") -> dict[str, Any]:
