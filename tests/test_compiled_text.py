@@ -1,7 +1,7 @@
 # ruff: noqa: E501
 import pytest
 
-from bmjax.bench.compiled_text import read_step, size_of
+from bmjax.bench.compiled_text import Collective, read_step, size_of
 
 TEXT = """HloModule jit_steps, is_scheduled=true
 
@@ -94,3 +94,18 @@ def test_a_loop_within_the_step_counts_once():
     step = read_step(text)
     assert step.collectives[0] == ("all-to-all", WEIGHTS, False)
     assert len(step.instructions) == len(read_step(TEXT).instructions) + 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "held", "expected"),
+    # Eight devices, each with 8 MB of its own, and after it all, or 1 MB of it.
+    [
+        ("all-reduce", 8e6, 14e6),
+        ("reduce-scatter", 1e6, 7e6),
+        ("all-gather", 64e6, 56e6),
+        ("all-to-all", 8e6, 7e6),
+        ("collective-permute", 8e6, 8e6),
+    ],
+)
+def test_what_a_device_sends(kind, held, expected):
+    assert Collective(kind, int(held), False).sent(8) == expected

@@ -170,8 +170,7 @@ def _row(compiled: Compiled, topology: Topology, workload: Workload) -> dict[str
         "memory": counted["bytes_accessed"] / chip.bytes_per_second,
         # What was not counted bounds nothing.
         "compute": (counted["flops"] or 0) / chip.flops_per_second,
-        # A ring passes on each part twice: to add up, and to tell the sum.
-        "links": 2 * (number - 1) / number * exchanged / chip.link_bytes_per_second,
+        "links": sum(each.sent(number) for each in step.collectives) / chip.link_bytes_per_second,
     }
     bound = max(seconds, key=lambda name: seconds[name])
     return {

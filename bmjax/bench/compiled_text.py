@@ -74,6 +74,21 @@ class Collective(NamedTuple):
     bytes: int
     overlapped: bool
 
+    def sent(self, devices: int) -> float:
+        """Returns the bytes that each device sends, the best that a ring or a mesh can do.
+
+        Args:
+            devices: how many take part.
+        """
+        others = devices - 1
+        if self.kind == "all-reduce":  # once to add up, once to tell the sum
+            return 2 * self.bytes * others / devices
+        if self.kind == "reduce-scatter":  # the result is one part
+            return float(self.bytes * others)
+        if self.kind == "collective-permute":
+            return float(self.bytes)
+        return self.bytes * others / devices  # of a gathered or an exchanged whole all but its own
+
 
 @dataclass(frozen=True)
 class Step:
