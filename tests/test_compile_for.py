@@ -131,3 +131,15 @@ def test_divided_data_take_a_part_of_the_memory_of_each_chip():
     row = compile_for._row(compiled, topology, workload)
     # 8 GB of images, an eighth of them; beside them labels and the state, on each.
     assert 1.0e9 <= row["argument_bytes"] <= 1.1e9
+
+
+@needs_compiler
+def test_with_own_statistics_a_step_adds_up_twice_at_most(monkeypatch):
+    """Images of divided data are exchanged besides, by the pair: nothing is added up for them."""
+    monkeypatch.setattr(feed, "DIVIDED_FROM_BYTES", 1)
+    workload = Workload("resnet_tiny", 32, 1024, "bfloat16")
+    topology = find_topology(TOPOLOGY)
+    compiled = compile_elsewhere(Bmjax(workload, topology.devices).lower("device statistics"))
+    row = compile_for._row(compiled, topology, workload)
+    assert row["all_reduces"] <= 2
+    assert [each["kind"] for each in row["collectives"]].count("all-to-all") == 1
