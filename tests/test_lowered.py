@@ -16,9 +16,9 @@ JOBS = ("training", "random views", "streamed", "device statistics", "evaluation
 SLOW = ("random views", "streamed")
 
 
-def targets(job, platform, model, devices=1):
+def targets(job, platform, model, devices=1, teacher=None):
     """Returns the custom calls of a program in StableHLO."""
-    workload = Workload(model, 32, 16, "bfloat16")
+    workload = Workload(model, 32, 16, "bfloat16", teacher)
     lowered = Bmjax(workload, jax.devices()[:devices], platform).lower(job)
     return set(re.findall(r"stablehlo\.custom_call @(\w+)", lowered.as_text()))
 
@@ -36,6 +36,12 @@ def test_an_accelerator_calls_no_library_of_ours_and_no_host(job, model, platfor
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 def test_nor_do_several(platform):
     assert targets("training", platform, "resnet_tiny", devices=8) <= OF_JAX
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_nor_does_a_student_with_a_teacher(platform):
+    assert targets("distillation", platform, "resnet_tiny", teacher="cnn") <= OF_JAX
 
 
 @pytest.mark.skipif(onednn.library() is None, reason="oneDNN is not installed")

@@ -12,7 +12,7 @@ from bmjax.models import create_model
 from bmjax.ops import recomputed
 from bmjax.ops.convolution import Pending, convolve, make_pending
 from bmjax.ops.fused_convolution import finish, finish_rounded
-from bmjax.ops.recomputed import Source, activate, computed
+from bmjax.ops.recomputed import Source, activate, computed, prepared_again
 from bmjax.ops.target import tracing_for
 
 SIDES = ((1, 1), (1, 1))
@@ -175,3 +175,19 @@ def test_a_convolution_of_plain_images_is_as_ever():
     assert isinstance(pending, Pending)
     np.testing.assert_array_equal(computed(pending), pending.compute())
     assert computed(images) is images
+
+
+def test_images_are_prepared_again_for_a_second_model_on_a_tpu():
+    def two_models(images):
+        first = jnp.sum((images / 255) ** 2)
+        again, first = prepared_again(images, first)
+        return first + jnp.sum((again / 255) ** 3)
+
+    values = draw(2, 4)
+    plain = jax.make_jaxpr(two_models)(values)
+    with tracing_for("tpu"):
+        divided = jax.make_jaxpr(lambda images: two_models(images))(values)
+        result = two_models(values)
+    assert "optimization_barrier" not in str(plain)
+    assert "optimization_barrier" in str(divided)
+    assert result == two_models(values)

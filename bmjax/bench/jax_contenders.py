@@ -34,6 +34,7 @@ from bmjax.machine.parallel import Parallel
 from bmjax.machine.precision import in_precision
 from bmjax.models import contract
 from bmjax.models.build import build_model
+from bmjax.ops.recomputed import prepared_again
 from bmjax.train.apply import apply_train
 from bmjax.train.compiled import make_train_steps, zero_totals
 from bmjax.train.optim import make_optimizer
@@ -130,9 +131,10 @@ def distillation_loss(
     key: Array,
 ) -> tuple[Array, tuple[Any, dict[str, Array]]]:
     """The loss per example with an asked teacher, whose variables are `held`; see `LossFn`."""
-    images = preprocess.normalize(batch["image"], normalization)
+    taught = contract.apply(teacher, held, preprocess.normalize(batch["image"], normalization))
+    image, taught = prepared_again(batch["image"], taught)
+    images = preprocess.normalize(image, normalization)
     logits, batch_stats = apply_train(model, params, batch_stats, images, batch["mask"], key)
-    taught = contract.apply(teacher, held, images)
     return _mixed(logits, taught, batch["label"]), (batch_stats, {})
 
 

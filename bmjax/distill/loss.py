@@ -16,6 +16,7 @@ from bmjax.distill.feature_matching import Matching, feature_shapes, match
 from bmjax.distill.teacher_cache import TEACHER_LOGITS, logits_of_batch
 from bmjax.errors import UserError
 from bmjax.losses.table import DISTILLATION_LOSSES, LOSS_PARAMS, DistillationLoss
+from bmjax.ops.recomputed import prepared_again
 from bmjax.runs.inference import predict_features, predict_logits
 from bmjax.runs.trained import TrainedRun
 from bmjax.train.apply import apply_with_features
@@ -141,8 +142,9 @@ def distillation_loss(
         batch: Batch,
         key: Array,
     ) -> tuple[Array, tuple[Any, dict[str, Array]]]:
-        teacher_logits = lax.stop_gradient(teacher_logits)
-        images = preprocess.normalize(batch["image"], normalization, dtype)
+        asked = lax.stop_gradient((teacher_logits, known))
+        image, (teacher_logits, known) = prepared_again(batch["image"], asked)
+        images = preprocess.normalize(image, normalization, dtype)
         logits, batch_stats, features = apply_with_features(
             model, params, batch_stats, images, batch["mask"], ours, key
         )

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.interpreters import ad, mlir
 
-from bmjax.ops import convolution
+from bmjax.ops import convolution, target
 from bmjax.ops.channels import normalize_by
 from bmjax.ops.composite import make_primitive
 from bmjax.ops.fused_convolution import finish, finish_rounded
@@ -85,6 +85,23 @@ def activate(
     """
     given = [values] if shortcut is None else [values, shortcut]
     return _activate.bind(*given, *(source or ()), numbers=len(given))
+
+
+def prepared_again(images: Array, after: Any) -> tuple[Array, Any]:
+    """Returns both; on a TPU what is made of the images is made anew once `after` is there.
+
+    Two models that see the same images share what is made of them. On a TPU that is written to
+    memory while the first one computes, and read back for the second: making it anew costs less.
+    Elsewhere nothing changes.
+
+    Args:
+        images: that both see.
+        after: of the first, constants: no derivative passes.
+    """
+    if target.platform() != "tpu":
+        return images, after
+    images, after = lax.optimization_barrier((images, after))
+    return images, after
 
 
 def computed(values: Array | convolution.Pending) -> Array:
