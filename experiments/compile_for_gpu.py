@@ -67,7 +67,7 @@ CHECKED = {"models": ["cnn", "resnet18"], "jobs": ["training"], "precisions": ["
 TOLERANCE = 0.05
 
 
-def compile_rows(case: tuple[str, ...], contenders: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+def compile_rows(case: tuple[str, ...], contenders: tuple[str, ...]) -> list[dict[str, Any]]:
     """Compiles a precision, topology, model and job; returns a row for each contender."""
     precision, topology, model, job = case
     side, images, teacher = WORKLOADS[model]

@@ -59,12 +59,12 @@ LARGE: dict[str, dict[str, Any]] = {
 }
 
 
-def compile_rows(case: tuple[str, ...], contenders: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+def compile_rows(case: tuple[str, ...], contenders: tuple[str, ...]) -> list[dict[str, Any]]:
     """Compiles a precision, topology, model and job; returns a row for each contender."""
     precision, topology, model, job = case
     named: Any = precision
     if job in LARGE:
-        batch, contenders = 2048, ("bmjax",)
+        batch = 2048
         config = BenchConfig(model, 224, batch, named, optimizer="adamw", **LARGE[job])
         job = "streamed"
     else:

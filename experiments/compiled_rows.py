@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bmjax.bench.lowered import CONTENDERS, JOBS, does
+
 # What tells one row from another; all but the contender are a case.
 KEY = ("precision", "topology", "model", "job", "contender")
 Row = Mapping[str, Any]
@@ -43,17 +45,31 @@ def write(
 def compile_missing(
     path: Path,
     cases: Iterable[tuple[str, ...]],
-    compile_rows: Callable[[tuple[str, ...]], list[dict[str, Any]]],
+    compile_rows: Callable[[tuple[str, ...], tuple[str, ...]], list[dict[str, Any]]],
     write_rows: Callable[[Path, Iterable[Row]], None],
 ) -> Iterator[tuple[tuple[str, ...], list[dict[str, Any]]]]:
-    """Compiles the cases that a file has no row of, and keeps each as it comes; yields them.
+    """Compiles the rows that a file lacks, and keeps those of a case as they come; yields them.
 
     The file is read again before each is added: another process may add some, too.
+
+    Args:
+        path: of the file.
+        cases: of whose rows.
+        compile_rows: makes those of a case by contenders, named as in `lowered.CONTENDERS`.
+        write_rows: writes all to a file.
     """
     for case in cases:
-        if any(tuple(row[name] for name in KEY[:4]) == case for row in read(path)):
+        job, there = case[3], {tuple(row[name] for name in KEY) for row in read(path)}
+        missing = tuple(
+            name
+            for name, contender in CONTENDERS.items()
+            # Other names than those of jobs are of programs of bmjax alone.
+            if does(name, job if job in JOBS else "streamed")
+            and (*case, contender.name) not in there
+        )
+        if not missing:
             continue
-        made = compile_rows(case)
+        made = compile_rows(case, missing)
         write_rows(path, [*read(path), *made])
         yield case, made
 
