@@ -28,8 +28,8 @@ import numpy as np
 jax.config.update("jax_num_cpu_devices", 8)
 
 from bmjax.bench import collectives  # noqa: E402
-from bmjax.bench.workload import count_flops  # noqa: E402
 from bmjax.models import create_model, num_params  # noqa: E402
+from bmjax.models.flops import count_flops  # noqa: E402
 
 NUMBERS = (1, 8, 64, 512)
 SMALL = 2048  # elements; no kernel of a convolution has fewer

@@ -10,9 +10,10 @@ import pytest
 
 from bmjax.bench import jax_contenders, timing
 from bmjax.bench.run import bench
-from bmjax.bench.workload import Workload, count_flops, normalized
+from bmjax.bench.workload import Workload, normalized
 from bmjax.config import BenchConfig
 from bmjax.errors import UserError
+from bmjax.models.flops import count_flops
 
 TINY = Workload("mlp", 4, 8)
 

@@ -254,7 +254,7 @@ def test_every_flag_has_a_help_text(capsys, monkeypatch, command):
     for name in names:
         flag = "--import" if name == "imports" else f"--{name.replace('_', '-')}"
         line = next((line for line in shown.splitlines() if flag in line), None)
-        assert line is not None or name in ("path", "images"), f"{flag} is not shown"
+        assert line is not None or name in ("path", "other", "images"), f"{flag} is not shown"
         assert f"{name}:" in documentation(kind), f"{flag} has no help text"
     assert "(default: " in shown
 

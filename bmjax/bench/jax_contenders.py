@@ -21,7 +21,6 @@ from bmjax.bench.workload import (
     NUM_CLASSES,
     TEMPERATURE,
     Workload,
-    count_flops,
     normalized,
     pixel_normalization,
 )
@@ -34,6 +33,7 @@ from bmjax.machine.parallel import Parallel
 from bmjax.machine.precision import in_precision
 from bmjax.models import contract
 from bmjax.models.build import build_model
+from bmjax.models.flops import count_flops
 from bmjax.ops.recomputed import prepared_again
 from bmjax.train.apply import apply_train
 from bmjax.train.compiled import make_train_steps, zero_totals

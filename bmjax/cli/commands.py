@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from bmjax.cli.tables import as_json, print_message, show_distillation, show_doctor, show_evaluation
+from bmjax.cli.tables import (
+    as_json,
+    print_message,
+    show_comparison,
+    show_distillation,
+    show_doctor,
+    show_evaluation,
+)
 from bmjax.config import (
     BenchConfig,
     ConvertConfig,
@@ -105,12 +112,26 @@ def _explain_loss(config: DistillConfig) -> None:
 def _evaluate(config: EvaluateConfig) -> None:
     from bmjax.evaluate.measure import evaluate
 
+    if config.other:
+        _compare(config)
+        return
     result = evaluate(config)
     _show_warnings(result)
     if config.json:
         print(as_json(result))
         return
     show_evaluation(result, config.checkpoint, Console())
+
+
+def _compare(config: EvaluateConfig) -> None:
+    from bmjax.evaluate.compare import compare
+
+    result = compare(config)
+    _show_warnings(result)
+    if config.json:
+        print(as_json(result))
+    else:
+        show_comparison(result, Console())
 
 
 def _predict(config: PredictConfig) -> None:

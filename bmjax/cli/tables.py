@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from rich import box
@@ -15,6 +16,9 @@ from bmjax.errors import printable
 
 # Classes that a terminal has the width for.
 _LARGEST_MATRIX = 20
+# Images that a terminal names, of each run; --json has more.
+_NAMED = 5
+_ALONE = ("first_alone", "second_alone")
 
 
 def show_distillation(result: dict[str, Any], config: DistillConfig, console: Console) -> None:
@@ -61,28 +65,111 @@ def show_evaluation(result: dict[str, Any], checkpoint: str, console: Console) -
     for name, value in {
         "images": f"{result['examples']:,}",
         "loss (nats)": f"{result['loss']:.4f}",
-        "top-1 accuracy": f"{result['accuracy']:.2%}",
+        "top-1 accuracy": _with_interval(result["accuracy"], result["accuracy_interval"]),
         "top-5 accuracy": f"{result['top5_accuracy']:.2%}",
         "macro F1": f"{result['macro_f1']:.4f}",
+        "worst class": _worst_class(result),
+        "Brier score (0 to 2)": f"{result['brier_score']:.4f}",
         "expected calibration error": f"{result['expected_calibration_error']:.2%}",
-        "parameters": f"{result['parameters']:,}",
+        "with bins of equal mass": f"{result['adaptive_calibration_error']:.2%}",
+        "class by class": f"{result['classwise_calibration_error']:.2%}",
+        "risk-coverage area": f"{result['risk_coverage_area']:.4f}",
+        "parameters": f"{result['parameters']:,}, {result['model_bytes'] / 1e6:,.2f} MB",
+        "FLOPs of an image": f"{result['flops_per_image'] / 1e6:,.2f} million",
         "inference images/s": f"{result['inference_images_per_second']:,.0f}",
+        "latency of one image": "{p50:.2f} ms, p95 {p95:.2f} ms".format_map(result["latency_ms"]),
         "checkpoint": f"{checkpoint}, step {result['checkpoint_step']:,}",
     }.items():
         summary.add_row(name, value)
     console.print(summary)
+    if "splits" in result:
+        _show_splits(result["splits"], console)
     _show_classes(result, console)
+
+
+def _with_interval(share: float, interval: Sequence[float]) -> str:
+    low, high = (100 * end for end in interval)
+    return f"{share:.2%} ({low:.1f} to {high:.1f})"
+
+
+def _worst_class(result: dict[str, Any]) -> str:
+    number = result["class_names"].index(result["worst_class"])
+    recall, interval = result["recall"][number], result["recall_intervals"][number]
+    name = escape(printable(result["worst_class"]))
+    return f"{name}: {_with_interval(recall, interval)}"
+
+
+def _show_splits(splits: dict[str, dict[str, Any]], console: Console) -> None:
+    table = Table(title="by split; intervals of 95%", box=box.SIMPLE)
+    for heading in ("split", "images", "accuracy", "loss", "gap to train, points"):
+        table.add_column(heading, justify="left" if heading == "split" else "right")
+    for name, row in splits.items():
+        gap = "-"
+        if "gap" in row:
+            low, high = row["gap_interval"]
+            gap = f"{100 * row['gap']:+.2f} ({100 * low:+.1f} to {100 * high:+.1f})"
+        accuracy = _with_interval(row["accuracy"], row["accuracy_interval"])
+        table.add_row(name, f"{row['examples']:,}", accuracy, f"{row['loss']:.4f}", gap)
+    console.print(table)
+
+
+def show_comparison(result: dict[str, Any], console: Console) -> None:
+    """Shows what `compare.compare` returned."""
+    first, second = result["runs"]
+    table = Table(title=escape(f"{result['data']}, {result['split']}"))
+    table.add_column(f"{result['examples']:,} images")
+    for row in (first, second):
+        table.add_column(escape(printable(row["path"])), justify="right")
+    for name, show in {
+        "model": lambda row: row["model"],
+        "accuracy": lambda row: _with_interval(row["accuracy"], row["accuracy_interval"]),
+        "loss (nats)": lambda row: f"{row['loss']:.4f}",
+        "Brier score (0 to 2)": lambda row: f"{row['brier_score']:.4f}",
+        "expected calibration error": lambda row: f"{row['expected_calibration_error']:.2%}",
+        "macro F1": lambda row: f"{row['macro_f1']:.4f}",
+        "parameters": lambda row: f"{row['parameters']:,}",
+        "FLOPs of an image": lambda row: f"{row['flops_per_image'] / 1e6:,.2f} million",
+        "right alone": lambda row: f"{result[_ALONE[row is second]]:,}",
+    }.items():
+        table.add_row(name, escape(show(first)), escape(show(second)))
+    console.print(table)
+    _show_difference(result, console)
+    for key, row in zip(_ALONE, (first, second), strict=True):
+        for each in result[f"{key}_images"][:_NAMED]:
+            console.print(
+                f"{row['path']} alone is right: {each['image']} is {each['class']}; "
+                f"{each['first']} and {each['second']} were said",
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
+            )
+
+
+def _show_difference(result: dict[str, Any], console: Console) -> None:
+    low, high = (100 * end for end in result["accuracy_difference_interval"])
+    points, chance = 100 * result["accuracy_difference"], result["mcnemar_p"]
+    verdict = "neither is better, as far as these images tell"
+    if chance < 0.05:
+        verdict = f"the {'first' if points > 0 else 'second'} is better, beyond chance"
+    console.print(
+        f"{points:+.2f} points of accuracy, first less second ({low:+.2f} to {high:+.2f}, paired "
+        f"bootstrap; McNemar's p {chance:.2g}): {verdict}",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _show_classes(result: dict[str, Any], console: Console) -> None:
     names = [escape(printable(name)) for name in result["class_names"]]
     table = Table(title="by class", box=box.SIMPLE)
-    for heading in ("class", "precision", "recall", "F1"):
+    for heading in ("class", "precision", "recall", "95%", "F1"):
         table.add_column(heading, justify="left" if heading == "class" else "right")
     absent = set(result["absent_classes"])
     for index, name in enumerate(names):
         ratios = [f"{result[key][index]:.3f}" for key in ("precision", "recall", "f1")]
-        table.add_row(name, *(["-"] * 3 if result["class_names"][index] in absent else ratios))
+        low, high = result["recall_intervals"][index]
+        ratios.insert(2, f"{low:.3f} to {high:.3f}")
+        table.add_row(name, *(["-"] * 4 if result["class_names"][index] in absent else ratios))
     console.print(table)
     if len(names) > _LARGEST_MATRIX:
         console.print(f"the confusion matrix of {len(names)} classes is in --json")

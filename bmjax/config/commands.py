@@ -14,8 +14,12 @@ from bmjax.config.training import DeviceConfig, Imports, Precision
 class EvaluateConfig:
     """Measure a run on a split: loss, accuracy, calibration, errors by class, speed.
 
+    Or two runs on the same images: which is better, whether that is more than chance, and where
+    each is right alone.
+
     Attributes:
         path: Folder of the run.
+        other: Folder of another run, which it is compared with.
         data: Dataset to measure on; none given: the run's own.
         image_size: Side in pixels that images are resized to; none given: the run's.
         split: Part of the dataset.
@@ -30,6 +34,7 @@ class EvaluateConfig:
     """
 
     path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    other: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="RUN2")] = None
     data: str | None = None
     image_size: int | None = None
     split: Literal["train", "validation", "test", "all"] = "test"
@@ -42,7 +47,7 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         """Reads 0 and an empty word as not given."""
-        unset(self, data="", image_size=0)
+        unset(self, other="", data="", image_size=0)
 
 
 @dataclass(frozen=True)

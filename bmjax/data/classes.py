@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from bmjax.data.sources import ArraySource, Dataset, NotLoaded, Source
+from bmjax.data.sources import ArraySource, Dataset, NotLoaded, Source, name_of
 from bmjax.errors import UserError
 
 _NAMED = 10
@@ -199,3 +199,7 @@ class RelabelledSource:
     def wide_image(self, index: int) -> np.ndarray:
         """Returns the image with its margin, where there is one."""
         return self.source.wide_image(index)
+
+    def name(self, index: int) -> str:
+        """See `sources.name_of`."""
+        return name_of(self.source, index)

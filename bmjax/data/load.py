@@ -15,6 +15,7 @@ from bmjax.data.sources import (
     NotLoaded,
     Source,
     all_images,
+    names_of,
 )
 
 
@@ -93,7 +94,8 @@ def resized(dataset: Dataset, size: int) -> Dataset:
         return dataset
 
     def resize(source: Source) -> ArraySource:
-        return ArraySource(preprocess.resize_all(all_images(source), size), source.labels)
+        images = preprocess.resize_all(all_images(source), size)
+        return ArraySource(images, source.labels, names=names_of(source))
 
     train, validation, test = (resize(dataset.split(name)) for name in SPLITS)
     return Dataset(dataset.name, train, validation, test, dataset.class_names)
@@ -110,7 +112,8 @@ def with_channels(dataset: Dataset, channels: int) -> Dataset:
     def repeat(source: Source) -> Source:
         if isinstance(source, NotLoaded):
             return replace(source, image_shape=(*source.image_shape[:2], 3))
-        return ArraySource(np.repeat(all_images(source), 3, axis=-1), source.labels)
+        images = np.repeat(all_images(source), 3, axis=-1)
+        return ArraySource(images, source.labels, names=names_of(source))
 
     train, validation, test = (repeat(dataset.split(name)) for name in SPLITS)
     return replace(dataset, train=train, validation=validation, test=test)

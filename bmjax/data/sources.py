@@ -50,11 +50,13 @@ class ArraySource:
         wide: the same images with the margin that random views are cut from, [examples, larger
             height, larger width, channels] uint8; None where there is no margin. `images` may be
             a view of its middle.
+        names: what messages call each; None where they have no names.
     """
 
     images: np.ndarray
     labels: np.ndarray
     wide: np.ndarray | None = None
+    names: Sequence[str] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -74,6 +76,10 @@ class ArraySource:
     def wide_image(self, index: int) -> np.ndarray:
         """Returns the image with its margin, where there is one."""
         return (self.images if self.wide is None else self.wide)[index]
+
+    def name(self, index: int) -> str:
+        """See `name_of`."""
+        return f"#{index}" if self.names is None else self.names[index]
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,6 +218,20 @@ def _checked_source(images: Any, labels: Any, split: str, name: str) -> ArraySou
     return ArraySource(images, checked_labels(labels, len(images), f"{name}: labels of {split}"))
 
 
+def name_of(source: Source, index: int) -> str:
+    """Returns what an example is called: its file, fit to be printed, or its number."""
+    # A user's own source need not know names.
+    name = getattr(source, "name", None)
+    return str(name(index)) if callable(name) else f"#{index}"
+
+
+def names_of(source: Source) -> list[str] | None:
+    """Returns the names of all examples; None where they are but numbers."""
+    if isinstance(source, ArraySource) and source.names is None:
+        return None
+    return [name_of(source, index) for index in range(len(source))]
+
+
 def all_images(source: Source) -> np.ndarray:
     """Returns all images of a split: [examples, height, width, channels] uint8."""
     if isinstance(source, ArraySource):
@@ -225,7 +245,11 @@ def all_images(source: Source) -> np.ndarray:
 def _joined(parts: list[Source]) -> Source:
     labels = np.concatenate([part.labels for part in parts])
     if all(isinstance(part, ArraySource) for part in parts):
-        return ArraySource(np.concatenate([all_images(part) for part in parts]), labels)
+        images = np.concatenate([all_images(part) for part in parts])
+        found = [names_of(part) for part in parts]
+        # Of examples that are but numbers those are of the whole.
+        names = None if None in found else [name for part in found for name in part or ()]
+        return ArraySource(images, labels, names=names)
 
     return JoinedSource(tuple(parts), labels)
 
@@ -285,6 +309,10 @@ class JoinedSource:
         """Returns the image with its margin, where there is one."""
         part, index = self._place(index)
         return part.wide_image(index)
+
+    def name(self, index: int) -> str:
+        """See `name_of`."""
+        return name_of(*self._place(index))
 
     def _place(self, index: int) -> tuple[Source, int]:
         index = range(len(self))[index]

@@ -13,16 +13,22 @@ import numpy as np
 
 from bmjax.config import BaseConfig, EvaluateConfig
 from bmjax.config.checks import check_evaluate
+from bmjax.data.picked import sample
 from bmjax.data.sources import HELD_OUT, SPLITS, Source
 from bmjax.errors import UserError
 from bmjax.machine.cache import use_compilation_cache
 from bmjax.machine.jit import jit_for
 from bmjax.machine.parallel import request_devices
+from bmjax.metrics.intervals import newcombe
 from bmjax.models import num_params
+from bmjax.models.flops import count_flops
 from bmjax.runs.inference import logits_of_pixels
 from bmjax.runs.trained import Fitting, NoSplitError, TrainedRun, load_for, load_run
 
 _SPEED_SECONDS = 0.5
+_LATENCIES = 100  # so that of the slowest twentieth there are some
+# Images of each other split that its accuracy is estimated from.
+_OF_OTHER_SPLITS = 5000
 
 
 def evaluate(config: EvaluateConfig, speed: bool = True) -> dict[str, Any]:
@@ -30,13 +36,17 @@ def evaluate(config: EvaluateConfig, speed: bool = True) -> dict[str, Any]:
 
     Args:
         config: what is measured, and on what.
-        speed: whether the speed of inference is measured, too; it takes seconds.
+        speed: whether the speed of inference is measured, too, and the other splits; it takes
+            seconds.
 
     Returns:
-        The metrics of `metrics.summarize`, with `inference_images_per_second` (median, batches
-        already on the device), `parameters`, `model`, `data`, `split`, `class_names`
-        (the run's), `absent_classes` (those of them that the data do not have: `macro_f1` leaves
-        them out), `checkpoint_step` and `warnings`.
+        The metrics of `Outcomes.metrics`, with `worst_class` by name, `parameters`, `model_bytes`
+        (of params and statistics in memory), `flops_per_image` (of matmuls and convolutions),
+        `model`, `data`, `split`, `class_names` (the run's), `absent_classes` (those of them that
+        the data do not have: `macro_f1` leaves them out), `checkpoint_step` and `warnings`; and
+        with `speed`: `inference_images_per_second` (median, batches already on the device),
+        `latency_ms` (from an image on the host to its logits there, `p50` and `p95`) and, on the
+        run's own data, `splits`, see `accuracy_of_splits`.
 
     Raises:
         UserError: no such run or dataset, or a dataset that does not fit the run.
@@ -61,13 +71,19 @@ def evaluate(config: EvaluateConfig, speed: bool = True) -> dict[str, Any]:
     warnings = [*trained.warnings, *fitting.warnings]
     if not config.data and dataset.fingerprint() != trained.run.data["fingerprint"]:
         warnings.append(f"{name} is not what the run was trained on: its content has changed")
+    metrics = measure(trained, fitting.source, config, speed, fitting.match.places)
+    metrics["worst_class"] = trained.class_names[metrics["worst_class"]]
+    if speed and not config.data and config.split != "all":
+        own: dict[str, dict[str, Any]] = {config.split: metrics}
+        metrics["splits"] = accuracy_of_splits(trained, config, own)
     return {
         "model": trained.run.config.model,
         "parameters": num_params(trained.variables["params"]),
+        **size_of(trained),
         "data": name,
         "split": config.split,
         "checkpoint_step": trained.step,
-        **measure(trained, fitting.source, config, speed, fitting.match.places),
+        **metrics,
         "class_names": list(trained.class_names),
         "absent_classes": list(fitting.match.absent),
         "warnings": warnings,
@@ -117,11 +133,86 @@ def measure(
         speed: whether the speed is measured.
         classes: those that the data have, see `metrics.summarize`.
     """
-    metrics = trained.measure(source, config.device, config.batch_size, classes)
+    metrics = trained.outcomes(source, config.device, config.batch_size).metrics(classes)
     if speed:
         rate = inference_speed(trained, source, config.batch_size)
         metrics["inference_images_per_second"] = rate
+        metrics["latency_ms"] = latency(trained, source)
     return metrics
+
+
+def accuracy_of_splits(
+    trained: TrainedRun, config: EvaluateConfig, known: dict[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Returns how accurate a run is on each split of its own data: what it has learned by heart.
+
+    Args:
+        trained: the run.
+        config: devices and batch size.
+        known: the metrics of splits that are measured already.
+
+    Returns:
+        By split, but for empty ones: `examples`, of others than `known` at most 5,000 drawn at
+        random, as they are without random views; `accuracy`, `accuracy_interval` and `loss`; and
+        but for train `gap`, the accuracy on train less this one, with `gap_interval` (Newcombe).
+    """
+    names = ("examples", "accuracy", "accuracy_interval", "loss")
+    found = {}
+    for split in SPLITS:
+        with contextlib.suppress(NoSplitError):
+            metrics = known[split] if split in known else _of_split(trained, config, split)
+            found[split] = {name: metrics[name] for name in names}
+    if train := found.get("train"):
+        for split in [name for name in found if name != "train"]:
+            gap = newcombe(_hits(train), _hits(found[split]))
+            found[split] |= {
+                "gap": train["accuracy"] - found[split]["accuracy"],
+                "gap_interval": list(gap),
+            }
+    return found
+
+
+def _hits(row: dict[str, Any]) -> tuple[int, int]:
+    return round(row["accuracy"] * row["examples"]), row["examples"]
+
+
+def _of_split(trained: TrainedRun, config: EvaluateConfig, split: str) -> dict[str, Any]:
+    # As much memory as the images that are drawn: they are decoded as they are asked for.
+    dataset = load_for(
+        trained,
+        trained.run.config.data or "",
+        config.image_size,
+        (split,),
+        memory_gib=0,
+        max_unreadable=config.max_unreadable,
+    )
+    source = sample(Fitting.of(trained, dataset, split).source, _OF_OTHER_SPLITS)
+    return trained.outcomes(source, config.device, config.batch_size).metrics()
+
+
+def size_of(trained: TrainedRun) -> dict[str, int]:
+    """Returns `model_bytes` and `flops_per_image` of a run, see `evaluate`."""
+    apply = partial(logits_of_pixels, trained.model, trained.normalization)
+    image = np.zeros((1, *trained.run.data["image_shape"]), np.uint8)
+    leaves = jax.tree.leaves(trained.variables)
+    return {
+        "model_bytes": sum(leaf.nbytes for leaf in leaves),
+        "flops_per_image": count_flops(apply, trained.variables, image),
+    }
+
+
+def latency(trained: TrainedRun, source: Source) -> dict[str, float]:
+    """Times single images, from the host and back; returns `p50` and `p95` in milliseconds."""
+    apply = partial(logits_of_pixels, trained.model, trained.normalization)
+    predict = jit_for(jax.local_devices()[0], apply, trained.run.config.precision)
+    variables, image = jax.device_put(trained.variables), source[0]["image"][None]
+    np.asarray(predict(variables, image))
+    seconds: list[float] = []
+    while len(seconds) < _LATENCIES and (len(seconds) < 5 or sum(seconds) < 4 * _SPEED_SECONDS):
+        begin = time.perf_counter()
+        np.asarray(predict(variables, image))
+        seconds.append(time.perf_counter() - begin)
+    return {f"p{part}": float(np.percentile(seconds, part)) * 1000 for part in (50, 95)}
 
 
 def inference_speed(trained: TrainedRun, source: Source, batch_size: int) -> float:

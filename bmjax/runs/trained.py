@@ -26,14 +26,14 @@ from bmjax.losses.table import LOSS_PARAMS
 from bmjax.machine import hosts
 from bmjax.machine.jit import jit_for
 from bmjax.machine.parallel import make_parallel
-from bmjax.metrics import summarize
 from bmjax.models import contract
 from bmjax.models.build import build_model
 from bmjax.models.registry import UnknownModelError
 from bmjax.runs import checkpoint
 from bmjax.runs.folder import Run, read_run
 from bmjax.runs.history import by_epoch, read_metrics
-from bmjax.runs.inference import evaluate_split, logits_of_pixels, make_evaluate
+from bmjax.runs.inference import logits_of_pixels
+from bmjax.runs.outcomes import Outcomes, collect, predict_split
 
 # Batches of few sizes, filled up: each size is a program to compile.
 _BATCH_SIZES = (1, 8, 64)
@@ -170,40 +170,46 @@ class TrainedRun:
             split: train, validation, test or all.
 
         Returns:
-            The metrics of `metrics.summarize` by name: `accuracy`, `loss` (nats), ..., by class in
-            the order of `class_names`; and `warnings`, such as of classes that the data lack.
+            The metrics of `Outcomes.metrics` by name: `accuracy`, `accuracy_interval`, `loss`
+            (nats), ..., by class in the order of `class_names`; and `warnings`, such as of classes
+            that the data lack.
 
         Raises:
             UserError: a dataset that does not fit, or a split without examples.
         """
         fitting = Fitting.of(self, dataset, split)
-        metrics = self.measure(fitting.source, classes=fitting.match.places)
+        metrics = self.outcomes(fitting.source).metrics(fitting.match.places)
         return {**metrics, "warnings": list(fitting.warnings)}
 
-    def measure(
+    def outcomes(
         self,
         source: Source,
         device: DeviceConfig | None = None,
         batch_size: int = 256,
-        classes: Sequence[int] | None = None,
-    ) -> dict[str, Any]:
-        """Returns the metrics of `metrics.summarize` over a split.
+        keep_logits: bool = False,
+    ) -> Outcomes:
+        """Returns what the run says of each image of a split.
 
         Args:
             source: the split, which fits.
             device: what is computed on.
             batch_size: images at once, rounded up to what divides over the devices.
-            classes: those that the data have, see `metrics.summarize`.
+            keep_logits: whether the result has the logits.
         """
         parallel = make_parallel(device or DeviceConfig(), self.run.config.precision)
         # Padding is masked, so the batch may grow.
         batch_size = -(-batch_size // len(parallel.devices)) * len(parallel.devices)
-        run_evaluate = make_evaluate(
-            parallel, self.model, self.normalization, self.num_classes, batch_size
-        )
         feed = Feed(source, parallel, batch_size, share=hosts.share())
-        sums = evaluate_split(run_evaluate, parallel.put(self.variables), feed)
-        return summarize(parallel.get(sums), classes)
+        parts = predict_split(
+            parallel,
+            self.model,
+            self.normalization,
+            parallel.put(self.variables),
+            self.num_classes,
+            feed,
+            batch_size,
+        )
+        return collect(parts, self.num_classes, keep_logits)
 
 
 def batch_size_for(number: int) -> int:

@@ -274,3 +274,7 @@ class FileSource:
     def wide_image(self, index: int) -> np.ndarray:
         """Returns the image with its margin, where there is one."""
         return self.encoded.wide(index, self.view)
+
+    def name(self, index: int) -> str:
+        """See `sources.name_of`."""
+        return self.encoded.reader.name(self.encoded.keys[index])

@@ -170,10 +170,11 @@ def _load_into_memory(
     if found is None:
         found = _decode(split, encoded, view, meanwhile)
     wide, problems = found
-    labels = encoded.without(list(problems)).labels
+    sound = encoded.without(list(problems))
+    names = [encoded.reader.name(key) for key in sound.keys]
     if not view.margin:
-        return ArraySource(wide, labels), problems
-    return ArraySource(view.middle(wide), labels, wide), problems
+        return ArraySource(wide, sound.labels, names=names), problems
+    return ArraySource(view.middle(wide), sound.labels, wide, names), problems
 
 
 def _decode(
