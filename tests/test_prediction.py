@@ -179,7 +179,7 @@ def test_outputs_that_are_not_finite_are_an_error_and_never_printed(
     out, folder, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr(
-        TrainedRun, "_apply", lambda self, images: np.full((len(images), 3), np.nan)
+        TrainedRun, "_apply", lambda self, images: [np.full((len(images), 3), np.nan)] * 2
     )
     for words in ((), ("--json",), ("--csv",)):
         code, shown, err = run(capsys, "predict", out, folder / "00.png", *words)

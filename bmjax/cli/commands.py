@@ -12,6 +12,7 @@ from rich.console import Console
 from bmjax.cli.tables import (
     as_json,
     print_message,
+    show_calibration,
     show_comparison,
     show_distillation,
     show_doctor,
@@ -19,6 +20,7 @@ from bmjax.cli.tables import (
 )
 from bmjax.config import (
     BenchConfig,
+    CalibrateConfig,
     ConvertConfig,
     DistillConfig,
     DoctorConfig,
@@ -134,6 +136,17 @@ def _compare(config: EvaluateConfig) -> None:
         show_comparison(result, Console())
 
 
+def _calibrate(config: CalibrateConfig) -> None:
+    from bmjax.evaluate.calibrate import calibrate
+
+    result = calibrate(config)
+    _show_warnings(result)
+    if config.json:
+        print(as_json(result))
+    else:
+        show_calibration(result, Console())
+
+
 def _predict(config: PredictConfig) -> None:
     from bmjax.evaluate.prediction import NoImage, predict_each
 
@@ -157,6 +170,10 @@ def _predict(config: PredictConfig) -> None:
 def _print_likeliest(prediction: "Prediction", top: int) -> None:
     likeliest = list(prediction.as_dict()["probabilities"].items())[:top]
     shown = "  ".join(f"{printable(name)} {share:.2%}" for name, share in likeliest)
+    if prediction.possible is not None:
+        named = [printable(prediction.class_names[each]) for each in prediction.possible]
+        shown += f"  in {{{', '.join(named)}}}"
+        shown += "" if prediction.familiar else "  unlike the training data"
     print(f"{printable(prediction.file)}: {shown}", flush=True)
 
 
@@ -177,10 +194,14 @@ def _print_csv() -> Callable[["Prediction", int], None]:
         names = [plain(name) for name in prediction.class_names]
         if not begun:
             shares = [f"probability of {name}" for name in names]
-            writer.writerow(["file", "class", "label", "probability", *shares])
+            more = [] if prediction.possible is None else ["set", "unlike training data"]
+            writer.writerow(["file", "class", "label", "probability", *more, *shares])
             begun = True
         label, all_shares = prediction.label, prediction.shares.tolist()
         first = [plain(prediction.file), names[label], label, all_shares[label]]
+        if prediction.possible is not None:
+            chosen = " | ".join(names[each] for each in prediction.possible)
+            first += [chosen, "no" if prediction.familiar else "yes"]
         writer.writerow([*first, *all_shares])
         sys.stdout.flush()
 
@@ -259,6 +280,7 @@ COMMANDS: dict[type, Callable[[Any], None]] = {
     FinetuneConfig: _finetune,
     DistillConfig: _distill,
     EvaluateConfig: _evaluate,
+    CalibrateConfig: _calibrate,
     PredictConfig: _predict,
     ConvertConfig: _convert,
     BenchConfig: _bench,

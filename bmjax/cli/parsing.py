@@ -11,6 +11,7 @@ import tyro
 
 from bmjax.config import (
     BenchConfig,
+    CalibrateConfig,
     ConvertConfig,
     DistillConfig,
     DoctorConfig,
@@ -58,6 +59,7 @@ def _parse(argv: list[str], defaults: dict[type, Any]) -> Any:
         "finetune": FinetuneConfig,
         "distill": DistillConfig,
         "evaluate": EvaluateConfig,
+        "calibrate": CalibrateConfig,
         "predict": PredictConfig,
         "convert": ConvertConfig,
         "bench": BenchConfig,

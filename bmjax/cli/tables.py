@@ -159,6 +159,52 @@ def _show_difference(result: dict[str, Any], console: Console) -> None:
     )
 
 
+def show_calibration(result: dict[str, Any], console: Console) -> None:
+    """Shows what `calibrate.calibrate` returned."""
+    table = Table(title=escape(f"measured on {result['measured_on']} of {result['data']}"))
+    for heading in ("figure", "as it is", "calibrated"):
+        table.add_column(heading, justify="left" if heading == "figure" else "right")
+    before, after = result["before"], result["after"]
+    for name, key, shown in (
+        ("loss (nats)", "loss", ".4f"),
+        ("Brier score (0 to 2)", "brier_score", ".4f"),
+        ("expected calibration error", "expected_calibration_error", ".2%"),
+        ("with bins of equal mass", "adaptive_calibration_error", ".2%"),
+    ):
+        table.add_row(name, format(before[key], shown), format(after[key], shown))
+    console.print(table)
+    sets = Table(title=f"sets that are to have the right class in {result['coverage']:.0%}")
+    for heading in ("sets", "coverage", "of the worst class", "classes in a set"):
+        sets.add_column(heading, justify="left" if heading == "sets" else "right")
+    for method, row in result["sets"].items():
+        worst = row["coverage_by_class"].index(row["smallest_coverage"])
+        name = escape(printable(result["class_names"][worst]))
+        smallest = f"{row['smallest_coverage']:.2%} ({name})"
+        sets.add_row(method, f"{row['coverage']:.2%}", smallest, f"{row['size']:.2f}")
+    console.print(sets)
+    if len(result["class_names"]) <= _LARGEST_MATRIX:
+        _show_coverage(result, console)
+    for line in (
+        f"temperature {result['temperature']:.4f}, fitted on {result['examples']:,} validation "
+        "images",
+        f"{result['unfamiliar']:.2%} of the images are flagged as unlike the training data",
+        f"predict --calibrated uses {result['file']}",
+    ):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _show_coverage(result: dict[str, Any], console: Console) -> None:
+    table = Table(title="coverage by class", box=box.SIMPLE)
+    table.add_column("class")
+    for method in result["sets"]:
+        table.add_column(method, justify="right")
+    for number, name in enumerate(result["class_names"]):
+        shares = [row["coverage_by_class"][number] for row in result["sets"].values()]
+        shown = ["-" if math.isnan(share) else f"{share:.1%}" for share in shares]
+        table.add_row(escape(printable(name)), *shown)
+    console.print(table)
+
+
 def _show_classes(result: dict[str, Any], console: Console) -> None:
     names = [escape(printable(name)) for name in result["class_names"]]
     table = Table(title="by class", box=box.SIMPLE)

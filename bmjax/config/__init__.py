@@ -6,6 +6,7 @@ attributes' descriptions are the help texts of the flags.
 
 from bmjax.config.commands import (
     BenchConfig,
+    CalibrateConfig,
     ConvertConfig,
     DoctorConfig,
     EvaluateConfig,
@@ -32,6 +33,7 @@ __all__ = [
     "AugmentConfig",
     "BaseConfig",
     "BenchConfig",
+    "CalibrateConfig",
     "ConvertConfig",
     "DeviceConfig",
     "DistillConfig",

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 from bmjax.config import (
     EMA_TEACHER,
     BaseConfig,
+    CalibrateConfig,
     ConvertConfig,
     DistillConfig,
     EvaluateConfig,
@@ -94,13 +95,23 @@ def checked(config: Config) -> Config:
     return config
 
 
-def check_evaluate(config: EvaluateConfig) -> None:
+def check_evaluate(config: EvaluateConfig | CalibrateConfig) -> None:
     """Checks the values that belong to evaluation; raises UserError as `check_train` does."""
     rules = [
         ("batch-size", config.batch_size, config.batch_size >= 1, "at least 1"),
         ("image-size", config.image_size, _at_least_one(config.image_size), "at least 1"),
         ("max-unreadable", config.max_unreadable, 0 <= config.max_unreadable <= 1, "in [0, 1]"),
         ("devices", config.device.devices, _at_least_one(config.device.devices), "at least 1"),
+    ]
+    _check(rules)
+
+
+def check_calibrate(config: CalibrateConfig) -> None:
+    """Checks the values that belong to calibration; raises UserError as `check_train` does."""
+    check_evaluate(config)
+    rules = [
+        ("coverage", config.coverage, 0 < config.coverage < 1, "in (0, 1), such as 0.9"),
+        ("familiar", config.familiar, 0 < config.familiar < 1, "in (0, 1), such as 0.95"),
     ]
     _check(rules)
 

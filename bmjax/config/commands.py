@@ -50,6 +50,47 @@ class EvaluateConfig:
         unset(self, other="", data="", image_size=0)
 
 
+@check_flat_names
+@dataclass(frozen=True)
+class CalibrateConfig:
+    """Fit a run's confidence on validation: temperature, sets of classes, what is unfamiliar.
+
+    What is fitted is kept in the run, for predict --calibrated; how it does is measured on test.
+
+    Attributes:
+        path: Folder of the run.
+        data: Dataset whose validation split it is fitted on; none given: the run's own.
+        image_size: Side in pixels that images are resized to; none given: the run's.
+        coverage: How often sets of classes are to have the right one, in (0, 1).
+        familiar: Share of the validation images that count as familiar, in (0, 1); what is further
+            from training than the others is flagged.
+        max_unreadable: Share of all image files of the dataset that may be left out as they cannot
+            be decoded, in [0, 1]; unless it is 0, five may always be. Of the run's own data, what
+            it was trained with counts where that is more.
+        checkpoint: Params of the latest checkpoint, or those with the best validation accuracy.
+        batch_size: Images at once, rounded up to what divides over the devices.
+        json: Print one JSON object instead of tables.
+        imports: A file of Python, or a module, that registers models of your own by
+            bmjax.register_model; give the flag once for each.
+    """
+
+    path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    data: str | None = None
+    image_size: int | None = None
+    coverage: float = 0.9
+    familiar: float = 0.95
+    max_unreadable: float = 0.01
+    checkpoint: Literal["latest", "best"] = "latest"
+    batch_size: int = 256
+    json: bool = False
+    imports: Imports = ()
+    device: DeviceConfig = field(default_factory=DeviceConfig)
+
+    def __post_init__(self) -> None:
+        """Reads 0 and an empty word as not given."""
+        unset(self, data="", image_size=0)
+
+
 @dataclass(frozen=True)
 class PredictConfig:
     """Classify images with a run.
@@ -62,6 +103,11 @@ class PredictConfig:
             below; or -, for one image from standard input.
         top: Classes shown per image, the likeliest first (at least 1).
         checkpoint: Params of the latest checkpoint, or those with the best validation accuracy.
+        calibrated: Use what bmjax calibrate kept in the run: calibrated probabilities, the set of
+            classes that has the right one as often as was asked for, and a flag on images unlike
+            those of training.
+        sets: How sets are made, with --calibrated: lac gives the smallest ones; aps larger ones
+            where the run is unsure; class-conditional ones that cover each class as often.
         json: Print one JSON object per image and line, with the probabilities of all classes.
         csv: Print a table in CSV: file, class, label (its number), probability, and the probability
             of each class.
@@ -73,6 +119,8 @@ class PredictConfig:
     images: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE")]
     top: int = 3
     checkpoint: Literal["latest", "best"] = "latest"
+    calibrated: bool = False
+    sets: Literal["lac", "aps", "class-conditional"] = "lac"
     json: bool = False
     csv: bool = False
     imports: Imports = ()

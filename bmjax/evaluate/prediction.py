@@ -6,7 +6,7 @@ import os
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -17,6 +17,8 @@ from bmjax.data import preprocess
 from bmjax.data.kinds.folder import images_below
 from bmjax.data.kinds.prepare import num_threads, quiet_pillow
 from bmjax.errors import UserError
+from bmjax.evaluate.calibrate import Calibration, read_calibration
+from bmjax.evaluate.calibration import Method
 from bmjax.machine.cache import use_compilation_cache
 from bmjax.machine.progress import stage
 from bmjax.runs.trained import TrainedRun, batch_size_for, load_run
@@ -32,11 +34,15 @@ class Prediction:
         file: as it was named, or found in a folder.
         shares: probabilities of the classes, [classes] float32.
         class_names: in the same order.
+        possible: numbers of the classes of its set, the likeliest first, where it is calibrated.
+        familiar: whether it is like those of validation, where it is calibrated.
     """
 
     file: str
     shares: np.ndarray
     class_names: Sequence[str]
+    possible: Sequence[int] | None = None
+    familiar: bool | None = None
 
     @property
     def label(self) -> int:
@@ -46,13 +52,17 @@ class Prediction:
     def as_dict(self) -> dict[str, Any]:
         """Returns what `predict` does for one file."""
         order = np.argsort(-self.shares, kind="stable")
-        return {
+        found = {
             "file": self.file,
             "class": self.class_names[self.label],
             "label": self.label,
             "probability": float(self.shares[self.label]),
             "probabilities": {self.class_names[i]: float(self.shares[i]) for i in order},
         }
+        if self.possible is not None:
+            found["set"] = [self.class_names[each] for each in self.possible]
+            found["unlike_training_data"] = not self.familiar
+        return found
 
 
 @dataclass(frozen=True)
@@ -73,7 +83,8 @@ def predict(config: PredictConfig) -> list[dict[str, Any]]:
 
     Returns:
         For each file, in order: `file`, `class` (its name), `label` (its number), `probability`
-        and `probabilities`, `{class name: probability}`, the likeliest first.
+        and `probabilities`, `{class name: probability}`, the likeliest first; and where they are
+        calibrated, `set`, names of classes, and `unlike_training_data`.
 
     Raises:
         UserError: no such run, a file that is no image, or a run whose outputs are not finite.
@@ -108,7 +119,8 @@ def predict_each(config: PredictConfig, bar: bool = False) -> Iterator[Predictio
     files = list(_files(config.images))
     use_compilation_cache(needed=False)
     trained = load_run(config.path, config.checkpoint)
-    return _classify(trained, files, bar)
+    calibration = read_calibration(trained) if config.calibrated else None
+    return _classify(trained, files, bar, Classifier(trained, calibration, config.sets))
 
 
 def _files(names: Sequence[str]) -> Iterator[str]:
@@ -123,23 +135,59 @@ def _files(names: Sequence[str]) -> Iterator[str]:
 
 
 def _classify(
-    trained: TrainedRun, files: Sequence[str], bar: bool
+    trained: TrainedRun, files: Sequence[str], bar: bool, classifier: "Classifier"
 ) -> Iterator[Prediction | NoImage]:
     size = batch_size_for(len(files))
-    names, left = trained.run.data["class_names"], iter(files)
+    left = iter(files)
     decoded = _decoded(trained, files, ahead=2 * size)
     shown = stage(f"classifying {len(files):,} images", len(files), line=False)
     with contextlib.closing(decoded), shown if bar else contextlib.nullcontext() as advance:
         while batch := list(islice(decoded, size)):
             images = [image for image in batch if isinstance(image, np.ndarray)]
-            rows = iter(trained.predict(np.stack(images), size) if images else ())
+            rows = iter(classifier.classify(np.stack(images), size) if images else ())
             for image, file in zip(batch, left, strict=False):
                 if isinstance(image, UserError):
                     yield NoImage(file, image)
                 else:
-                    yield Prediction(file, next(rows), names)
+                    yield replace(next(rows), file=file)
             if advance:
                 advance(len(batch))
+
+
+@dataclass(frozen=True, eq=False)
+class Classifier:
+    """What a run says of images, calibrated or not.
+
+    Attributes:
+        trained: the run.
+        calibration: None: as it is.
+        method: by which sets are made.
+    """
+
+    trained: TrainedRun
+    calibration: Calibration | None
+    method: Method
+
+    def classify(self, images: np.ndarray, size: int) -> list[Prediction]:
+        """Returns what it says of each image, [batch, height, width, channels] uint8."""
+        names = self.trained.run.data["class_names"]
+        if self.calibration is None:
+            return [Prediction("", row, names) for row in self.trained.predict(images, size)]
+        logits = self.trained.predict_logits(images, size)
+        rows = zip(
+            self.calibration.probabilities(logits),
+            self.calibration.sets(logits, self.method),
+            self.calibration.is_familiar(logits),
+            strict=True,
+        )
+        return [
+            Prediction("", shares, names, _likeliest_first(shares, chosen), bool(familiar))
+            for shares, chosen, familiar in rows
+        ]
+
+
+def _likeliest_first(shares: np.ndarray, chosen: np.ndarray) -> list[int]:
+    return [int(each) for each in np.argsort(-shares, kind="stable") if chosen[each]]
 
 
 def _decoded(

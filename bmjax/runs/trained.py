@@ -117,20 +117,30 @@ class TrainedRun:
         Raises:
             UserError: images of another type or shape, or outputs that are not finite.
         """
+        return self._predict(images, batch_size)[1]
+
+    def predict_logits(self, images: np.ndarray, batch_size: int | None = None) -> np.ndarray:
+        """Returns the logits of all classes, [batch, classes] float32; else as `predict`."""
+        return self._predict(images, batch_size)[0]
+
+    def _predict(self, images: np.ndarray, batch_size: int | None) -> tuple[np.ndarray, np.ndarray]:
         images = self._checked(images)
         size, rows = batch_size or batch_size_for(len(images)), []
         for first in range(0, len(images), size):
             batch = images[first : first + size]
             padded = np.zeros((size, *batch.shape[1:]), np.uint8)
             padded[: len(batch)] = batch
-            rows.append(np.asarray(self._apply(padded))[: len(batch)])
-        probabilities = np.concatenate(rows) if rows else np.zeros((0, self.num_classes), "float32")
+            rows.append([np.asarray(each)[: len(batch)] for each in self._apply(padded)])
+        nothing = np.zeros((0, self.num_classes), np.float32)
+        logits, probabilities = (
+            np.concatenate(each) for each in zip(*(rows or [[nothing] * 2]), strict=True)
+        )
         if not np.isfinite(probabilities).all():
             raise UserError(
                 f"the run in {self.run.path} gives outputs that are not finite (NaN or infinite): "
                 "its weights are damaged or diverged. Take another checkpoint or run."
             )
-        return probabilities
+        return logits, probabilities
 
     def _checked(self, images: np.ndarray) -> np.ndarray:
         images, shape = np.asarray(images), tuple(self.run.data["image_shape"])
@@ -148,14 +158,15 @@ class TrainedRun:
         return images
 
     @functools.cached_property
-    def _apply(self) -> Callable[[np.ndarray], Array]:
+    def _apply(self) -> Callable[[np.ndarray], tuple[Array, Array]]:
         variables = jax.device_put(self.variables)
 
-        def probabilities(variables: Any, images: Array) -> Array:
+        def predict(variables: Any, images: Array) -> tuple[Array, Array]:
             logits = logits_of_pixels(self.model, self.normalization, variables, images)
-            return jax.nn.softmax(logits.astype(jnp.float32))
+            logits = logits.astype(jnp.float32)
+            return logits, jax.nn.softmax(logits)
 
-        compiled = jit_for(jax.local_devices()[0], probabilities, self.run.config.precision)
+        compiled = jit_for(jax.local_devices()[0], predict, self.run.config.precision)
         return functools.partial(compiled, variables)
 
     def evaluate(self, dataset: Any, split: str = "test") -> dict[str, Any]:
