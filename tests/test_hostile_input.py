@@ -273,7 +273,7 @@ values = st.recursive(
 )
 
 
-@pytest.mark.parametrize("older", [False, True])
+@pytest.mark.parametrize("older", [False, pytest.param(True, marks=pytest.mark.slow)])
 @settings(max_examples=150, deadline=None, derandomize=True, database=None)
 @given(data=st.data())
 def test_settings_of_any_form_are_refused_or_are_settings(tmp_path_factory, older, data):

@@ -79,7 +79,12 @@ def test_gradients_are_those_worked_out_by_hand(teacher, shapes, as_data):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"method": "dkd"}, {"features": "hint"}, {"features": "similarity", "method": "mse"}],
+    [
+        {},
+        pytest.param({"method": "dkd"}, marks=pytest.mark.slow),
+        pytest.param({"features": "hint"}, marks=pytest.mark.slow),
+        {"features": "similarity", "method": "mse"},
+    ],
 )
 def test_parts_add_up_to_the_loss(teacher, shapes, as_data, changes):
     config = config_of(teacher, **changes)

@@ -13,7 +13,7 @@ from bmjax.ops import onednn
 # arrays are divided over devices.
 OF_JAX = {"cu_threefry2x32_ffi", "Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape"}
 JOBS = ("training", "random views", "streamed", "device statistics", "evaluation", "prediction")
-SLOW = ("random views", "streamed")
+SLOW = ("random views", "streamed", "device statistics")
 
 
 def targets(job, platform, model, devices=1, teacher=None):
@@ -33,7 +33,7 @@ def test_an_accelerator_calls_no_library_of_ours_and_no_host(job, model, platfor
     assert targets(job, platform, model) <= OF_JAX
 
 
-@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+@pytest.mark.parametrize("platform", ["tpu", pytest.param("cuda", marks=pytest.mark.slow)])
 def test_nor_do_several(platform):
     assert targets("training", platform, "resnet_tiny", devices=8) <= OF_JAX
 

@@ -5,7 +5,7 @@ import pytest
 from bmjax.finetune.probe import fit_logistic
 
 
-@pytest.mark.parametrize("penalty", [1e-3, 0.1])
+@pytest.mark.parametrize("penalty", [pytest.param(1e-3, marks=pytest.mark.slow), 0.1])
 def test_a_fit_is_that_of_scikit_learn(penalty):
     from sklearn.linear_model import LogisticRegression
 

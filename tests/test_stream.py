@@ -91,7 +91,7 @@ def test_files_give_the_windows_of_memory(kept, streamed, wide, threads):
     )
 
 
-@pytest.mark.parametrize("size", [127, 129, 300, 700, 9000])
+@pytest.mark.parametrize("size", [127, pytest.param(129, marks=pytest.mark.slow), 300, 700, 9000])
 def test_large_windows_are_read_in_few_pieces(monkeypatch, size):
     # Grain goes through all that lies ready for each piece.
     buffered, make = [], grain.ReadOptions
