@@ -193,7 +193,7 @@ def test_the_finder_of_learning_rates_computes_in_it_too(
         seen.append(precision)
         return in_precision(function, precision)
 
-    monkeypatch.setattr("bmjax.machine.parallel.in_precision", noted)
+    monkeypatch.setattr("bmjax.machine.jit.in_precision", noted)
     find_learning_rate(small, shapes, console=quiet)
     assert {*seen} == {"bfloat16"}
 

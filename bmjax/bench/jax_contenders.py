@@ -97,10 +97,9 @@ class Bmjax:
         self._arrays, self._done = put(data), 0
         self._variables = put(variables)
         self._images = put(jnp.asarray(normalized(data["image"][: workload.batch_size])))
-        self._apply = jit_for(
-            jax.local_devices()[0], partial(contract.apply, model), workload.precision
-        )
-        flops = count_flops(self._apply, variables, self._images)
+        apply = partial(contract.apply, model)
+        self._apply = jit_for(jax.local_devices()[0], apply, workload.precision)
+        flops = count_flops(apply, variables, self._images)
         self.flops = flops // workload.batch_size
 
     def variables(self) -> list[np.ndarray]:
