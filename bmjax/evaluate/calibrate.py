@@ -21,12 +21,11 @@ from bmjax.evaluate.calibration import (
     measure_coverage,
     prediction_sets,
 )
-from bmjax.machine.cache import use_compilation_cache
-from bmjax.machine.parallel import request_devices
+from bmjax.evaluate.opening import open_run, open_split
 from bmjax.machine.storage import read_settings, write_settings
 from bmjax.metrics.confidence import brier_scores, calibration_error, probabilities_of
 from bmjax.runs.folder import lock_folder
-from bmjax.runs.trained import Fitting, NoSplitError, TrainedRun, load_for, load_run
+from bmjax.runs.trained import NoSplitError, TrainedRun
 
 FILE = "calibration.json"
 
@@ -130,12 +129,7 @@ def calibrate(config: CalibrateConfig) -> dict[str, Any]:
         UserError: see `evaluate.evaluate`; no validation split, or a run that is being trained.
     """
     check_calibrate(config)
-    request_devices(config.device)
-    use_compilation_cache()
-    trained = load_run(config.path, config.checkpoint)
-    name = config.data or trained.run.config.data
-    if not name:
-        raise UserError(f"the weights in {config.path} came without data. Name some by --data.")
+    trained, name = open_run(config)
     with lock_folder(trained.run.path):
         try:
             logits, labels, warnings = _logits_of(trained, name, "validation", config)
@@ -196,15 +190,7 @@ def fit(
 def _logits_of(
     trained: TrainedRun, name: str, split: str, config: CalibrateConfig
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    dataset = load_for(
-        trained,
-        name,
-        config.image_size,
-        (split,),
-        config.device.memory_gib,
-        max_unreadable=config.max_unreadable,
-    )
-    fitting = Fitting.of(trained, dataset, split)
+    fitting = open_split(trained, name, split, config)
     found = trained.outcomes(fitting.source, config.device, config.batch_size, keep_logits=True)
     assert found.logits is not None
     if not np.isfinite(found.logits).all():

@@ -6,15 +6,14 @@ import numpy as np
 
 from bmjax.config import EvaluateConfig
 from bmjax.config.checks import check_evaluate
-from bmjax.data.sources import SPLITS, name_of
+from bmjax.data.sources import name_of
 from bmjax.errors import UserError
 from bmjax.evaluate.measure import size_of
-from bmjax.machine.cache import use_compilation_cache
-from bmjax.machine.parallel import request_devices
+from bmjax.evaluate.opening import open_run, open_split
 from bmjax.metrics.intervals import mcnemar, paired_bootstrap
 from bmjax.models import num_params
 from bmjax.runs.outcomes import Outcomes
-from bmjax.runs.trained import Fitting, TrainedRun, load_for, load_run
+from bmjax.runs.trained import Fitting, TrainedRun, load_run
 
 _NAMED = 50
 _SHOWN = (
@@ -49,13 +48,10 @@ def compare(config: EvaluateConfig) -> dict[str, Any]:
         UserError: see `evaluate.evaluate`; or runs that cannot be measured on the same images.
     """
     check_evaluate(config)
-    request_devices(config.device)
-    use_compilation_cache()
-    runs = [load_run(path, config.checkpoint) for path in (config.path, config.other or "")]
-    name = config.data or runs[0].run.config.data
-    if not name:
-        raise UserError(f"the weights in {config.path} came without data. Name some by --data.")
-    fittings = [_fit(run, name, config, runs[0].run.config.split_seed) for run in runs]
+    first, name = open_run(config)
+    runs = [first, load_run(config.other or "", config.checkpoint)]
+    seed = first.run.config.split_seed
+    fittings = [open_split(run, name, config.split, config, split_seed=seed) for run in runs]
     labels = [
         np.array(run.class_names)[fitting.source.labels]
         for run, fitting in zip(runs, fittings, strict=True)
@@ -85,20 +81,6 @@ def compare(config: EvaluateConfig) -> dict[str, Any]:
         **_alone(runs, fittings, found, labels[0]),
         "warnings": list(dict.fromkeys(warnings)),
     }
-
-
-def _fit(run: TrainedRun, name: str, config: EvaluateConfig, split_seed: int) -> Fitting:
-    splits = SPLITS if config.split == "all" else (config.split,)
-    dataset = load_for(
-        run,
-        name,
-        config.image_size,
-        splits,
-        config.device.memory_gib,
-        split_seed=split_seed,
-        max_unreadable=config.max_unreadable,
-    )
-    return Fitting.of(run, dataset, config.split)
 
 
 def _row(run: TrainedRun, fitting: Fitting, outcomes: Outcomes) -> dict[str, Any]:

@@ -15,15 +15,13 @@ from bmjax.config import BaseConfig, EvaluateConfig
 from bmjax.config.checks import check_evaluate
 from bmjax.data.picked import sample
 from bmjax.data.sources import HELD_OUT, SPLITS, Source
-from bmjax.errors import UserError
-from bmjax.machine.cache import use_compilation_cache
+from bmjax.evaluate.opening import load_split, open_run, open_split
 from bmjax.machine.jit import jit_for
-from bmjax.machine.parallel import request_devices
 from bmjax.metrics.intervals import newcombe
 from bmjax.models import num_params
 from bmjax.models.flops import count_flops
 from bmjax.runs.inference import logits_of_pixels
-from bmjax.runs.trained import Fitting, NoSplitError, TrainedRun, load_for, load_run
+from bmjax.runs.trained import Fitting, NoSplitError, TrainedRun
 
 _SPEED_SECONDS = 0.5
 _LATENCIES = 100  # so that of the slowest twentieth there are some
@@ -52,21 +50,8 @@ def evaluate(config: EvaluateConfig, speed: bool = True) -> dict[str, Any]:
         UserError: no such run or dataset, or a dataset that does not fit the run.
     """
     check_evaluate(config)
-    request_devices(config.device)
-    use_compilation_cache()
-    trained = load_run(config.path, config.checkpoint)
-    name = config.data or trained.run.config.data
-    if not name:
-        raise UserError(f"the weights in {config.path} came without data. Name some by --data.")
-    splits = SPLITS if config.split == "all" else (config.split,)
-    dataset = load_for(
-        trained,
-        name,
-        config.image_size,
-        splits,
-        config.device.memory_gib,
-        max_unreadable=config.max_unreadable,
-    )
+    trained, name = open_run(config)
+    dataset = load_split(trained, name, config.split, config)
     fitting = Fitting.of(trained, dataset, config.split)
     warnings = [*trained.warnings, *fitting.warnings]
     if not config.data and dataset.fingerprint() != trained.run.data["fingerprint"]:
@@ -178,15 +163,8 @@ def _hits(row: dict[str, Any]) -> tuple[int, int]:
 
 def _of_split(trained: TrainedRun, config: EvaluateConfig, split: str) -> dict[str, Any]:
     # As much memory as the images that are drawn: they are decoded as they are asked for.
-    dataset = load_for(
-        trained,
-        trained.run.config.data or "",
-        config.image_size,
-        (split,),
-        memory_gib=0,
-        max_unreadable=config.max_unreadable,
-    )
-    source = sample(Fitting.of(trained, dataset, split).source, _OF_OTHER_SPLITS)
+    fitting = open_split(trained, trained.run.config.data or "", split, config, memory_gib=0)
+    source = sample(fitting.source, _OF_OTHER_SPLITS)
     return trained.outcomes(source, config.device, config.batch_size).metrics()
 
 
