@@ -145,7 +145,7 @@ def lock_folder(path: Path) -> Iterator[None]:
             lock.acquire(blocking=False)
         except filelock.Timeout:
             raise UserError(
-                f"another process is training in {path}. Wait for it, or choose another --out; "
+                f"another process is training in {path}. Wait for it, or train into another --out; "
                 "where several are to train one run, give each --coordinator."
             ) from None
 
