@@ -14,6 +14,7 @@ from bmjax.config import DeviceConfig, OptimConfig
 from bmjax.errors import UserError
 from bmjax.machine import layout
 from bmjax.machine.parallel import Parallel, make_parallel
+from bmjax.ops.target import tracing_for
 from bmjax.train import sharded
 from bmjax.train.step import TrainState
 
@@ -74,6 +75,24 @@ def test_so_are_they_with_batch_statistics_and_a_resumption(
     expected = run("whole", 3, True)
     run("run", 1, **LAYOUTS["both"])
     history = run("run", 3, True, **LAYOUTS["state"])
+    for got, whole in zip(history, expected, strict=True):
+        assert got["loss"] == pytest.approx(whole["loss"], rel=2e-5), got
+
+
+def test_on_a_tpu_losses_are_the_same(small, shapes, quiet, tmp_path, monkeypatch):
+    """There gradients are summed up whole, before each device takes its part."""
+    _, expected = fit(settings(small, tmp_path, "whole"), shapes, console=quiet)
+    summed = []
+
+    def whole_first(parallel, grads):
+        with tracing_for("tpu"):
+            summed.append(sharded_whole_first(parallel, grads))
+        return summed[-1]
+
+    sharded_whole_first = sharded._whole_first
+    monkeypatch.setattr(sharded, "_whole_first", whole_first)
+    _, history = fit(settings(small, tmp_path, "run", shard_state=True), shapes, console=quiet)
+    assert summed
     for got, whole in zip(history, expected, strict=True):
         assert got["loss"] == pytest.approx(whole["loss"], rel=2e-5), got
 

@@ -15,6 +15,7 @@ from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
 from bmjax.machine.parallel import Parallel
+from bmjax.ops import target
 from bmjax.train.gradients import Batch, Gradient, SummedLoss
 from bmjax.train.step import TrainState
 
@@ -64,12 +65,25 @@ def divided_optimizer(
     """
 
     def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        grads = _whole_first(parallel, grads)
         grads = lax.with_sharding_constraint(grads, parallel.optimizer_layout(grads))
         updates, state = optimizer.update(grads, state, params)
         state = lax.with_sharding_constraint(state, parallel.optimizer_layout(state))
         return lax.with_sharding_constraint(updates, parallel.params_layout(updates)), state
 
     return optax.GradientTransformation(optimizer.init, update)
+
+
+def _whole_first(parallel: Parallel, grads: Any) -> Any:
+    """Returns gradients that a TPU sums up whole, before each device takes its part.
+
+    Asked for parts alone, its compiler computes each part of a kernel's gradient by itself, to pass
+    it on meanwhile, and reads all activations once for each: ResNet-152 on eight chips of v5e then
+    passes 329 GB through memory and takes 15.1 GiB, instead of 214 GB and 7.5 GiB.
+    """
+    if target.platform() != "tpu" or parallel.shard_params > 1:
+        return grads
+    return lax.optimization_barrier(lax.with_sharding_constraint(grads, parallel.everywhere))
 
 
 def gathering(parallel: Parallel, gradient: Gradient) -> Gradient:
