@@ -60,6 +60,7 @@ def test_a_step_that_fails_tells_its_last_line_and_the_others_go_on(tmp_path):
     assert "never" not in report.split("## fails")[1].split("$")[-1]
 
 
+@pytest.mark.slow
 def test_a_step_has_a_limit_which_what_it_starts_has_too(tmp_path):
     there = tmp_path / "child"
     child = f"import time; time.sleep(1.5); open({str(there)!r}, 'w')"

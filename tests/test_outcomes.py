@@ -36,7 +36,13 @@ def test_they_are_those_of_prediction(run, shapes, whole):
     np.testing.assert_allclose(whole.brier, off.sum(axis=1), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("device", [DeviceConfig(devices=8), DeviceConfig("pmap", devices=4)])
+@pytest.mark.parametrize(
+    "device",
+    [
+        DeviceConfig(devices=8),
+        pytest.param(DeviceConfig("pmap", devices=4), marks=pytest.mark.slow),
+    ],
+)
 def test_devices_and_parts_make_no_difference(run, shapes, whole, device, monkeypatch):
     monkeypatch.setattr(module, "_LOGITS", 3 * 8 * 2)  # two batches of 8 at a time
     got = run.outcomes(shapes.test, device, batch_size=8, keep_logits=True)

@@ -102,7 +102,7 @@ def test_a_registered_module_is_fine_tuned_by_its_head_and_stages(own, quiet, tm
     assert same == {"params/embed/kernel", "params/embed/bias", "params/pos_embedding"}
 
 
-@pytest.mark.parametrize("make", [Normalized, bridged])
+@pytest.mark.parametrize("make", [Normalized, pytest.param(bridged, marks=pytest.mark.slow)])
 def test_modules_with_statistics_are_trained_and_read_again(make, small, shapes, quiet):
     bmjax.register_model("own", make)
     config = dataclasses.replace(small, model="own", hidden_sizes=(), epochs=2)

@@ -79,6 +79,7 @@ def test_so_are_they_with_batch_statistics_and_a_resumption(
         assert got["loss"] == pytest.approx(whole["loss"], rel=2e-5), got
 
 
+@pytest.mark.slow
 def test_on_a_tpu_losses_are_the_same(small, shapes, quiet, tmp_path, monkeypatch):
     """There gradients are summed up whole, before each device takes its part."""
     _, expected = fit(settings(small, tmp_path, "whole"), shapes, console=quiet)

@@ -60,7 +60,7 @@ def on_one_device(shapes):
 
 
 @pytest.mark.parametrize("kind", ["jit", "pmap"])
-@pytest.mark.parametrize("number", [1, pytest.param(2, marks=pytest.mark.slow), 8])
+@pytest.mark.parametrize("number", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2)), 8])
 def test_jit_and_pmap_agree_on_any_number_of_devices(shapes, on_one_device, kind, number):
     state, totals, sums = run_steps(shapes, Parallel(kind, jax.devices()[:number]))
     expected_state, expected_totals, expected_sums = on_one_device
