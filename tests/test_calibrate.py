@@ -121,6 +121,15 @@ def test_of_data_without_validation_images_nothing_is_fitted(run, shapes, tmp_pa
     assert not (Path(run) / FILE).exists()
 
 
+def test_of_a_single_validation_image_nothing_is_fitted(run, tmp_path):
+    for number, name in enumerate(load_run(run).class_names):
+        write_class(tmp_path / "data" / "train" / name, 4, number)
+    write_class(tmp_path / "data" / "validation" / name, 1, number)
+    with pytest.raises(UserError, match="has a single validation image"):
+        calibrate(CalibrateConfig(run, data=f"folder:{tmp_path / 'data'}"))
+    assert not (Path(run) / FILE).exists()
+
+
 def test_a_calibration_of_other_params_is_refused(run, pictures):
     with pytest.raises(UserError, match=r"is not calibrated\. Run bmjax calibrate"):
         predict(PredictConfig(run, pictures, calibrated=True))

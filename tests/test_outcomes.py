@@ -108,7 +108,7 @@ def test_some_examples_of_a_split(shapes):
 
 def test_names_go_with_their_examples(shapes):
     images, labels = shapes.test.images[:2], shapes.test.labels[:2]
-    named = ArraySource(images, labels, names=["a.png", "b.png"])
+    named = ArraySource(images, labels, names=["a.png", "b.png"].__getitem__)
     assert name_of(pick(named, np.array([1])), 0) == "b.png"
     joined = JoinedSource((shapes.train, named), np.concatenate([shapes.train.labels, labels]))
     assert name_of(joined, len(shapes.train)) == "a.png"

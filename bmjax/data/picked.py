@@ -18,8 +18,7 @@ def pick(source: Source, places: np.ndarray) -> Source:
     if isinstance(source, ArraySource):
         images, labels = source.images[places], source.labels[places]
         wide = None if source.wide is None else source.wide[places]
-        names = [name_of(source, int(place)) for place in places]
-        return ArraySource(images, labels, wide, names)
+        return ArraySource(images, labels, wide, PickedSource(source, places).name)
     return PickedSource(source, places)
 
 

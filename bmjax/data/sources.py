@@ -5,6 +5,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -50,13 +51,13 @@ class ArraySource:
         wide: the same images with the margin that random views are cut from, [examples, larger
             height, larger width, channels] uint8; None where there is no margin. `images` may be
             a view of its middle.
-        names: what messages call each; None where they have no names.
+        names: returns what messages call one, by its number; None where they have no names.
     """
 
     images: np.ndarray
     labels: np.ndarray
     wide: np.ndarray | None = None
-    names: Sequence[str] | None = None
+    names: Callable[[int], str] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -79,7 +80,7 @@ class ArraySource:
 
     def name(self, index: int) -> str:
         """See `name_of`."""
-        return f"#{index}" if self.names is None else self.names[index]
+        return f"#{index}" if self.names is None else self.names(index)
 
 
 @dataclass(frozen=True, eq=False)
@@ -225,11 +226,9 @@ def name_of(source: Source, index: int) -> str:
     return str(name(index)) if callable(name) else f"#{index}"
 
 
-def names_of(source: Source) -> list[str] | None:
-    """Returns the names of all examples; None where they are but numbers."""
-    if isinstance(source, ArraySource) and source.names is None:
-        return None
-    return [name_of(source, index) for index in range(len(source))]
+def names_of(source: Source) -> Callable[[int], str] | None:
+    """Returns what names examples by their number; None where they are but numbers."""
+    return source.names if isinstance(source, ArraySource) else partial(name_of, source)
 
 
 def all_images(source: Source) -> np.ndarray:
@@ -244,14 +243,14 @@ def all_images(source: Source) -> np.ndarray:
 
 def _joined(parts: list[Source]) -> Source:
     labels = np.concatenate([part.labels for part in parts])
+    joined = JoinedSource(tuple(parts), labels)
     if all(isinstance(part, ArraySource) for part in parts):
         images = np.concatenate([all_images(part) for part in parts])
-        found = [names_of(part) for part in parts]
         # Of examples that are but numbers those are of the whole.
-        names = None if None in found else [name for part in found for name in part or ()]
-        return ArraySource(images, labels, names=names)
+        named = all(names_of(part) for part in parts)
+        return ArraySource(images, labels, names=joined.name if named else None)
 
-    return JoinedSource(tuple(parts), labels)
+    return joined
 
 
 def stratified_split(

@@ -138,10 +138,14 @@ def calibrate(config: CalibrateConfig) -> dict[str, Any]:
                 f"{name} has no validation images, and calibration needs some that the run was "
                 "not trained on, other than those of test. Name data that have them by --data."
             ) from error
+        if len(labels) < 2:  # of which no half can be tried by the other
+            raise UserError(
+                f"{name} has a single validation image, and nothing can be fitted to that. Name "
+                "data that have more by --data."
+            )
         calibration = fit(trained, logits, labels, name, config)
-        measured, warnings = _measured(
-            trained, name, calibration, (logits, labels), config, warnings
-        )
+        measured, further = _measured(trained, name, calibration, (logits, labels), config)
+        warnings += further
         calibration.write(trained.run.path)
     few = int(sum(not math.isfinite(each) for each in calibration.thresholds["class-conditional"]))
     if few:
@@ -209,20 +213,18 @@ def _measured(
     calibration: Calibration,
     validation: tuple[np.ndarray, np.ndarray],
     config: CalibrateConfig,
-    warnings: list[str],
 ) -> tuple[dict[str, Any], list[str]]:
-    """Returns how a calibration does on images that it was not fitted on, and all warnings."""
+    """Returns how a calibration does on images that it was not fitted on, and their warnings."""
+    warnings: list[str] = []
     try:
-        logits, labels, further = _logits_of(trained, name, "test", config)
-        parts = [(calibration, logits, labels)]
-        where, warnings = "test", [*warnings, *further]
+        logits, labels, warnings = _logits_of(trained, name, "test", config)
+        where, parts = "test", [(calibration, logits, labels)]
     except NoSplitError:
         logits, labels = validation
         half = np.random.default_rng(0).permutation(len(labels)) % 2 == 0
         parts = [
             (fit(trained, logits[~part], labels[~part], name, config), logits[part], labels[part])
             for part in (half, ~half)
-            if part.any() and (~part).any()
         ]
         where = "halves of validation"
     return {"measured_on": where, **_figures(parts)}, warnings

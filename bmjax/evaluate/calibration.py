@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from bmjax.metrics.confidence import probabilities_of
+from bmjax.metrics.confidence import log_sum_exp, probabilities_of
 
 TEMPERATURES = (0.01, 100.0)
 Method = Literal["lac", "aps", "class-conditional"]
@@ -110,10 +110,7 @@ def familiarity(logits: np.ndarray) -> dict[str, np.ndarray]:
     `max_logit` (Hendrycks et al. 2022) and `energy`, log(sum(exp(logits))) (Liu et al. 2020, with
     the sign turned). Both see what softmax does away with: how large logits are.
     """
-    logits = np.asarray(logits, np.float64)
-    highest = logits.max(axis=1)
-    energy = highest + np.log(np.exp(logits - highest[:, None]).sum(axis=1))
-    return {"max_logit": highest, "energy": energy}
+    return {"max_logit": np.asarray(logits, np.float64).max(axis=1), "energy": log_sum_exp(logits)}
 
 
 class Coverage(NamedTuple):

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import statistics as stats
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -13,9 +13,10 @@ import numpy as np
 
 from bmjax.config import BaseConfig, EvaluateConfig
 from bmjax.config.checks import check_evaluate
+from bmjax.data import Dataset
 from bmjax.data.picked import sample
 from bmjax.data.sources import HELD_OUT, SPLITS, Source
-from bmjax.evaluate.opening import load_split, open_run, open_split
+from bmjax.evaluate.opening import load_split, open_run
 from bmjax.machine.jit import jit_for
 from bmjax.metrics.intervals import newcombe
 from bmjax.models import num_params
@@ -142,10 +143,12 @@ def accuracy_of_splits(
         but for train `gap`, the accuracy on train less this one, with `gap_interval` (Newcombe).
     """
     names = ("examples", "accuracy", "accuracy_interval", "loss")
+    # Images are decoded as they are asked for: of those that are drawn, not of all.
+    dataset = load_split(trained, trained.run.config.data or "", "all", config, memory_gib=0)
     found = {}
     for split in SPLITS:
         with contextlib.suppress(NoSplitError):
-            metrics = known[split] if split in known else _of_split(trained, config, split)
+            metrics = known[split] if split in known else _of_split(trained, dataset, config, split)
             found[split] = {name: metrics[name] for name in names}
     if train := found.get("train"):
         for split in [name for name in found if name != "train"]:
@@ -161,49 +164,56 @@ def _hits(row: dict[str, Any]) -> tuple[int, int]:
     return round(row["accuracy"] * row["examples"]), row["examples"]
 
 
-def _of_split(trained: TrainedRun, config: EvaluateConfig, split: str) -> dict[str, Any]:
-    # As much memory as the images that are drawn: they are decoded as they are asked for.
-    fitting = open_split(trained, trained.run.config.data or "", split, config, memory_gib=0)
-    source = sample(fitting.source, _OF_OTHER_SPLITS)
+def _of_split(
+    trained: TrainedRun, dataset: Dataset, config: EvaluateConfig, split: str
+) -> dict[str, Any]:
+    source = sample(Fitting.of(trained, dataset, split).source, _OF_OTHER_SPLITS)
     return trained.outcomes(source, config.device, config.batch_size).metrics()
 
 
 def size_of(trained: TrainedRun) -> dict[str, int]:
     """Returns `model_bytes` and `flops_per_image` of a run, see `evaluate`."""
-    apply = partial(logits_of_pixels, trained.model, trained.normalization)
     image = np.zeros((1, *trained.run.data["image_shape"]), np.uint8)
     leaves = jax.tree.leaves(trained.variables)
     return {
         "model_bytes": sum(leaf.nbytes for leaf in leaves),
-        "flops_per_image": count_flops(apply, trained.variables, image),
+        "flops_per_image": count_flops(_forward(trained), trained.variables, image),
     }
 
 
 def latency(trained: TrainedRun, source: Source) -> dict[str, float]:
     """Times single images, from the host and back; returns `p50` and `p95` in milliseconds."""
-    apply = partial(logits_of_pixels, trained.model, trained.normalization)
-    predict = jit_for(jax.local_devices()[0], apply, trained.run.config.precision)
-    variables, image = jax.device_put(trained.variables), source[0]["image"][None]
-    np.asarray(predict(variables, image))
+    predict, image = _on_device(trained), source[0]["image"][None]
+    np.asarray(predict(image))
     seconds: list[float] = []
     while len(seconds) < _LATENCIES and (len(seconds) < 5 or sum(seconds) < 4 * _SPEED_SECONDS):
         begin = time.perf_counter()
-        np.asarray(predict(variables, image))
+        np.asarray(predict(image))
         seconds.append(time.perf_counter() - begin)
     return {f"p{part}": float(np.percentile(seconds, part)) * 1000 for part in (50, 95)}
 
 
+def _forward(trained: TrainedRun) -> Callable[[Any, Any], jax.Array]:
+    """Returns the logits of uint8 images, as a function of the run's variables, not compiled."""
+    return partial(logits_of_pixels, trained.model, trained.normalization)
+
+
+def _on_device(trained: TrainedRun) -> Callable[[np.ndarray], jax.Array]:
+    """Returns the same compiled, of variables that lie on one device."""
+    device = jax.local_devices()[0]
+    predict = jit_for(device, _forward(trained), trained.run.config.precision)
+    return partial(predict, jax.device_put(trained.variables))
+
+
 def inference_speed(trained: TrainedRun, source: Source, batch_size: int) -> float:
     """Times forward passes over one batch, already on one device; returns the median images/s."""
-    apply = partial(logits_of_pixels, trained.model, trained.normalization)
-    predict = jit_for(jax.local_devices()[0], apply, trained.run.config.precision)
-    variables = jax.device_put(trained.variables)
+    predict = _on_device(trained)
     number = min(batch_size, len(source))
     images = jax.device_put(np.stack([source[index]["image"] for index in range(number)]))
-    predict(variables, images).block_until_ready()
+    predict(images).block_until_ready()
     seconds: list[float] = []
     while sum(seconds) < _SPEED_SECONDS or len(seconds) < 5:
         begin = time.perf_counter()
-        predict(variables, images).block_until_ready()
+        predict(images).block_until_ready()
         seconds.append(time.perf_counter() - begin)
     return len(images) / stats.median(seconds)

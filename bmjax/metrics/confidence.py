@@ -18,6 +18,20 @@ def probabilities_of(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray
     return exps / exps.sum(axis=-1, keepdims=True)
 
 
+def log_sum_exp(logits: np.ndarray) -> np.ndarray:
+    """Returns log(sum(exp(logits))) over the classes, [images] float64, however large they are."""
+    logits = np.asarray(logits, np.float64)
+    highest = logits.max(axis=-1)
+    sums: np.ndarray = highest + np.log(np.exp(logits - highest[..., None]).sum(axis=-1))
+    return sums
+
+
+def cross_entropies(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Returns that of each image in nats, [images] float64; finite where a probability is not."""
+    picked = np.asarray(logits, np.float64)[np.arange(len(labels)), labels]
+    return log_sum_exp(logits) - picked
+
+
 def brier_scores(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Returns the score of each image: squared errors summed over classes, in [0, 2].
 

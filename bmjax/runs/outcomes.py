@@ -20,6 +20,7 @@ from bmjax.metrics.confidence import (
     ClasswiseCalibration,
     brier_scores,
     calibration_error,
+    cross_entropies,
     probabilities_of,
     risk_coverage_area,
 )
@@ -202,7 +203,7 @@ def collect(parts: Iterator[Part], num_classes: int, keep_logits: bool = False) 
             "labels": part.labels,
             "predicted": predicted,
             "confidence": probabilities[np.arange(len(predicted)), predicted],
-            "loss": _losses(part.logits, part.labels),
+            "loss": cross_entropies(part.logits, part.labels),
             "brier": brier_scores(probabilities, part.labels),
         }
         for name, column in of_images.items():
@@ -214,12 +215,3 @@ def collect(parts: Iterator[Part], num_classes: int, keep_logits: bool = False) 
     whole = {name: np.concatenate(column) for name, column in columns.items()}
     logits = np.concatenate(kept) if kept else None
     return Outcomes(sums=sums, classwise=classwise.error, logits=logits, **whole)
-
-
-def _losses(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Returns the cross entropies in nats, float64; finite, however small a probability is."""
-    logits = np.asarray(logits, np.float64)
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    picked = shifted[np.arange(len(labels)), labels]
-    losses: np.ndarray = np.log(np.exp(shifted).sum(axis=1)) - picked
-    return losses

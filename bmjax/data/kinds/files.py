@@ -74,6 +74,10 @@ class Encoded:
     def __repr__(self) -> str:
         return f"Encoded({self.reader!r}, {len(self)} images, {self.identity[:16]})"
 
+    def name(self, index: int) -> str:
+        """Returns what messages call an image."""
+        return self.reader.name(self.keys[index])
+
     def without(self, rows: Sequence[int]) -> "Encoded":
         """Returns what is left after some images are left out, of which nobody is told."""
         if not rows:
@@ -277,4 +281,4 @@ class FileSource:
 
     def name(self, index: int) -> str:
         """See `sources.name_of`."""
-        return self.encoded.reader.name(self.encoded.keys[index])
+        return self.encoded.name(index)

@@ -171,10 +171,9 @@ def _load_into_memory(
         found = _decode(split, encoded, view, meanwhile)
     wide, problems = found
     sound = encoded.without(list(problems))
-    names = [encoded.reader.name(key) for key in sound.keys]
     if not view.margin:
-        return ArraySource(wide, sound.labels, names=names), problems
-    return ArraySource(view.middle(wide), sound.labels, wide, names), problems
+        return ArraySource(wide, sound.labels, names=sound.name), problems
+    return ArraySource(view.middle(wide), sound.labels, wide, sound.name), problems
 
 
 def _decode(
